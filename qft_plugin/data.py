@@ -1,0 +1,211 @@
+"""Unlabeled inputs: read once from any iterable, checked, and kept as tensors that can be cut into batches."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qft_plugin.errors import DataError
+
+Call = tuple[tuple[Tensor, ...], dict[str, Tensor]]
+"""Positional and keyword arguments of one call of the model."""
+
+
+class Rows:
+    """Collects batches of rows: in memory up to a limit, above it in a file that is mapped into memory."""
+
+    def __init__(self, memory_limit: int) -> None:
+        """Start empty; nothing is written before more than `memory_limit` bytes have come."""
+        self._limit = memory_limit
+        self._bytes = 0
+        self._chunks: list[Tensor] = []
+        self._file: Any = None
+        self._count = 0
+        self._like: Tensor | None = None
+
+    def append(self, rows: Tensor) -> None:
+        """Add a batch, `[rows, ...]`; all batches agree in dtype and in the shape of a row."""
+        rows = rows.detach().to("cpu").contiguous()
+        self._like = rows[:0]
+        self._count += rows.shape[0]
+        self._bytes += rows.numel() * rows.element_size()
+        self._chunks.append(rows)
+        if self._bytes > self._limit:
+            if self._file is None:
+                # Not a context manager: the file outlives this method and is removed in `finish`.
+                self._file = tempfile.NamedTemporaryFile(prefix="qft_", suffix=".rows", delete=False)  # noqa: SIM115
+            for chunk in self._chunks:
+                self._file.write(memoryview(chunk.flatten().view(torch.uint8).numpy()))
+            self._chunks.clear()
+
+    def finish(self) -> Tensor:
+        """Return all rows as one tensor, `[rows, ...]`, memory-mapped where they did not fit."""
+        assert self._like is not None
+        if self._file is None:
+            rows = torch.cat(self._chunks) if len(self._chunks) > 1 else self._chunks[0]
+            self._chunks.clear()
+            return rows
+        shape = (self._count, *self._like.shape[1:])
+        self._file.close()
+        size = self._count * self._like[0:0].new_empty(self._like.shape[1:]).numel()
+        mapped = torch.from_file(self._file.name, shared=False, size=size, dtype=self._like.dtype).view(shape)
+        os.unlink(self._file.name)  # the mapping keeps the content until the tensor is gone
+        return mapped
+
+    def discard(self) -> None:
+        """Remove the file of an unfinished collection."""
+        if self._file is not None:
+            self._file.close()
+            os.unlink(self._file.name)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All inputs, one row per image.
+
+    Attributes:
+        args: positional inputs of the model, each `[images, ...]`.
+        kwargs: inputs by keyword, likewise.
+        sizes: images in each item of the dataset.
+        device: where batches are put.
+        channels_last: batches of images are laid out channels-last (NHWC in memory), which CPUs convolve faster.
+    """
+
+    args: tuple[Tensor, ...]
+    kwargs: dict[str, Tensor]
+    sizes: tuple[int, ...]
+    device: torch.device
+    channels_last: bool = False
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return int(next(iter([*self.args, *self.kwargs.values()])).shape[0])
+
+    def batch(self, index: Tensor | slice) -> Call:
+        """Return one batch as arguments of the model."""
+        return tuple(self._cut(t, index) for t in self.args), {k: self._cut(t, index) for k, t in self.kwargs.items()}
+
+    def batches(self, size: int, *, at_most: int | None = None) -> Iterator[Call]:
+        """Iterate over the images in order, in batches of `size`, the last one smaller."""
+        count = len(self) if at_most is None else min(len(self), at_most)
+        for start in range(0, count, size):
+            yield self.batch(slice(start, min(start + size, count)))
+
+    def laid_out(self, *, channels_last: bool) -> "Inputs":
+        """Return the same inputs with another memory layout of the batches."""
+        return replace(self, channels_last=channels_last)
+
+    def _cut(self, rows: Tensor, index: Tensor | slice) -> Tensor:
+        # Mixed layouts are the slowest of all, so the layout is always made explicit.
+        images = self.channels_last and rows.dim() == 4 and rows.is_floating_point()
+        layout = torch.channels_last if images else torch.contiguous_format
+        return rows[index].to(self.device).contiguous(memory_format=layout)
+
+
+def as_call(sample: Any, *, accepts: Callable[..., bool]) -> Call:
+    """Turn one item of a dataset into arguments of the model, the way NNCF and plain torch loops do.
+
+    Args:
+        sample: a tensor, a tuple of positional inputs, or a dict of inputs by keyword.
+        accepts: whether the model's signature takes these arguments.
+
+    Raises:
+        DataError: the item is of another kind, or has labels beside the images.
+    """
+    if isinstance(sample, Tensor):
+        return (sample,), {}
+    values = list(sample.values()) if isinstance(sample, dict) else sample
+    if isinstance(values, (list, tuple)) and values and all(isinstance(v, Tensor) for v in values):
+        args: tuple[Tensor, ...] = () if isinstance(sample, dict) else tuple(values)
+        kwargs: dict[str, Tensor] = dict(sample) if isinstance(sample, dict) else {}
+        if not isinstance(sample, list) and accepts(*args, **kwargs):
+            return args, kwargs
+        kinds = ", ".join(_words(v) for v in values)
+        raise DataError(
+            f"Dataset: an item should hold the model's inputs only. Found a {type(sample).__name__} of ({kinds}), which "
+            "the model does not take; labels are not needed. Pass a function that picks the inputs, for example "
+            "nncf.Dataset(loader, lambda batch: batch[0])."
+        )
+    raise DataError(
+        f"Dataset: an item should be a tensor, a tuple of tensors or a dict of tensors. Found {type(sample).__name__}. "
+        "Pass a function that turns an item into the model's inputs."
+    )
+
+
+def _words(t: Tensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
+
+
+def read_inputs(
+    items: Iterable[Any], *, accepts: Callable[..., bool], like: Tensor, max_images: int, memory_limit: int
+) -> Inputs:
+    """Read the images of a dataset once, checking every one of them.
+
+    Args:
+        items: the dataset; it may have no length, and batches of any size.
+        accepts: whether the model's signature takes given arguments.
+        like: a parameter of the model; the inputs must agree with its dtype and device.
+        max_images: where to stop reading.
+        memory_limit: bytes to hold in memory per input.
+
+    Raises:
+        DataError: the dataset is empty or holds something that the model cannot be run on; it names the item.
+    """
+    rows: dict[int | str, Rows] = {}
+    first: dict[int | str, Tensor] = {}
+    sizes: list[int] = []
+    count = 0
+    try:
+        for number, item in enumerate(items):
+            args, kwargs = as_call(item, accepts=accepts)
+            named: dict[int | str, Tensor] = {**dict(enumerate(args)), **kwargs}
+            _check_item(number, named, first, like)
+            take = min(next(iter(named.values())).shape[0], max_images - count)
+            for key, value in named.items():
+                first.setdefault(key, value[:0])
+                rows.setdefault(key, Rows(memory_limit)).append(value[:take])
+            count += take
+            sizes.append(take)
+            if count >= max_images:
+                break
+        if count == 0:
+            raise DataError(
+                "Dataset: should yield at least one batch of inputs. Found none. If it is a generator, "
+                "it may have been used up: pass something that can be iterated again, such as a list or a DataLoader."
+            )
+        done = {key: r.finish() for key, r in rows.items()}
+    except BaseException:
+        for r in rows.values():
+            r.discard()
+        raise
+    positional = tuple(done[key] for key in sorted(k for k in done if isinstance(k, int)))
+    return Inputs(positional, {k: v for k, v in done.items() if isinstance(k, str)}, tuple(sizes), like.device)
+
+
+def _check_item(number: int, named: dict[int | str, Tensor], first: dict[int | str, Tensor], like: Tensor) -> None:
+    sizes = {t.shape[0] if t.dim() else None for t in named.values()}
+    if len(sizes) > 1 or None in sizes or 0 in sizes:
+        shapes = [list(t.shape) for t in named.values()]
+        raise DataError(f"Dataset item {number}: should have a first axis of images, at least 1, equal in all inputs. "
+                        f"Found shapes {shapes}. Add the batch axis, for example with image.unsqueeze(0).")  # fmt: skip
+    if first and set(first) != set(named):
+        raise DataError(f"Dataset item {number}: should have the inputs {list(first)} of the items before it. "
+                        f"Found {list(named)}.")  # fmt: skip
+    for key, value in named.items():
+        where = f"Dataset item {number}, input {key!r}"
+        if value.device != like.device:
+            raise DataError(f"{where}: should be on the model's device {like.device}. Found {value.device}. "
+                            "Move it there in the function that you pass to the dataset.")  # fmt: skip
+        if value.dtype == torch.uint8 or (value.is_floating_point() and value.dtype != like.dtype):
+            raise DataError(f"{where}: should be of the model's dtype {like.dtype}. Found {value.dtype}. "
+                            f"Convert it as for inference, for example image.to({like.dtype}) / 255.")  # fmt: skip
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise DataError(f"{where}: should be finite. Found NaN or infinity. Look at how it is preprocessed.")
+        before = first.get(key)
+        if before is not None and (value.shape[1:] != before.shape[1:] or value.dtype != before.dtype):
+            raise DataError(f"{where}: should be like the items before it, {_words(before)} per batch. "
+                            f"Found {_words(value)}. Resize or crop all images to one size.")  # fmt: skip

@@ -1,0 +1,85 @@
+"""From a network to its degrees of freedom: which per-channel scales are shared, free, or pinned (Sec. 3.3, App. D)."""
+
+import torch
+
+from qft_plugin.errors import ModelError
+from qft_plugin.graph import PINNED, DofMap, Edge, Layer, LayerGraph, channel_axis
+from qft_plugin.relations import FREE_ZERO, Solver, apply_rule, rows_of
+
+
+def map_dof(graph: LayerGraph) -> DofMap:
+    """Find which per-channel scales of a network are shared, free, or pinned (Sec. 3.3, App. D).
+
+    Raises:
+        ModelError: the graph has no layer whose weight could be quantized.
+    """
+    solver = Solver(graph)
+    for name in graph.inputs:
+        solver.pinned(name, "input of the network")
+    for op in graph.ops:
+        apply_rule(solver, op)
+    for name in graph.outputs:
+        solver.pin(solver.shadows[name], "output of the network")
+    _tie_repeated_calls(solver)
+    if not any(calls[0].kind != "layer_norm" for calls in solver.calls.values()):
+        raise ModelError(
+            "The model should have at least one convolution or linear layer whose weight is a parameter. "
+            "Found none. Check that the model's forward really calls its layers."
+        )
+    return _collect(solver)
+
+
+def _tie_repeated_calls(solver: Solver) -> None:
+    """A weight that is used several times has one scale on each side: tie the edges of all its calls."""
+    bias_owner: dict[str, str] = {}
+    for weight, calls in solver.calls.items():
+        first = calls[0]
+        for call in calls[1:]:
+            solver.tie(call.ins, first.ins)
+            solver.tie(call.outs, first.outs)
+        alike = all((c.bias, c.kind, c.groups) == (first.bias, first.kind, first.groups) for c in calls)
+        bias_user = bias_owner.setdefault(first.bias, weight) if first.bias else weight
+        other = solver.other_users.get(weight) or solver.other_users.get(first.bias or "")
+        if other or not alike or bias_user != weight:
+            reason = f"{weight} or its bias is also used by {other or bias_user}"
+            solver.pin(first.ins, reason)
+            solver.pin(first.outs, reason)
+            for owner_call in solver.calls[bias_user]:
+                solver.pin(owner_call.outs, reason)
+
+
+def _collect(solver: Solver) -> DofMap:
+    """Number the free variables and describe layers and edges."""
+    # A variable that stands on no layer is left out: rescaling it would have nothing to fold into.
+    on_layers = torch.cat([t for calls in solver.calls.values() for c in calls for t in (c.ins, c.outs)])
+    roots = dict.fromkeys(solver.find(i) for i in torch.unique(on_layers).tolist() if i != FREE_ZERO)
+    free = [root for root in roots if root not in solver.pinned_classes]
+    number = {root: k for k, root in enumerate(free, start=PINNED + 1)}
+    layers = tuple(
+        Layer(
+            weight=weight,
+            bias=calls[0].bias,
+            kind=calls[0].kind,
+            groups=calls[0].groups,
+            calls=tuple(c.op.name for c in calls),
+            inputs=tuple(c.op.inputs[0] for c in calls),
+            outputs=tuple(c.op.outputs[0] for c in calls),
+            in_index=solver.numbered(calls[0].ins, number),
+            out_index=solver.numbered(calls[0].outs, number),
+        )
+        for weight, calls in solver.calls.items()
+    )
+    made_by = {name: "input" for name in solver.graph.inputs}
+    made_by |= {name: op.function for op in solver.graph.ops for name in op.outputs}
+    edges, channel_index = [], {}
+    for name, function in made_by.items():
+        shape = solver.graph.shapes[name]
+        if not shape:
+            continue
+        rows = rows_of(solver.shadows[name], channel_axis(shape))
+        index = solver.numbered(rows, number)
+        is_free = (index != PINNED).all(1)
+        edges.append(Edge(name, function, shape[channel_axis(shape)], int(is_free.sum()), solver.reason(rows)))
+        if (index == index[:, :1]).all():
+            channel_index[name] = index[:, 0]
+    return DofMap(layers, tuple(edges), len(number), channel_index)

@@ -1,0 +1,166 @@
+"""The network as its host saw it run (`LayerGraph`), and which per-channel scales it allows (`DofMap`, Sec. 3.3)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PINNED = 0
+"""The variable of channels that cannot be rescaled."""
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands in an operation's arguments for its activation input number `index`."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Const:
+    """Stands in an operation's arguments for a parameter or buffer of the model."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One call of a torch function.
+
+    Attributes:
+        name: unique name of the call, the host's own.
+        function: name of the torch function without a trailing underscore: `"conv2d"`, `"add"`, `"flatten"`, ...
+        inputs: names of the activation tensors that it reads, in the order of its arguments.
+        outputs: names of the tensors that it makes.
+        args: positional arguments, tensors replaced by `Ref` and `Const`.
+        kwargs: keyword arguments, likewise.
+    """
+
+    name: str
+    function: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] | None = None
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """Return an argument, given by position or by name."""
+        if len(self.args) > position:
+            return self.args[position]
+        return (self.kwargs or {}).get(name, default)
+
+
+@dataclass(frozen=True)
+class LayerGraph:
+    """A model as its host saw it run.
+
+    Attributes:
+        ops: the calls in the order of execution.
+        shapes: shape of every activation tensor, batch axis included.
+        inputs: tensors that enter the network.
+        outputs: tensors that leave it.
+    """
+
+    ops: tuple[Op, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight, with everything needed to put scales onto it.
+
+    Attributes:
+        weight: name of the weight.
+        bias: name of the bias, if any.
+        kind: torch function: `"conv2d"`, `"linear"`, `"layer_norm"`, ...
+        groups: number of groups.
+        calls: the operations that use it (more than one where a module is called several times).
+        inputs: the activation tensor that each call reads.
+        outputs: the activation tensor that each call makes.
+        in_index: variable of each input channel, `[in]`.
+        out_index: variable of each output channel, `[out]`.
+    """
+
+    weight: str
+    bias: str | None
+    kind: str
+    groups: int
+    calls: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    in_index: Tensor
+    out_index: Tensor
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One activation tensor in the DoF map.
+
+    Attributes:
+        name: name of the tensor.
+        function: the torch function that makes it.
+        channels: how many different positions a scale vector over this tensor could have.
+        free: how many of them may be rescaled.
+        reason: why the others may not; empty where all are free.
+    """
+
+    name: str
+    function: str
+    channels: int
+    free: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class DofMap:
+    """Which scales are shared, free, or pinned.
+
+    Attributes:
+        layers: every weight layer, in the order of execution.
+        edges: every activation tensor, in the order of execution.
+        size: number of free variables; they are numbered from 1, 0 is `PINNED`.
+        channel_index: per channel (see `channel_axis`) the variable of an activation
+            tensor, where it is the same over all other axes.
+    """
+
+    layers: tuple[Layer, ...]
+    edges: tuple[Edge, ...]
+    size: int
+    channel_index: Mapping[str, Tensor]
+
+    def layer(self, weight: str) -> Layer:
+        """Return the layer of a weight."""
+        for layer in self.layers:
+            if layer.weight == weight:
+                return layer
+        raise KeyError(weight)
+
+    def all_pinned(self, reason: str) -> "DofMap":
+        """Return the map of the same network in which no channel may be rescaled."""
+        return DofMap(
+            tuple(
+                replace(la, in_index=torch.zeros_like(la.in_index), out_index=torch.zeros_like(la.out_index))
+                for la in self.layers
+            ),
+            tuple(replace(edge, free=0, reason=reason) for edge in self.edges),
+            0,
+            {name: torch.zeros_like(index) for name, index in self.channel_index.items()},
+        )
+
+    def __str__(self) -> str:
+        """Print the map as a table; each edge that is not free names the reason."""
+        rows = [("edge", "made by", "channels", "free", "why not free")]
+        rows += [(e.name, e.function, str(e.channels), str(e.free), e.reason) for e in self.edges]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows]
+        return "\n".join(lines)
+
+
+def channel_axis(shape: tuple[int, ...]) -> int:
+    """Return the axis that holds the channels of an activation: 1 in images, the last one in sequences."""
+    return 1 if len(shape) > 3 else len(shape) - 1

@@ -1,0 +1,33 @@
+"""NNCF as a host: importing this package adds `algorithm="qft"` to `nncf.quantize`.
+
+    import nncf, qft_plugin.nncf
+    q = nncf.quantize(model, nncf.Dataset(loader, lambda batch: batch[0]), algorithm="qft")
+"""
+
+from qft_plugin.nncf.version import check_version
+
+check_version()
+
+from qft_plugin.nncf.attach import Student, place, teacher  # noqa: E402  (only after the check that NNCF is there)
+from qft_plugin.nncf.read import accepts, check_model, read, tensors_in  # noqa: E402
+from qft_plugin.nncf.register import quantize, register, unregister  # noqa: E402
+from qft_plugin.nncf.save import save_openvino  # noqa: E402
+from qft_plugin.nncf.write import write  # noqa: E402
+
+register()
+
+__all__ = [
+    "Student",
+    "accepts",
+    "check_model",
+    "check_version",
+    "place",
+    "quantize",
+    "read",
+    "register",
+    "save_openvino",
+    "teacher",
+    "tensors_in",
+    "unregister",
+    "write",
+]

@@ -1,0 +1,346 @@
+"""From a description to a trainable student: NNCF places and calibrates, light modules take the quantizers' places."""
+
+import copy
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from nncf.torch.function_hook import get_hook_storage, wrap_model
+from nncf.torch.function_hook.hook_storage import decode_hook_name
+from nncf.torch.quantization.layers import AsymmetricQuantizer, SymmetricQuantizer
+from torch import Tensor, nn
+
+from qft_plugin.data import Call, Inputs
+from qft_plugin.finetune import Prediction
+from qft_plugin.graph import Const
+from qft_plugin.nncf.read import Source, tensor_name, tensors_in
+from qft_plugin.offline import Solution
+from qft_plugin.placement import ActivationGrid, ComparedInput, Placement
+from qft_plugin.quantize import fake_quantize, fake_quantize_composed
+from qft_plugin.relations import ADDS
+
+logger = logging.getLogger("qft_plugin")
+
+FakeQuantize = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A model with NNCF's quantizers in it.
+
+    Attributes:
+        model: what `nncf.quantize` returned for the equalized copy.
+        placement: where its quantizers are.
+        tensors: its weights and biases by name.
+        hooks: names of the hooks of each activation quantizer, by name of the quantizer.
+        weight_hooks: names of the hooks of each weight quantizer, by name of the weight.
+    """
+
+    model: nn.Module
+    placement: Placement
+    tensors: Mapping[str, Tensor]
+    hooks: Mapping[str, tuple[str, ...]]
+    weight_hooks: Mapping[str, tuple[str, ...]]
+
+
+class Request(Protocol):
+    """What a user asked NNCF for."""
+
+    @property
+    def runs_on_cpu(self) -> bool:
+        """Whether the model is meant for OpenVINO's CPU plugin."""
+        ...
+
+    def place(self, model: nn.Module, inputs: Inputs, /) -> nn.Module:
+        """Call NNCF's own `quantize` with the user's settings; returns a new model."""
+        ...
+
+
+def place(source: Source, tensors: Mapping[str, Tensor], request: Request, inputs: Inputs) -> Placed:
+    """Let NNCF place and calibrate its quantizers.
+
+    Args:
+        source: the model as it was read.
+        tensors: the weights and biases that the offline subgraph knows, after equalization; quantizers of other
+            weights stay NNCF's own.
+        request: the user's settings for NNCF.
+        inputs: the images.
+    """
+    model = copy.deepcopy(source.model)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            model.get_parameter(name).copy_(tensor)
+    quantized = request.place(model, inputs)
+    if request.runs_on_cpu:
+        _drop_quantizers_of_addends(quantized, source)
+    names_by_module: dict[nn.Module, list[str]] = {}
+    for name, hook in get_hook_storage(quantized).named_hooks(remove_duplicate=False):
+        if isinstance(hook, (SymmetricQuantizer, AsymmetricQuantizer)):
+            names_by_module.setdefault(hook, []).append(name)
+    activations, hooks, weights = {}, {}, {}
+    weight_hooks: dict[str, tuple[str, ...]] = {}
+    on_tensor, on_input = {}, {}
+    for hook, names in names_by_module.items():
+        kind, op, port = decode_hook_name(names[0])
+        what = source.ports.get((op, port)) if kind == "pre_hooks" else None
+        if isinstance(what, Const):
+            # A weight that is used by several calls has a quantizer for each: one of them will stand for all.
+            if what.name in tensors:
+                channels = hook.scale.numel() if isinstance(hook, SymmetricQuantizer) else 0
+                weight_hooks[what.name] = (*weight_hooks.get(what.name, ()), *names)
+                weights[what.name] = weights.get(what.name, True) and channels == _out_channels(tensors, source, what)
+            continue
+        grid = _activation_grid(hook)
+        if grid is None:
+            continue
+        activations[names[0]], hooks[names[0]] = grid, tuple(names)
+        for name in names:
+            kind, op, port = decode_hook_name(name)
+            if kind == "post_hooks":
+                on_tensor[tensor_name(op, port)] = names[0]
+            else:
+                what = source.ports.get((op, port))
+                if what is not None and not isinstance(what, Const):
+                    on_input[op, what.index] = names[0]
+    placement = Placement(activations, on_tensor, on_input, weights)
+    held = {n: p.detach() for n, p in quantized.named_parameters(remove_duplicate=False)}
+    return Placed(quantized, placement, {n: held[n] for n in tensors}, hooks, weight_hooks)
+
+
+def _drop_quantizers_of_addends(model: nn.Module, source: Source) -> None:
+    """Remove the quantizers whose values are only added to something.
+
+    OpenVINO's CPU plugin fuses such an addition into the convolution before it, and of the quantizer in between it
+    applies the clip but not the rounding (2026.4: outputs equal a clip to 1e-7, and differ from the quantizer by 3 %
+    in a ResNet-20). No integer kernel needs these quantizers, so without them torch and the runtime agree.
+    """
+    storage = get_hook_storage(model)
+    for name, hook in list(storage.named_hooks(remove_duplicate=False)):
+        kind, op, port = decode_hook_name(name)
+        if kind != "post_hooks" or not isinstance(hook, (SymmetricQuantizer, AsymmetricQuantizer)):
+            continue
+        tensor = tensor_name(op, port)
+        users = [reader for reader in source.graph.ops if tensor in reader.inputs]
+        if users and tensor not in source.graph.outputs and all(reader.function in ADDS for reader in users):
+            storage.delete_hook(name)
+
+
+def _out_channels(tensors: Mapping[str, Tensor], source: Source, weight: Const) -> int:
+    for op in source.graph.ops:
+        if op.argument(1, "weight") == weight:
+            transposed = op.function.startswith("conv_transpose")
+            return tensors[weight.name].shape[1] * op.argument(6, "groups", 1) if transposed else weight.shape[0]
+    return weight.shape[0]
+
+
+def _activation_grid(hook: nn.Module) -> ActivationGrid | None:
+    """Read the grid of a quantizer; `None` where it differs by channel."""
+    assert isinstance(hook, (SymmetricQuantizer, AsymmetricQuantizer))
+    low, high, scale, zero_point = hook.get_parameters_for_torch_fq()
+    if scale.numel() != 1:
+        return None
+    return ActivationGrid(float(scale), int(low), int(high), int(zero_point))
+
+
+class FakeQuantizer(nn.Module):
+    """Stands in for an activation quantizer while the student trains; the scale is put in before each call."""
+
+    def __init__(self, grid: ActivationGrid, function: FakeQuantize) -> None:
+        """Remember the grid; until a scale is set, values pass unchanged."""
+        super().__init__()
+        self.run = functools.partial(function, low=grid.low, high=grid.high, zero_point=grid.zero_point)
+        self.scale: Tensor | None = None
+        self.seen: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize one activation."""
+        if self.scale is None:
+            self.seen = x
+            return x
+        return self.run(x, self.scale)
+
+
+class _FixedQuantizer(nn.Module):
+    """Stands in for a quantizer that is not trained (an embedding's weight, a scale per activation channel)."""
+
+    def __init__(self, hook: nn.Module, dims: int) -> None:
+        super().__init__()
+        assert isinstance(hook, (SymmetricQuantizer, AsymmetricQuantizer))
+        low, high, scale, zero_point = hook.get_parameters_for_torch_fq()
+        narrow = bool(getattr(hook, "narrow_range", False))
+        self.low, self.high = int(low) + int(narrow and low < 0), int(high)
+        shape = hook.scale_shape if len(hook.scale_shape) == dims else (1,)
+        self.register_buffer("scale", scale.detach().reshape(shape))
+        self.register_buffer("zero_point", zero_point.reshape(shape).to(scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(self.scale, Tensor)
+        assert isinstance(self.zero_point, Tensor)
+        rounded = torch.clamp(torch.round(x / self.scale) + self.zero_point, self.low, self.high)
+        return (rounded - self.zero_point) * self.scale
+
+
+class _Capture(nn.Module):
+    """Keeps the value that passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.value = x
+        return x
+
+
+class Observed:
+    """A wrapped model and the place where it is compared."""
+
+    def __init__(self, model: nn.Module, at: ComparedInput | None, source: Source) -> None:
+        """Put a capture on the compared input.
+
+        Args:
+            model: wrapped by NNCF.
+            at: the input of an operation, `None` for the model's output.
+            source: the model as it was read.
+        """
+        self.model = model
+        self._capture: _Capture | None = None
+        if at is not None:
+            port = next(p for (op, p), what in source.ports.items() if op == at.op and _is_input(what, at.index))
+            self._capture = _Capture()
+            get_hook_storage(model).register_pre_function_hook(at.op, port, self._capture)
+
+    def predict(self, run: Callable[[], Any]) -> Prediction:
+        """Call the model through `run` and collect what is compared."""
+        outputs = [t for t in tensors_in(run()) if t.is_floating_point()]
+        logits = outputs[0] if len(outputs) == 1 and outputs[0].dim() == 2 else None
+        if self._capture is None:
+            return Prediction(tuple(outputs), logits)
+        value, self._capture.value = self._capture.value, None
+        assert value is not None
+        return Prediction((value,), logits)
+
+
+def _is_input(what: Any, index: int) -> bool:
+    return not isinstance(what, Const) and what.index == index
+
+
+def teacher(source: Source, at: ComparedInput | None) -> Callable[[Call], Prediction]:
+    """Return the untouched float model as a function from the arguments of a call to a prediction."""
+    observed = Observed(wrap_model(copy.deepcopy(source.teacher)), at, source)
+
+    def run(call: Call) -> Prediction:
+        args, kwargs = call
+        return observed.predict(lambda: observed.model(*args, **kwargs))
+
+    return run
+
+
+class Student:
+    """The fake-quantized network; its weights, biases and scales are an argument of every call."""
+
+    def __init__(
+        self,
+        placed: Placed,
+        source: Source,
+        at: ComparedInput | None,
+        unfold: tuple[Tensor, Tensor] | None,
+        *,
+        compiled: bool,
+    ) -> None:
+        """Replace NNCF's quantizers by light ones in a copy.
+
+        Args:
+            placed: the model with NNCF's quantizers.
+            source: the model as it was read.
+            at: where it is compared with the teacher.
+            unfold: the variable of each channel there and the factor that was folded into the placed model already,
+                both `[channels]`; `None` where no channel is rescaled.
+            compiled: fuse the fake-quantization with `torch.compile`.
+        """
+        model = copy.deepcopy(placed.model)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        storage = get_hook_storage(model)
+        function = _compiled() if compiled else fake_quantize
+        self._quantizers: dict[str, FakeQuantizer] = {}
+        for quantizer, names in placed.hooks.items():
+            module = FakeQuantizer(placed.placement.activations[quantizer], function)
+            self._quantizers[quantizer] = module
+            for name in names:
+                storage.set_submodule(name, module)
+        for names in placed.weight_hooks.values():
+            for name in names:
+                storage.delete_hook(name)
+        for name, hook in list(storage.named_hooks(remove_duplicate=False)):
+            if isinstance(hook, (SymmetricQuantizer, AsymmetricQuantizer)):
+                storage.set_submodule(name, _FixedQuantizer(hook, len(hook.scale_shape)))
+        self._names = _remove_neutral_norms(model, source)
+        self._observed = Observed(model, at, source)
+        self._unfold = unfold
+
+    def __call__(self, solution: Solution, call: Call) -> Prediction:
+        """Run the student on one batch, with gradients to everything in `solution`."""
+        for name, scale in solution.activation_scales.items():
+            self._quantizers[name].scale = scale
+        prediction = self._run(solution.tensors, call)
+        if self._unfold is None:
+            return prediction
+        # The folded network computes x / c: bring it back to the teacher's units.
+        index, start = self._unfold
+        c = start * solution.factors.index_select(0, index)
+        (x,) = prediction.features
+        on_axis = c.view(-1, *(1,) * (x.dim() - 2)) if x.dim() > 3 else c
+        return Prediction((x * on_axis,), prediction.logits)
+
+    def observe(self, tensors: Mapping[str, Tensor], call: Call) -> dict[str, Tensor]:
+        """Run with float activations and return what each activation quantizer would have had as its input."""
+        for module in self._quantizers.values():
+            module.scale = None
+        self._run(tensors, call)
+        return {name: m.seen for name, m in self._quantizers.items() if m.seen is not None}
+
+    def _run(self, tensors: Mapping[str, Tensor], call: Call) -> Prediction:
+        args, kwargs = call
+        renamed = {self._names.get(name, name): tensor for name, tensor in tensors.items()}
+        model = self._observed.model
+        return self._observed.predict(lambda: torch.func.functional_call(model, renamed, args, kwargs))
+
+
+def _remove_neutral_norms(model: nn.Module, source: Source) -> dict[str, str]:
+    """Let each layer add its own bias, so that the neutral BatchNorms cost nothing while the student trains.
+
+    Returns:
+        The new name of each bias that moved.
+    """
+    storage = get_hook_storage(model)
+    renamed = {}
+    for norm in source.norms:
+        layer = model.get_submodule(norm.layer)
+        if getattr(layer, "bias", None) is None:
+            layer.register_parameter("bias", nn.Parameter(model.get_parameter(norm.bias).detach().clone(), False))
+        renamed[norm.bias] = f"{norm.layer}.bias"
+        model.set_submodule(norm.norm, nn.Identity())
+    moved = {norm.norm_op: norm.layer_op for norm in source.norms}
+    for name, hook in list(storage.named_hooks(remove_duplicate=False)):
+        _, op, _ = decode_hook_name(name)
+        if op in moved:
+            storage.delete_hook(name)
+            storage.register_post_function_hook(moved[op], 0, hook)
+    return renamed
+
+
+@functools.cache
+def _compiled() -> FakeQuantize:
+    """Fuse the fake-quantization, or return the built-in function where the compiler does not work."""
+    fused: FakeQuantize = torch.compile(fake_quantize_composed, dynamic=True)
+    try:
+        x = torch.ones(2, 3, requires_grad=True)
+        fused(x, torch.ones(()), low=0, high=255, zero_point=0).sum().backward()
+    except Exception as error:  # any of the compiler's own errors, or a missing C++ compiler
+        logger.warning("torch.compile does not work here (%s); the built-in fake-quantization is used", error)
+        return fake_quantize
+    return fused

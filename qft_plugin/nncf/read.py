@@ -1,0 +1,410 @@
+"""From a torch model to the host-free description of it: NNCF's graph, with every BatchNorm folded that can be."""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
+from torch import Tensor, nn
+
+from qft_plugin.data import Call, Inputs
+from qft_plugin.errors import DataError, ModelError
+from qft_plugin.graph import Const, LayerGraph, Op, Ref
+
+HOOKS_ATTRIBUTE: Final = "__nncf_hooks"
+CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@dataclass(frozen=True)
+class FoldedNorm:
+    """A BatchNorm that was folded into the layer before it; the module stays as a neutral one that adds the bias.
+
+    Attributes:
+        layer: module name of the layer.
+        norm: module name of the BatchNorm.
+        layer_op: the layer's call in NNCF's graph.
+        norm_op: the BatchNorm's call.
+        bias: name of the parameter that holds the bias of both.
+    """
+
+    layer: str
+    norm: str
+    layer_op: str
+    norm_op: str
+    bias: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as this host read it.
+
+    Attributes:
+        teacher: untouched copy of the user's model in eval mode.
+        model: copy in eval mode with its BatchNorms folded; parameter names are the user's.
+        graph: what the copy computes; a folded BatchNorm is part of its layer.
+        tensors: weights and biases by name.
+        norms: the folded BatchNorms.
+        ports: what each input port of an operation receives: one of its activation inputs, or a constant.
+    """
+
+    teacher: nn.Module
+    model: nn.Module
+    graph: LayerGraph
+    tensors: Mapping[str, Tensor]
+    norms: tuple[FoldedNorm, ...]
+    ports: Mapping[tuple[str, int], Ref | Const]
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is not a plain torch model, before anything else is done.
+
+    Raises:
+        ModelError: it says what was found and what to pass instead.
+    """
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    if isinstance(model, torch.fx.GraphModule):
+        raise ModelError(
+            f"The model should be the original torch.nn.Module. Found {kind}, which has lost the modules that training "
+            "needs. Pass the module that it was traced or exported from."
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(f"The model should be a plain torch.nn.Module. Found {kind}. Pass the module before scripting.")
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"The model should be a torch.nn.Module: QFT trains it. Found {kind}. Quantize the torch model that it was "
+            "converted from, and convert the result with qft_plugin.nncf.save_openvino."
+        )
+    if HOOKS_ATTRIBUTE in dict(model.named_children()):
+        raise ModelError("The model should be a float model. Found one that NNCF has already wrapped or quantized. "
+                         "Pass the model from before nncf.quantize.")  # fmt: skip
+    parameters = list(model.parameters())
+    if not parameters:
+        raise ModelError(f"The model should have parameters. Found none in {kind}.")
+    devices, dtypes = {p.device for p in parameters}, {p.dtype for p in parameters if p.is_floating_point()}
+    if len(devices) != 1 or len(dtypes) != 1:
+        raise ModelError(f"The model's parameters should be on one device and of one floating dtype. Found {devices} and "
+                         f"{dtypes}. Move and convert it with model.to(...).")  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ModelError(f"Parameter {name}: should be finite. Found NaN or infinity. Load the weights again.")
+
+
+def accepts(model: nn.Module) -> Callable[..., bool]:
+    """Return a function that tells whether the model's forward takes given arguments."""
+    signature = inspect.signature(model.forward)
+
+    def test(*args: Any, **kwargs: Any) -> bool:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError:
+            return False
+        return True
+
+    return test
+
+
+def example_of(call: Call) -> Any:
+    """Turn the arguments of a call into NNCF's form of an input: a tensor, a tuple, or a dict."""
+    args, kwargs = call
+    if kwargs and args:
+        raise DataError("Dataset: inputs should be all positional or all by keyword. Found both.")
+    return kwargs or (args[0] if len(args) == 1 else args)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Iterate over the tensors of a model's output, whatever it is made of."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for v in value.values():
+            yield from tensors_in(v)
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from tensors_in(v)
+    elif hasattr(value, "__dataclass_fields__"):
+        yield from tensors_in(vars(value))
+
+
+@torch.no_grad()
+def read(model: nn.Module, inputs: Inputs) -> Source:
+    """Describe a model; it is copied, never changed.
+
+    Args:
+        model: a float torch model that passed `check_model`.
+        inputs: the images; the first ones are used to trace the model.
+
+    Raises:
+        DataError: the model cannot be run on the first images.
+        ModelError: the model cannot be traced, or gives NaN.
+    """
+    teacher = copy.deepcopy(model).eval()
+    call = inputs.batch(slice(0, min(2, len(inputs))))
+    outputs = _try_run(teacher, call)
+    copied = copy.deepcopy(teacher)
+    for parameter in copied.parameters():
+        parameter.requires_grad_(False)
+    traced = _trace(copied, call)
+    norms = _fold_norms(copied, traced)
+    graph = _layer_graph(traced, norms)
+    tensors = {**dict(copied.named_parameters(remove_duplicate=False)), **dict(copied.named_buffers())}
+    _check_same(outputs, list(tensors_in(copied(*call[0], **call[1]))))
+    return Source(teacher, copied, graph, {name: t.detach() for name, t in tensors.items()}, norms, _ports(traced))
+
+
+def _try_run(teacher: nn.Module, call: Call) -> list[Tensor]:
+    args, kwargs = call
+    try:
+        outputs = list(tensors_in(teacher(*args, **kwargs)))
+    except Exception as error:  # a model may fail in any way on an input that it was not made for
+        shapes = [f"{t.dtype} {list(t.shape)}" for t in (*args, *kwargs.values())]
+        raise DataError(
+            f"The model should run on the dataset's images. Found {type(error).__name__}: {error}, with the first images "
+            f"as input {', '.join(shapes)}. Check shape, dtype and preprocessing against model(image)."
+        ) from error
+    if not outputs:
+        raise ModelError("The model should return tensors. Found none in its output.")
+    for output in outputs:
+        if output.is_floating_point() and not bool(torch.isfinite(output).all()):
+            raise ModelError("The float model should compute finite numbers. Found NaN or infinity for the first images. "
+                             "Check the weights and the preprocessing.")  # fmt: skip
+    return outputs
+
+
+def _trace(model: nn.Module, call: Call) -> Any:
+    """Build NNCF's graph, with every tensor of the output as an output of the graph.
+
+    NNCF registers outputs only where the model returns a tensor or a flat tuple of them; for the time of the trace
+    the forward returns that form.
+    """
+    forward = model.forward
+
+    @functools.wraps(forward)  # NNCF names the inputs by the signature
+    def flat(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        return tuple(tensors_in(forward(*args, **kwargs)))
+
+    model.__dict__["forward"] = flat
+    try:
+        return build_nncf_graph(model, example_of(call))
+    except Exception as error:
+        raise ModelError(
+            f"The model could not be traced by NNCF. Found {type(error).__name__}: {error}. "
+            "Check that nncf.quantize without algorithm works on it."
+        ) from error
+    finally:
+        del model.__dict__["forward"]
+
+
+def _check_same(expected: list[Tensor], found: list[Tensor]) -> None:
+    for e, f in zip(expected, found, strict=True):
+        if not e.is_floating_point():
+            continue
+        error, size = float((e - f).abs().max()), float(e.abs().max())
+        if error > 1e-3 * max(size, 1e-6):
+            raise ModelError(f"Folding the BatchNorms should not change the model. Found a difference of {error:.3g} in "
+                             f"outputs up to {size:.3g}. The model probably shares or modifies them.")  # fmt: skip
+
+
+def _neutral_variance(eps: float, like: Tensor) -> Tensor:
+    """Find a variance for which variance + eps is 1 exactly in the model's dtype, so that the norm divides by 1."""
+    variance = torch.ones_like(like) - eps
+    for _ in range(4):
+        variance = variance + (1 - (variance + eps))
+    return variance
+
+
+def _module_of(model: nn.Module, parameter: str) -> nn.Module:
+    return model.get_submodule(parameter.rpartition(".")[0])
+
+
+def _consumers(graph: Any) -> dict[str, list[Any]]:
+    users: dict[str, list[Any]] = {}
+    for node in graph.get_all_nodes():
+        for edge in graph.get_input_edges(node):
+            users.setdefault(edge.from_node.node_name, []).append(node)
+    return users
+
+
+def _fold_norms(model: nn.Module, graph: Any) -> tuple[FoldedNorm, ...]:
+    """Fold every BatchNorm that alone follows a layer, and leave a neutral one in its place.
+
+    The module stays, so that the names in the state dict are those of the user's model: with mean 0, variance
+    1 - eps and weight 1 it only adds its bias, which becomes the bias of the layer.
+    """
+    users = _consumers(graph)
+    folded = []
+    for node in graph.get_all_nodes():
+        if node.node_type != "batch_norm":
+            continue
+        found = _foldable(model, graph, node, users)
+        if found is not None:
+            _fold(model, found)
+            folded.append(found)
+    return tuple(folded)
+
+
+def _foldable(model: nn.Module, graph: Any, node: Any, users: Mapping[str, list[Any]]) -> FoldedNorm | None:
+    edges = {e.input_port_id: e.from_node for e in graph.get_input_edges(node)}
+    constants = [n.node_name for n in edges.values() if n.node_type == "nncf_model_const"]
+    before = edges.get(0)
+    if before is None or not constants or len(users.get(before.node_name, ())) != 1:
+        return None
+    weights = [
+        e.from_node.node_name
+        for e in graph.get_input_edges(before)
+        if e.input_port_id == 1 and e.from_node.node_type == "nncf_model_const"
+    ]
+    if not weights or any(len(users[name]) != 1 for name in [*weights, *constants]):
+        return None
+    layer, norm = _module_of(model, weights[0]), _module_of(model, constants[0])
+    plain = isinstance(layer, (*CONVOLUTIONS, nn.Linear)) and isinstance(norm, NORMS)
+    if not plain or norm.running_mean is None or norm.training:
+        return None
+    layer_name, norm_name = weights[0].rpartition(".")[0], constants[0].rpartition(".")[0]
+    if norm.bias is not None:
+        bias = f"{norm_name}.bias"
+    elif layer.bias is not None:
+        bias = f"{layer_name}.bias"
+    else:
+        return None
+    return FoldedNorm(layer_name, norm_name, before.node_name, node.node_name, bias)
+
+
+def _fold(model: nn.Module, found: FoldedNorm) -> None:
+    layer, norm = model.get_submodule(found.layer), model.get_submodule(found.norm)
+    assert isinstance(layer, (*CONVOLUTIONS, nn.Linear))
+    assert isinstance(norm, NORMS)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    # In float64, so that the folded network differs from the float one by one rounding only.
+    factor = 1 / torch.sqrt(norm.running_var.double() + norm.eps)
+    if norm.weight is not None:
+        factor = factor * norm.weight.double()
+    shift = -norm.running_mean.double() * factor
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    if layer.bias is not None:
+        shift = shift + layer.bias.double() * factor
+        layer.bias.zero_()
+    W = layer.weight.double()
+    if isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        per_group = factor.reshape(layer.groups, 1, -1).expand(layer.groups, W.shape[0] // layer.groups, W.shape[1])
+        shaped = per_group.reshape(W.shape[0], W.shape[1], *(1,) * (W.dim() - 2))
+    else:
+        shaped = factor.reshape(-1, *(1,) * (W.dim() - 1))
+    layer.weight.copy_(W * shaped)
+    model.get_parameter(found.bias).copy_(shift)
+    norm.running_mean.zero_()
+    norm.running_var.copy_(_neutral_variance(norm.eps, norm.running_var))
+    if norm.weight is not None:
+        norm.weight.fill_(1)
+
+
+def tensor_name(op: str, port: int) -> str:
+    """Name the activation that an operation makes at an output port."""
+    return op if port == 0 else f"{op}:{port}"
+
+
+def _layer_graph(graph: Any, norms: tuple[FoldedNorm, ...]) -> LayerGraph:
+    """Translate NNCF's graph; a folded BatchNorm disappears and its layer makes its output."""
+    norm_of = {n.layer_op: n for n in norms}
+    norm_ops = {n.norm_op for n in norms}
+    ops: list[Op] = []
+    shapes: dict[str, tuple[int, ...]] = {}
+    inputs: list[str] = []
+    outputs: list[str] = []
+    for node in graph.topological_sort():
+        if node.node_type == "nncf_model_const" or node.node_name in norm_ops:
+            continue
+        if node.node_type == "nncf_model_output":
+            outputs += [name for _, _, name in _sources(graph, node)]
+            continue
+        norm = norm_of.get(node.node_name)
+        made_by = graph.get_node_by_name(norm.norm_op) if norm else node
+        made = _outputs(graph, made_by)
+        shapes.update(made)
+        if node.node_type == "nncf_model_input":
+            inputs += made
+            continue
+        ops.append(_op(node, tuple(made), norm, graph))
+    used = {name for op in ops for name in op.inputs}
+    # A tensor that nothing reads leaves the network as far as can be seen.
+    outputs += [name for op in ops for name in op.outputs if name not in used and name not in outputs]
+    return LayerGraph(tuple(ops), shapes, tuple(inputs), tuple(dict.fromkeys(outputs)))
+
+
+def _outputs(graph: Any, node: Any) -> dict[str, tuple[int, ...]]:
+    made = {}
+    for edge in sorted(graph.get_output_edges(node), key=lambda e: e.output_port_id):
+        made[tensor_name(node.node_name, edge.output_port_id)] = tuple(edge.tensor_shape)
+    return made
+
+
+def _sources(graph: Any, node: Any) -> list[tuple[int, Ref | Const, str]]:
+    """List the input ports of a node in order: port, what it receives, and from where."""
+    edges = [
+        (port, edge)
+        for edge in graph.get_input_edges(node)
+        for port in {edge.input_port_id, *(getattr(edge, "parallel_input_port_ids", None) or ())}
+    ]
+    found: list[tuple[int, Ref | Const, str]] = []
+    activations = 0
+    for port, edge in sorted(edges, key=lambda item: item[0]):
+        name = edge.from_node.node_name
+        if edge.from_node.node_type == "nncf_model_const":
+            found.append((port, Const(name, tuple(edge.tensor_shape)), name))
+        else:
+            found.append((port, Ref(activations), tensor_name(name, edge.output_port_id)))
+            activations += 1
+    return found
+
+
+def _ports(graph: Any) -> dict[tuple[str, int], Ref | Const]:
+    return {(n.node_name, port): what for n in graph.get_all_nodes() for port, what, _ in _sources(graph, n)}
+
+
+def _op(node: Any, outputs: tuple[str, ...], norm: FoldedNorm | None, graph: Any) -> Op:
+    """Translate one call; its tensor arguments become references to activations and constants."""
+    sources = _sources(graph, node)
+    activations = tuple(name for _, what, name in sources if isinstance(what, Ref))
+    references = [what for _, what, _ in sources]
+    attributes = node.layer_attributes
+    function = _function_name(node.node_type)
+    replaced = _Replacer(references)
+    args = tuple(replaced(v) for v in attributes.op_args)
+    kwargs = {k: replaced(v) for k, v in attributes.op_kwargs.items()}
+    if replaced.missing or replaced.left:
+        # NNCF did not see where some tensor came from (made inside the forward): no rule applies to the call.
+        return Op(node.node_name, f"{function} of a tensor made inside the forward", activations, outputs)
+    if norm is not None:
+        bias = Const(norm.bias, tuple(graph.get_node_by_name(norm.bias).layer_attributes.shape))
+        args = (*args[:2], bias, *args[3:])
+        kwargs.pop("bias", None)
+    return Op(node.node_name, function, activations, outputs, args, kwargs)
+
+
+def _function_name(node_type: str) -> str:
+    """Drop the mark of an in-place operation; dunder names keep their underscores."""
+    return node_type if node_type.endswith("__") else node_type.rstrip("_")
+
+
+class _Replacer:
+    """Replaces NNCF's tensor descriptions in arguments, in order, by references."""
+
+    def __init__(self, references: list[Ref | Const]) -> None:
+        self.left = list(references)
+        self.missing = False
+
+    def __call__(self, value: Any) -> Any:
+        if type(value).__name__ == "TensorMeta":
+            if not self.left:
+                self.missing = True
+                return None
+            return self.left.pop(0)
+        if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+            return type(value)(self(v) for v in value)
+        return value

@@ -1,0 +1,94 @@
+"""Out of NNCF to OpenVINO."""
+
+import os
+from typing import Any
+
+import torch
+from nncf.torch.function_hook import get_hook_storage
+from nncf.torch.function_hook.hook_storage import decode_hook_name
+from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
+from nncf.torch.quantization.layers import SymmetricQuantizer
+from torch import Tensor, nn
+
+from qft_plugin.deploy.openvino import OpenVINOReport, Storage, save
+from qft_plugin.errors import DeployabilityError
+from qft_plugin.nncf.read import HOOKS_ATTRIBUTE, tensors_in
+from qft_plugin.nncf.write import without_compiler
+
+
+def save_openvino(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_input: Any,
+    *,
+    weights: Storage = "i4",
+    check: bool = True,
+) -> OpenVINOReport:
+    """Save a quantized model as OpenVINO IR, and prove that the file computes the same.
+
+    Args:
+        model: what `nncf.quantize` returned.
+        path: of the XML file; the weights go beside it as `.bin`.
+        example_input: one input, as for the model: a tensor, a tuple of tensors or a dict of tensors. The first axis
+            (images) stays free in the file.
+        weights: `"i4"` stores 4-bit weights in 4 bits and runs them in int8; `"i4_plain"` is for NPUs, on CPUs it runs in
+            f32; `"i8"` stores 8 bits.
+        check: compare integers and outputs of the written file with the model's before it takes its place.
+
+    Returns:
+        Sizes, differences, and the precision that each layer runs in on this CPU.
+
+    Raises:
+        DeployabilityError: the model is not quantized by NNCF, or the path cannot be written.
+        ParityError: the file differs from the model; nothing is written.
+    """
+    import openvino
+
+    if HOOKS_ATTRIBUTE not in dict(model.named_children()):
+        raise DeployabilityError(
+            f"The model should come from nncf.quantize. Found a {type(model).__name__} without quantizers. "
+            "Quantize it first; a float model is converted with openvino.convert_model."
+        )
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), without_compiler():
+            integers = weight_integers(model, example_input) if check else None
+            converted = openvino.convert_model(model, example_input=example_input)
+            call = example_input if isinstance(example_input, (tuple, dict)) else (example_input,)
+            inputs = list(call.values()) if isinstance(call, dict) else list(call)
+            result = model(**call) if isinstance(call, dict) else model(*call)
+    finally:
+        model.train(training)
+    return save(converted, path, storage=weights, integers=integers, inputs=inputs, outputs=list(tensors_in(result)))
+
+
+def weight_integers(model: nn.Module, example_input: Any) -> dict[str, Tensor]:
+    """Return the integers of every weight that NNCF's symmetric quantizers quantize, by name of the weight."""
+    storage = get_hook_storage(model)
+    graph = build_nncf_graph(model, example_input)
+    integers = {}
+    for name, hook in storage.named_hooks(remove_duplicate=False):
+        kind, op, port = decode_hook_name(name)
+        if kind != "pre_hooks" or not isinstance(hook, SymmetricQuantizer):
+            continue
+        constant = _constant(graph, op, port)
+        if constant is not None:
+            W = model.get_parameter(constant)
+            integers[constant] = (W / (hook.scale / hook.level_high)).round().clamp(hook.level_low, hook.level_high)
+    return integers
+
+
+def _constant(graph: Any, op: str, port: int) -> str | None:
+    """Find the parameter that an input port reads, through the quantizer that the graph of a quantized model shows."""
+    for edge in graph.get_input_edges(graph.get_node_by_name(op)):
+        if edge.input_port_id != port:
+            continue
+        node = edge.from_node
+        while node.node_type != "nncf_model_const":
+            before = graph.get_input_edges(node)
+            if not before:
+                return None
+            node = min(before, key=lambda e: e.input_port_id).from_node
+        return str(node.node_name)
+    return None

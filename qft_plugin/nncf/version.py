@@ -1,0 +1,27 @@
+"""Which NNCF is installed, and whether this plugin works with it."""
+
+from importlib import metadata
+from typing import Final
+
+from qft_plugin.errors import HostError
+
+OLDEST: Final = (2, 17)
+"""The first version whose torch models are quantized by function hooks."""
+
+
+def check_version() -> None:
+    """Check that NNCF is installed and new enough.
+
+    Raises:
+        HostError: it is missing or too old.
+    """
+    wanted = ".".join(map(str, OLDEST))
+    try:
+        found = metadata.version("nncf")
+    except metadata.PackageNotFoundError:
+        raise HostError(
+            f"NNCF {wanted} or newer should be installed. Found none. Run: pip install 'qft_plugin[nncf]'."
+        ) from None
+    numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
+    if numbers < OLDEST:
+        raise HostError(f"NNCF should be at least {wanted}. Found {found}. Run: pip install 'nncf>={wanted}'.")

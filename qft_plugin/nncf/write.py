@@ -1,0 +1,100 @@
+"""From trained degrees of freedom back to a model with NNCF's standard quantizers."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from nncf.torch.function_hook import get_hook_storage
+from nncf.torch.quantization.extensions import QuantizedFunctionsCPU
+from nncf.torch.quantization.layers import AsymmetricQuantizer, PTQuantizerSpec, SymmetricQuantizer
+from torch import Tensor, nn
+
+from qft_plugin.nncf.attach import Placed
+from qft_plugin.offline import DeployedWeight, Dof, deployed_weights, solve
+from qft_plugin.placement import ActivationGrid
+
+
+@torch.no_grad()
+def write(placed: Placed, dof: Dof) -> nn.Module:
+    """Put the trained tensors and NNCF's own quantizers into the model that NNCF made.
+
+    The weights are snapped onto their grid, so that every runtime finds the student's integers, whatever it does with
+    ties and with the most negative integer, which NNCF's export cannot exclude.
+
+    Args:
+        placed: the model with NNCF's quantizers; it is changed and returned.
+        dof: the trained degrees of freedom.
+
+    Returns:
+        The model, in eval mode.
+    """
+    model = placed.model
+    solution = solve(dof)
+    for name, tensor in solution.tensors.items():
+        model.get_parameter(name).copy_(tensor)
+    storage = get_hook_storage(model)
+    for weight, deployed in deployed_weights(dof).items():
+        for name in placed.weight_hooks[weight]:
+            old = storage.get_submodule(name)
+            storage.set_submodule(name, _weight_quantizer(old, deployed))
+    for quantizer, names in placed.hooks.items():
+        grid, scale = placed.placement.activations[quantizer], solution.activation_scales[quantizer]
+        module = storage.get_submodule(names[0])
+        _set_scale(module, grid, scale)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    return model.eval()
+
+
+def _weight_quantizer(old: Any, deployed: DeployedWeight) -> nn.Module:
+    """Make a standard symmetric quantizer of the trained width and scale, with the scale shape that NNCF chose."""
+    state = {**old.get_config(), "num_bits": deployed.bits, "narrow_range": True, "half_range": False}
+    quantizer = SymmetricQuantizer(PTQuantizerSpec.from_state(state))
+    quantizer.to(deployed.step.device)
+    quantizer.signed = True
+    high = 2 ** (deployed.bits - 1) - 1
+    scale = (deployed.step * high).expand(quantizer.scale.numel()) if deployed.step.dim() == 0 else deployed.step * high
+    quantizer.scale.data.copy_(scale.reshape(quantizer.scale.shape))
+    return quantizer
+
+
+def _set_scale(module: nn.Module, grid: ActivationGrid, scale: Tensor) -> None:
+    """Give a standard activation quantizer its trained scale."""
+    if isinstance(module, SymmetricQuantizer):
+        # NNCF stores the largest real value.
+        module.scale.data.fill_(scale * grid.high)
+    else:
+        assert isinstance(module, AsymmetricQuantizer)
+        module.input_low.data.fill_(scale * (grid.low - grid.zero_point))
+        module.input_range.data.fill_(scale * (grid.high - grid.low))
+
+
+class _TorchOperations:
+    """The one function of NNCF's C++ extension that a forward needs, in plain torch operations."""
+
+    @staticmethod
+    def Quantize_forward(x: Tensor, low: Tensor, extent: Tensor, levels: int) -> Tensor:  # noqa: N802  (NNCF's name)
+        scale = extent / (levels - 1)
+        zero_point = torch.round(-low / scale)
+        return (torch.clamp(torch.round(x / scale) + zero_point, 0, levels - 1) - zero_point) * scale
+
+
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """Run NNCF's quantizers on torch operations for a while, unless its C++ extension is loaded already.
+
+    NNCF compiles the extension at the first call of a quantizer, which takes about a minute, needs a compiler and
+    stops after 60 s leaving a lock behind (seen in 2.17 to 3.4). For a single export that is not worth it.
+    """
+    namespace = QuantizedFunctionsCPU
+    # Private, but the same in 2.17.0 to 3.4.0; where it is gone, NNCF simply compiles.
+    if getattr(namespace, "_loaded_namespace", _TorchOperations) is not None:
+        yield
+        return
+    namespace._loaded_namespace = _TorchOperations
+    try:
+        yield
+    finally:
+        namespace._loaded_namespace = None

@@ -1,0 +1,142 @@
+"""Where a host put its quantizers, and what that means for the layers around them."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from qft_plugin.errors import ConfigError
+from qft_plugin.graph import Layer, LayerGraph, Op
+
+KEEPS_GRID: Final = frozenset(
+    "max_pool1d max_pool2d max_pool3d flatten reshape view permute transpose squeeze unsqueeze __getitem__ narrow "
+    "select chunk split unbind dropout identity contiguous clone detach pixel_shuffle channel_shuffle".split()
+)
+"""The values that come out are among the values that go in, so a quantized input means a quantized output."""
+
+PASSES_TO_OUTPUT: Final = frozenset("relu leaky_relu prelu relu6 hardtanh dropout identity contiguous".split())
+"""What may stand between a layer and the quantizer of its output."""
+
+GLOBAL_POOLS: Final = frozenset(
+    "mean adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d avg_pool1d avg_pool2d avg_pool3d "
+    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d amax".split()
+)
+
+
+@dataclass(frozen=True)
+class ActivationGrid:
+    """The integers of one activation quantizer and where its scale starts.
+
+    Attributes:
+        scale: initial step, real per step.
+        low: smallest integer.
+        high: largest integer.
+        zero_point: the integer of the real 0.
+    """
+
+    scale: float
+    low: int
+    high: int
+    zero_point: int = 0
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The quantizers of a host, by their names.
+
+    Attributes:
+        activations: grid of each activation quantizer.
+        on_tensor: quantizer of everything that reads a tensor, by name of the tensor.
+        on_input: quantizer of one input of one operation, by operation and number of the input.
+        weights: for each quantized weight, whether its scale may differ by output channel.
+    """
+
+    activations: Mapping[str, ActivationGrid]
+    on_tensor: Mapping[str, str]
+    on_input: Mapping[tuple[str, int], str]
+    weights: Mapping[str, bool]
+
+
+def quantizer_before(graph: LayerGraph, placement: Placement, layer: Layer) -> str | None:
+    """Find the quantizer of a layer's input edge, looking back through operations that keep the grid."""
+    op, index = layer.calls[0], 0
+    makers = {name: made_by for made_by in graph.ops for name in made_by.outputs}
+    tensor: str | None = layer.inputs[0]
+    while tensor is not None:
+        found = placement.on_input.get((op, index)) or placement.on_tensor.get(tensor)
+        if found is not None:
+            return found
+        maker = makers.get(tensor)
+        if maker is None or maker.function not in KEEPS_GRID or len(maker.inputs) != 1:
+            return None
+        op, tensor = maker.name, maker.inputs[0]
+    return None
+
+
+def quantizer_after(graph: LayerGraph, placement: Placement, layer: Layer) -> str | None:
+    """Find the quantizer of a layer's output edge, looking forward through its activation function."""
+    tensor = layer.outputs[0]
+    while True:
+        users = [(op, i) for op in graph.ops for i, name in enumerate(op.inputs) if name == tensor]
+        found = placement.on_tensor.get(tensor)
+        if found is None and users:
+            found = placement.on_input.get((users[0][0].name, users[0][1]))
+        if found is not None or len(users) != 1 or users[0][0].function not in PASSES_TO_OUTPUT:
+            return found
+        tensor = users[0][0].outputs[0]
+
+
+@dataclass(frozen=True)
+class ComparedInput:
+    """An activation at which teacher and student are compared.
+
+    Attributes:
+        op: name of the operation that reads it.
+        index: which of its activation inputs it is.
+        tensor: name of the activation.
+    """
+
+    op: str
+    index: int
+    tensor: str
+
+
+def backbone_output(graph: LayerGraph, loss_at: str | None) -> ComparedInput | None:
+    """Choose where teacher and student are compared: at the output of the backbone (Sec. 4).
+
+    Args:
+        graph: the network.
+        loss_at: name of a module or of an operation whose input is compared; `None` chooses the input of the last
+            global pool, else of the last linear layer.
+
+    Returns:
+        The input of an operation, or `None` for the output of the network.
+
+    Raises:
+        ConfigError: no operation has the name `loss_at`.
+    """
+    if loss_at is not None:
+        path = loss_at.replace(".", "/")
+        for op in graph.ops:
+            if op.inputs and (op.name in (loss_at, path) or op.name.startswith(f"{path}/")):
+                return ComparedInput(op.name, 0, op.inputs[0])
+        raise ConfigError(
+            f"FinetuneConfig.loss_at should name a module that computes something, or an operation. Found {loss_at!r}; "
+            f"operations of this model: {', '.join(op.name for op in graph.ops)}."
+        )
+    for op in reversed(graph.ops):
+        if _is_global_pool(graph, op):
+            return ComparedInput(op.name, 0, op.inputs[0])
+    for op in reversed(graph.ops):
+        if op.function == "linear" and op.inputs:
+            return ComparedInput(op.name, 0, op.inputs[0])
+    return None
+
+
+def _is_global_pool(graph: LayerGraph, op: Op) -> bool:
+    """Whether an operation reduces all positions of an image to one."""
+    if op.function not in GLOBAL_POOLS or not op.inputs or not op.outputs:
+        return False
+    before, after = graph.shapes[op.inputs[0]], graph.shapes[op.outputs[0]]
+    positions = math.prod(before[2:])
+    return len(before) > 2 and positions > 1 and math.prod(after) * positions == math.prod(before)

@@ -1,0 +1,167 @@
+"""Fake-quantization with its native gradient, and the two helpers that put a vector onto a weight's axes."""
+
+import logging
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("qft_plugin")
+
+TRANSPOSED_KINDS: Final = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
+
+
+def integer_range(bits: int, *, signed: bool, narrow: bool = False) -> tuple[int, int]:
+    """Return the smallest and the largest integer of a grid.
+
+    Args:
+        bits: bit width, at least 2 where `narrow`, else at least 1.
+        signed: two's complement, else starting at 0.
+        narrow: drop the most negative integer, so that the signed grid is symmetric (Eq. 1).
+    """
+    if not signed:
+        return 0, 2**bits - 1
+    high = 2 ** (bits - 1) - 1
+    return (-high if narrow else -high - 1), high
+
+
+def per_in(v: Tensor, W: Tensor, *, groups: int = 1, kind: str = "conv2d") -> Tensor:
+    """Put a vector over input channels onto the axes of a weight, so that it broadcasts against it.
+
+    The paper writes W[m, n] with m = in, n = out; torch orders a weight `[out, in/groups, *k]`, a transposed
+    convolution's `[in, out/groups, *k]`. In a grouped layer the vector is indexed inside each group.
+
+    Args:
+        v: one value per input channel, `[in]`.
+        W: the weight.
+        groups: number of groups.
+        kind: the layer's torch function, `"linear"`, `"conv2d"`, `"conv_transpose2d"`, ...
+    """
+    tail = (1,) * (W.dim() - 2)
+    if kind in TRANSPOSED_KINDS:
+        return v.reshape(-1, 1, *tail)
+    if groups == 1:
+        return v.reshape(1, -1, *tail)
+    inside = v.reshape(groups, 1, -1).expand(groups, W.shape[0] // groups, W.shape[1])
+    return inside.reshape(W.shape[0], W.shape[1], *tail)
+
+
+def per_out(v: Tensor, W: Tensor, *, groups: int = 1, kind: str = "conv2d") -> Tensor:
+    """Put a vector over output channels onto the axes of a weight, so that it broadcasts against it.
+
+    Args:
+        v: one value per output channel, `[out]`.
+        W: the weight (a normalisation layer's has one axis only).
+        groups: number of groups.
+        kind: the layer's torch function.
+    """
+    if W.dim() == 1:
+        return v
+    tail = (1,) * (W.dim() - 2)
+    if kind not in TRANSPOSED_KINDS:
+        return v.reshape(-1, 1, *tail)
+    if groups == 1:
+        return v.reshape(1, -1, *tail)
+    inside = v.reshape(groups, 1, -1).expand(groups, W.shape[0] // groups, W.shape[1])
+    return inside.reshape(W.shape[0], W.shape[1], *tail)
+
+
+def to_integer(x: Tensor, scale: Tensor, *, low: int, high: int, zero_point: int = 0) -> Tensor:
+    """Quantize to integers held in float.  Eq. (1):  x_int = clip(round(x / scale) + zero_point, low, high).
+
+    Ties round to even, as in torch, NumPy and the CPU runtimes.
+    """
+    return (x / scale).round_().add_(zero_point).clamp_(low, high)
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Round to the nearest integer; the straight-through estimator lets the gradient pass unchanged."""
+    return x + (x.round() - x).detach()
+
+
+def fake_quantize_composed(x: Tensor, scale: Tensor, *, low: int, high: int, zero_point: int = 0) -> Tensor:
+    """Fake-quantize with ordinary differentiable operations: the definition that `fake_quantize` must equal.
+
+    Eq. (1):  x_fq = scale * (clip(round(x / scale) + Z, low, high) - Z), STE on the rounding only.
+    """
+    return (torch.clamp(round_ste(x / scale) + zero_point, low, high) - zero_point) * scale
+
+
+def _flat(x: Tensor) -> Tensor:
+    """View dense memory as one axis, whatever the order of the axes in it."""
+    return x.as_strided((x.numel(),), (1,), x.storage_offset())
+
+
+def _same_layout(x: Tensor, like: Tensor) -> Tensor:
+    """Bring `x` into the memory layout of `like`: elementwise kernels are several times slower across layouts."""
+    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Fake-quantization in four elementwise passes forwards, one pass and two dot products backwards.
+
+    With r = round(x / s) + Z the native gradient of Eq. (1) is
+
+        dL/dx = g                where low <= r <= high, else 0
+        dL/ds = sum g * (x_fq - [low <= r <= high] * x) / s
+
+    which is the gradient of LSQ (Esser et al. 2020) without its extra factor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, zero_point: int) -> Tensor:
+        x = x if x.is_contiguous() or _is_dense(x) else x.contiguous()
+        out = (x / scale).round_()
+        if zero_point:
+            out.add_(zero_point).clamp_(low, high).sub_(zero_point).mul_(scale)
+        else:
+            out.clamp_(low, high).mul_(scale)
+        ctx.save_for_backward(x, out, scale)
+        ctx.range = (low - zero_point, high - zero_point)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x, out, scale = ctx.saved_tensors
+        low, high = ctx.range
+        g = _same_layout(gradients[0], x)
+        if scale.numel() == 1 and x.device.type == "cpu":
+            # One fused kernel; reading the scale costs nothing here, on a GPU it would wait for the device.
+            s = scale.item()
+            gx = torch.ops.aten.hardtanh_backward(g, x, (low - 0.5) * s, (high + 0.5) * s)
+        else:
+            r = x / scale
+            gx = torch.ops.aten.hardtanh_backward(g, r, low - 0.5, high + 0.5)
+        if not ctx.needs_input_grad[1]:
+            return gx, None, None, None, None
+        if scale.numel() == 1:
+            gs = (torch.dot(_flat(g), _flat(out)) - torch.dot(_flat(gx), _flat(x))) / scale
+        else:
+            gs = (g * out).sub_(gx * x).sum_to_size(scale.shape) / scale
+        return gx, gs.reshape(scale.shape), None, None, None
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlap, in any order of axes."""
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(x))
+
+
+def fake_quantize(x: Tensor, scale: Tensor, *, low: int, high: int, zero_point: int = 0) -> Tensor:
+    """Quantize and dequantize, in float, with the native gradient for the data and for the scale.
+
+    Eq. (1):  x_fq = scale * (clip(round(x / scale) + Z, low, high) - Z)
+
+    The gradient passes straight through the rounding and not at all where the clip is active.
+
+    Args:
+        x: any floating-point tensor, real units.
+        scale: real per step, greater than 0; broadcasts against `x` (a scalar is fastest).
+        low: smallest integer of the grid.
+        high: largest integer of the grid.
+        zero_point: the integer that stands for the real 0.
+
+    Returns:
+        Tensor of the shape of `x` on the grid, real units.
+    """
+    out: Tensor = _FakeQuantize.apply(x, scale, low, high, zero_point)  # type: ignore[no-untyped-call]
+    return out
