@@ -39,7 +39,7 @@ class Rows:
                 # Not a context manager: the file outlives this method and is removed in `finish`.
                 self._file = tempfile.NamedTemporaryFile(prefix="qft_", suffix=".rows", delete=False)  # noqa: SIM115
             for chunk in self._chunks:
-                self._file.write(memoryview(chunk.flatten().view(torch.uint8).numpy()))
+                self._file.write(chunk.flatten().view(torch.uint8).numpy().tobytes())
             self._chunks.clear()
 
     def finish(self) -> Tensor:
@@ -126,8 +126,8 @@ def as_call(sample: Any, *, accepts: Callable[..., bool]) -> Call:
             return args, kwargs
         kinds = ", ".join(_words(v) for v in values)
         raise DataError(
-            f"Dataset: an item should hold the model's inputs only. Found a {type(sample).__name__} of ({kinds}), which "
-            "the model does not take; labels are not needed. Pass a function that picks the inputs, for example "
+            f"Dataset: an item should hold the model's inputs only. Found a {type(sample).__name__} of ({kinds}), "
+            "which the model does not take; labels are not needed. Pass a function that picks the inputs, for example "
             "nncf.Dataset(loader, lambda batch: batch[0])."
         )
     raise DataError(
@@ -162,7 +162,8 @@ def read_inputs(
     try:
         for number, item in enumerate(items):
             args, kwargs = as_call(item, accepts=accepts)
-            named: dict[int | str, Tensor] = {**dict(enumerate(args)), **kwargs}
+            named: dict[int | str, Tensor] = dict(enumerate(args))
+            named.update(kwargs)
             _check_item(number, named, first, like)
             take = min(next(iter(named.values())).shape[0], max_images - count)
             for key, value in named.items():
@@ -190,22 +191,31 @@ def _check_item(number: int, named: dict[int | str, Tensor], first: dict[int | s
     sizes = {t.shape[0] if t.dim() else None for t in named.values()}
     if len(sizes) > 1 or None in sizes or 0 in sizes:
         shapes = [list(t.shape) for t in named.values()]
-        raise DataError(f"Dataset item {number}: should have a first axis of images, at least 1, equal in all inputs. "
-                        f"Found shapes {shapes}. Add the batch axis, for example with image.unsqueeze(0).")  # fmt: skip
+        raise DataError(
+            f"Dataset item {number}: should have a first axis of images, at least 1, equal in all inputs. "
+            f"Found shapes {shapes}. Add the batch axis, for example with image.unsqueeze(0)."
+        )
     if first and set(first) != set(named):
-        raise DataError(f"Dataset item {number}: should have the inputs {list(first)} of the items before it. "
-                        f"Found {list(named)}.")  # fmt: skip
+        raise DataError(
+            f"Dataset item {number}: should have the inputs {list(first)} of the items before it. Found {list(named)}."
+        )
     for key, value in named.items():
         where = f"Dataset item {number}, input {key!r}"
         if value.device != like.device:
-            raise DataError(f"{where}: should be on the model's device {like.device}. Found {value.device}. "
-                            "Move it there in the function that you pass to the dataset.")  # fmt: skip
+            raise DataError(
+                f"{where}: should be on the model's device {like.device}. Found {value.device}. "
+                "Move it there in the function that you pass to the dataset."
+            )
         if value.dtype == torch.uint8 or (value.is_floating_point() and value.dtype != like.dtype):
-            raise DataError(f"{where}: should be of the model's dtype {like.dtype}. Found {value.dtype}. "
-                            f"Convert it as for inference, for example image.to({like.dtype}) / 255.")  # fmt: skip
+            raise DataError(
+                f"{where}: should be of the model's dtype {like.dtype}. Found {value.dtype}. "
+                f"Convert it as for inference, for example image.to({like.dtype}) / 255."
+            )
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise DataError(f"{where}: should be finite. Found NaN or infinity. Look at how it is preprocessed.")
         before = first.get(key)
         if before is not None and (value.shape[1:] != before.shape[1:] or value.dtype != before.dtype):
-            raise DataError(f"{where}: should be like the items before it, {_words(before)} per batch. "
-                            f"Found {_words(value)}. Resize or crop all images to one size.")  # fmt: skip
+            raise DataError(
+                f"{where}: should be like the items before it, {_words(before)} per batch. "
+                f"Found {_words(value)}. Resize or crop all images to one size."
+            )

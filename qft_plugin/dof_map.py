@@ -69,7 +69,7 @@ def _collect(solver: Solver) -> DofMap:
         )
         for weight, calls in solver.calls.items()
     )
-    made_by = {name: "input" for name in solver.graph.inputs}
+    made_by = dict.fromkeys(solver.graph.inputs, "input")
     made_by |= {name: op.function for op in solver.graph.ops for name in op.outputs}
     edges, channel_index = [], {}
     for name, function in made_by.items():

@@ -71,7 +71,7 @@ def ppq(X: Tensor, *, high: int) -> Tensor:
         Scales, `[slices]`, real per step, greater than 0; PPQ(c * X) = c * PPQ(X).
     """
     block = max(1, PPQ_BLOCK // max(1, X.shape[1]))
-    return torch.cat([_ppq_block(rows, high) for rows in X.split(block)])
+    return torch.cat([_ppq_block(X[i : i + block], high) for i in range(0, X.shape[0], block)])
 
 
 def _ppq_block(X: Tensor, high: int) -> Tensor:

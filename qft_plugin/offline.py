@@ -156,13 +156,14 @@ class Dof(nn.Module):
 
     def activation_scale(self, name: str) -> Tensor:
         """Return the step of an activation quantizer, `[]`, real (folded) per step."""
-        return self.log_s[self._activation_index[name]].exp()
+        log_s: Tensor = self.log_s[self._activation_index[name]]
+        return log_s.exp()
 
     def activation_scales(self) -> dict[str, Tensor]:
         """Return the step of every activation quantizer by name."""
-        return dict(zip(self._activation_index, torch.stack(list(self.log_s)).exp().unbind(), strict=True)) if (
-            len(self.log_s)
-        ) else {}  # fmt: skip
+        if not len(self.log_s):
+            return {}
+        return dict(zip(self._activation_index, torch.stack(list(self.log_s)).exp().unbind(), strict=True))
 
     def factors(self) -> Tensor:
         """Return the cross-layer factor of every variable, `[1 + size]`; the first is that of pinned channels, 1."""
@@ -213,7 +214,7 @@ class _LayerDof(nn.Module):
         layer = self.layer
         out = self.unit
         B = None if self.bias is None else self.bias * self.bias_unit
-        W = self.W
+        W: Tensor = self.W
         if self.folds_out:
             c_out = c.index_select(0, self.out_index)
             out = self.unit / per_out(c_out, W, groups=layer.groups, kind=layer.kind)

@@ -82,7 +82,7 @@ def quantize(host: ModuleType, model: nn.Module, request: Any, config: QFTConfig
     dof_map = _proven(map_dof(source.graph), source, inputs, host)
     at = backbone_output(source.graph, settings.loss_at)
     if at is not None and at.tensor not in dof_map.channel_index:
-        logger.info("the scales of %s differ inside a channel: the outputs of the network are compared instead", at.tensor)
+        logger.info("the scales of %s differ inside a channel: the network's outputs are compared", at.tensor)
         at = None
     inputs = _fastest_layout(source.teacher, inputs)
     targets = _targets(host.teacher(source, at), inputs, config)
@@ -184,7 +184,7 @@ def _equalization(dof_map: DofMap, tensors: Mapping[str, Tensor], config: QFTCon
     if not config.equalize:
         return like.new_zeros(dof_map.size)
     # With a scale for every output channel the producers need no help: the consumers are equalized alone.
-    beta = 1.0 if config.hardware.rescale == "channelwise" else 0.5
+    beta = 0.5
     weights = {layer.weight: tensors[layer.weight] for layer in dof_map.layers if layer.kind != "layer_norm"}
     bits = config.weight_bits_of({name: W.numel() for name, W in weights.items()})
     return equalize(dof_map, weights, bits, beta=beta).to(like)

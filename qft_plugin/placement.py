@@ -9,17 +9,53 @@ from qft_plugin.errors import ConfigError
 from qft_plugin.graph import Layer, LayerGraph, Op
 
 KEEPS_GRID: Final = frozenset(
-    "max_pool1d max_pool2d max_pool3d flatten reshape view permute transpose squeeze unsqueeze __getitem__ narrow "
-    "select chunk split unbind dropout identity contiguous clone detach pixel_shuffle channel_shuffle".split()
+    [
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "flatten",
+        "reshape",
+        "view",
+        "permute",
+        "transpose",
+        "squeeze",
+        "unsqueeze",
+        "__getitem__",
+        "narrow",
+        "select",
+        "chunk",
+        "split",
+        "unbind",
+        "dropout",
+        "identity",
+        "contiguous",
+        "clone",
+        "detach",
+        "pixel_shuffle",
+        "channel_shuffle",
+    ]
 )
 """The values that come out are among the values that go in, so a quantized input means a quantized output."""
 
-PASSES_TO_OUTPUT: Final = frozenset("relu leaky_relu prelu relu6 hardtanh dropout identity contiguous".split())
+PASSES_TO_OUTPUT: Final = frozenset(
+    ["relu", "leaky_relu", "prelu", "relu6", "hardtanh", "dropout", "identity", "contiguous"]
+)
 """What may stand between a layer and the quantizer of its output."""
 
 GLOBAL_POOLS: Final = frozenset(
-    "mean adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d avg_pool1d avg_pool2d avg_pool3d "
-    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d amax".split()
+    [
+        "mean",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d",
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "adaptive_max_pool1d",
+        "adaptive_max_pool2d",
+        "adaptive_max_pool3d",
+        "amax",
+    ]
 )
 
 

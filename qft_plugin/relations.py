@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -55,7 +56,8 @@ class Solver:
 
     def tie(self, a: Tensor, b: Tensor) -> None:
         """Force the variables of `a` and `b` to be equal, element by element (they broadcast)."""
-        a, b = _compact(*torch.broadcast_tensors(a, b))
+        shape = np.broadcast_shapes(a.shape, b.shape)
+        a, b = _compact(a.expand(shape), b.expand(shape))
         pairs = torch.stack([a.flatten(), b.flatten()])
         pairs = pairs[:, (pairs >= 0).all(0) & (pairs[0] != pairs[1])]
         for i, j in torch.unique(pairs, dim=1).T.tolist():
@@ -135,15 +137,54 @@ def rows_of(shadow: Tensor, axis: int) -> Tensor:
 Rule = Callable[[Solver, Op], None]
 
 SAME: Final = frozenset(
-    "relu leaky_relu prelu rrelu abs neg identity dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout "
-    "contiguous clone detach to float double half bfloat16 type_as positive".split()
+    [
+        "relu",
+        "leaky_relu",
+        "prelu",
+        "rrelu",
+        "abs",
+        "neg",
+        "identity",
+        "dropout",
+        "dropout1d",
+        "dropout2d",
+        "dropout3d",
+        "alpha_dropout",
+        "feature_dropout",
+        "contiguous",
+        "clone",
+        "detach",
+        "to",
+        "float",
+        "double",
+        "half",
+        "bfloat16",
+        "type_as",
+        "positive",
+    ]
 )
 """Elementwise, positively homogeneous: f(x / c) = f(x) / c for every c > 0."""
 
 SPATIAL: Final = frozenset(
-    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d interpolate upsample "
-    "upsample_nearest upsample_bilinear max_pool2d_with_indices".split()
+    [
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d",
+        "adaptive_max_pool1d",
+        "adaptive_max_pool2d",
+        "adaptive_max_pool3d",
+        "interpolate",
+        "upsample",
+        "upsample_nearest",
+        "upsample_bilinear",
+        "max_pool2d_with_indices",
+    ]
 )
 """Mixes positions inside a channel only; the channels are axis 1."""
 
@@ -187,8 +228,8 @@ ADDS: Final = frozenset(["add", "sub", "subtract", "__add__", "__radd__", "__iad
 MULTIPLIES: Final = frozenset(["mul", "multiply", "__mul__", "__rmul__", "__imul__"])
 DIVIDES: Final = frozenset(["div", "divide", "true_divide", "__truediv__", "__itruediv__"])
 LAYERS: Final = frozenset(
-    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
-)  # fmt: skip
+    ["linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
+)
 BOUNDED: Final = frozenset(["relu6", "hardtanh", "clamp", "clip"])
 
 
@@ -209,11 +250,11 @@ def apply_rule(solver: Solver, op: Op) -> None:
     try:
         rule(solver, op)
         _check_shapes(solver, op)
-    except _NotExpressible as why:
+    except _NotExpressibleError as why:
         _barrier(solver, op, f"{op.function} {why}")
 
 
-class _NotExpressible(Exception):
+class _NotExpressibleError(Exception):
     """The arguments of this call are outside what the rule covers."""
 
 
@@ -246,7 +287,7 @@ def _check_shapes(solver: Solver, op: Op) -> None:
     for name in op.outputs:
         shadow = solver.shadows.get(name)
         if shadow is None or tuple(shadow.shape) != tuple(solver.graph.shapes[name]):
-            raise _NotExpressible("was called in a way that could not be followed")
+            raise _NotExpressibleError("was called in a way that could not be followed")
 
 
 def _note_other_users(solver: Solver, op: Op) -> None:
@@ -265,7 +306,7 @@ def _spatial(solver: Solver, op: Op) -> None:
     shadow = solver.shadows[op.inputs[0]]
     shape = solver.graph.shapes[op.outputs[0]]
     if shadow.dim() < 3 or len(shape) != shadow.dim():
-        raise _NotExpressible("has no channel axis")
+        raise _NotExpressibleError("has no channel axis")
     channel = solver.per_channel(shadow, 1)
     for name in op.outputs:
         solver.shadows[name] = channel.view(1, -1, *(1,) * (shadow.dim() - 2)).expand(solver.graph.shapes[name])
@@ -276,7 +317,7 @@ def _resolve(solver: Solver, op: Op, value: Any) -> Any:
     if isinstance(value, Ref):
         return solver.shadows[op.inputs[value.index]]
     if isinstance(value, Const):
-        raise _NotExpressible("mixes activations with a constant")
+        raise _NotExpressibleError("mixes activations with a constant")
     if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
         return type(value)(_resolve(solver, op, v) for v in value)
     return value
@@ -288,10 +329,10 @@ def _move(solver: Solver, op: Op) -> None:
         kwargs = {k: _resolve(solver, op, v) for k, v in (op.kwargs or {}).items()}
         result = MOVES[op.function](*args, **kwargs)
     except (RuntimeError, TypeError, IndexError, ValueError) as error:
-        raise _NotExpressible(f"could not be followed ({str(error).splitlines()[0]})") from error
+        raise _NotExpressibleError(f"could not be followed ({str(error).splitlines()[0]})") from error
     results = [result] if isinstance(result, Tensor) else list(result)
     if len(op.outputs) > len(results):
-        raise _NotExpressible("returned an unexpected number of tensors")
+        raise _NotExpressibleError("returned an unexpected number of tensors")
     solver.shadows.update(zip(op.outputs, results, strict=False))
 
 
@@ -309,8 +350,9 @@ def _reduce(solver: Solver, op: Op) -> None:
 def _add(solver: Solver, op: Op) -> None:
     operands = op.args[:2]
     if len(op.inputs) != 2 or not all(isinstance(v, Ref) for v in operands):
-        raise _NotExpressible("of a constant would need the constant rescaled")
-    a, b = torch.broadcast_tensors(*(solver.shadows[op.inputs[v.index]] for v in operands))
+        raise _NotExpressibleError("of a constant would need the constant rescaled")
+    shape = solver.graph.shapes[op.outputs[0]]
+    a, b = (solver.shadows[op.inputs[v.index]].expand(shape) for v in operands if isinstance(v, Ref))
     solver.tie(a, b)
     solver.shadows[op.outputs[0]] = a if not (a == FREE_ZERO).any() else torch.where(a == FREE_ZERO, b, a)
 
@@ -319,21 +361,17 @@ def _multiply(solver: Solver, op: Op) -> None:
     """A product is homogeneous in one factor while the others stay: the gate is pinned, the feature passes."""
     refs = [v for v in op.args[:2] if isinstance(v, Ref)]
     if len(refs) != len(op.inputs) or not refs:
-        raise _NotExpressible("was called in a way that could not be followed")
+        raise _NotExpressibleError("was called in a way that could not be followed")
     shadows = [solver.shadows[op.inputs[v.index]] for v in refs]
     if len(refs) == 1:
         if op.function in DIVIDES and not isinstance(op.args[0], Ref):
-            raise _NotExpressible("of a constant by an activation is not homogeneous")
+            raise _NotExpressibleError("of a constant by an activation is not homogeneous")
         feature = shadows[0]
     else:
-        by_size = op.function in MULTIPLIES and _numel(shadows[0]) < _numel(shadows[1])
+        by_size = op.function in MULTIPLIES and shadows[0].numel() < shadows[1].numel()
         feature, gate = shadows[::-1] if by_size else shadows
         solver.pin(gate, f"gate of {op.function}")
     solver.shadows[op.outputs[0]] = feature.expand(solver.graph.shapes[op.outputs[0]])
-
-
-def _numel(shadow: Tensor) -> int:
-    return shadow.numel()
 
 
 def _pad(solver: Solver, op: Op) -> None:
@@ -342,7 +380,7 @@ def _pad(solver: Solver, op: Op) -> None:
     pads = list(op.argument(1, "pad"))
     if mode == "constant":
         if op.argument(3, "value") not in (None, 0, 0.0):
-            raise _NotExpressible("with a value other than 0 would need the value rescaled")
+            raise _NotExpressibleError("with a value other than 0 would need the value rescaled")
         solver.shadows[op.outputs[0]] = functional.pad(shadow, pads, value=FREE_ZERO)
     else:
         # Reflection and replication have no integer kernel; float64 holds the variables exactly.
@@ -353,21 +391,22 @@ def _parameter(op: Op, position: int, name: str) -> Const | None:
     value = op.argument(position, name)
     if value is None or isinstance(value, Const):
         return value
-    raise _NotExpressible(f"has a {name} that is computed")
+    raise _NotExpressibleError(f"has a {name} that is computed")
 
 
 def _layer(solver: Solver, op: Op) -> None:
     """Eq. (2): a kernel absorbs any factor of its input on its left and of its output on its right side."""
     weight, bias = _parameter(op, 1, "weight"), _parameter(op, 2, "bias")
     if weight is None or op.args[0] != Ref(0):
-        raise _NotExpressible("has a weight that is computed")
+        raise _NotExpressibleError("has a weight that is computed")
     shape = solver.graph.shapes[op.outputs[0]]
     transposed = op.function.startswith("conv_transpose")
     groups = 1 if op.function == "linear" else int(op.argument(6, "groups", 1))
     axis = -1 if op.function == "linear" else len(shape) - len(weight.shape) + 1
     ins = solver.per_channel(solver.shadows[op.inputs[0]], axis)
     outs = solver.new(weight.shape[1] * groups if transposed else weight.shape[0])
-    solver.calls.setdefault(weight.name, []).append(Call(op, op.function, bias.name if bias else None, groups, ins, outs))
+    call = Call(op, op.function, bias.name if bias else None, groups, ins, outs)
+    solver.calls.setdefault(weight.name, []).append(call)
     axes = [1] * len(shape)
     axes[axis] = -1
     solver.shadows[op.outputs[0]] = outs.view(axes).expand(shape)
@@ -379,7 +418,7 @@ def _norm(solver: Solver, op: Op) -> None:
     constants = [_parameter(op, 2 + i, name) for i, name in enumerate(names)]
     weight, bias = constants[0], constants[1] if len(constants) > 1 else None
     if weight is None or len(weight.shape) != 1:
-        raise _NotExpressible("has no per-channel weight")
+        raise _NotExpressibleError("has no per-channel weight")
     shadow = solver.shadows[op.inputs[0]]
     solver.pin(shadow, f"{op.function} mixes the channels")
     shape = solver.graph.shapes[op.outputs[0]]

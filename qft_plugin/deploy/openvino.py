@@ -193,8 +193,10 @@ def _compare_integers(model: Any, integers: Mapping[str, Tensor]) -> None:
         candidates = [c for c in found if c.size == wanted.size]
         if not any(np.array_equal(c, wanted) for c in candidates):
             least = min((int((c != wanted).sum()) for c in candidates), default=wanted.size)
-            raise ParityError(f"Weight {name}: its integers should be in the IR. Found {least} of {wanted.size} that differ "
-                              "from the closest constant. Please report the model.")  # fmt: skip
+            raise ParityError(
+                f"Weight {name}: its integers should be in the IR. Found {least} of {wanted.size} that differ "
+                "from the closest constant. Please report the model."
+            )
 
 
 def _compare_outputs(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -205,7 +207,9 @@ def _compare_outputs(found: Sequence[Tensor], expected: Sequence[Tensor]) -> flo
         e = e.detach().cpu()
         error = float((f - e).norm() / e.norm().clamp(min=1e-12)) if e.is_floating_point() else float((f != e).any())
         if not error <= OUTPUT_TOLERANCE:
-            raise ParityError(f"Output {number} of the IR should be the model's within {OUTPUT_TOLERANCE} (relative L2, f32). "
-                              f"Found {error:.3g}. Please report the model.")  # fmt: skip
+            raise ParityError(
+                f"Output {number} of the IR should be the model's within {OUTPUT_TOLERANCE} (relative L2, f32). "
+                f"Found {error:.3g}. Please report the model."
+            )
         worst = max(worst, error)
     return worst

@@ -1,7 +1,7 @@
 """NNCF as a host: importing this package adds `algorithm="qft"` to `nncf.quantize`.
 
-    import nncf, qft_plugin.nncf
-    q = nncf.quantize(model, nncf.Dataset(loader, lambda batch: batch[0]), algorithm="qft")
+import nncf, qft_plugin.nncf
+q = nncf.quantize(model, nncf.Dataset(loader, lambda batch: batch[0]), algorithm="qft")
 """
 
 from qft_plugin.nncf.version import check_version
@@ -12,7 +12,7 @@ from qft_plugin.nncf.attach import Student, place, teacher  # noqa: E402  (only 
 from qft_plugin.nncf.read import accepts, check_model, read, tensors_in  # noqa: E402
 from qft_plugin.nncf.register import quantize, register, unregister  # noqa: E402
 from qft_plugin.nncf.save import save_openvino  # noqa: E402
-from qft_plugin.nncf.write import write  # noqa: E402
+from qft_plugin.nncf.write import without_compiler, write  # noqa: E402
 
 register()
 
@@ -29,5 +29,6 @@ __all__ = [
     "teacher",
     "tensors_in",
     "unregister",
+    "without_compiler",
     "write",
 ]

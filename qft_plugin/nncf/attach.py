@@ -80,9 +80,12 @@ def place(source: Source, tensors: Mapping[str, Tensor], request: Request, input
     for name, hook in get_hook_storage(quantized).named_hooks(remove_duplicate=False):
         if isinstance(hook, (SymmetricQuantizer, AsymmetricQuantizer)):
             names_by_module.setdefault(hook, []).append(name)
-    activations, hooks, weights = {}, {}, {}
+    activations: dict[str, ActivationGrid] = {}
+    hooks: dict[str, tuple[str, ...]] = {}
+    weights: dict[str, bool] = {}
     weight_hooks: dict[str, tuple[str, ...]] = {}
-    on_tensor, on_input = {}, {}
+    on_tensor: dict[str, str] = {}
+    on_input: dict[tuple[str, int], str] = {}
     for hook, names in names_by_module.items():
         kind, op, port = decode_hook_name(names[0])
         what = source.ports.get((op, port)) if kind == "pre_hooks" else None
@@ -336,11 +339,17 @@ def _remove_neutral_norms(model: nn.Module, source: Source) -> dict[str, str]:
 @functools.cache
 def _compiled() -> FakeQuantize:
     """Fuse the fake-quantization, or return the built-in function where the compiler does not work."""
-    fused: FakeQuantize = torch.compile(fake_quantize_composed, dynamic=True)
+    fused = torch.compile(fake_quantize_composed, dynamic=True)
+
+    def call(x: Tensor, scale: Tensor, *, low: int, high: int, zero_point: int) -> Tensor:
+        # NNCF's hooks are a function mode, which the compiler would otherwise try to compile as well.
+        with torch._C.DisableTorchFunction():
+            return fused(x, scale, low=low, high=high, zero_point=zero_point)
+
     try:
         x = torch.ones(2, 3, requires_grad=True)
-        fused(x, torch.ones(()), low=0, high=255, zero_point=0).sum().backward()
+        torch.autograd.grad(call(x, torch.ones(()), low=0, high=255, zero_point=0).sum(), x)
     except Exception as error:  # any of the compiler's own errors, or a missing C++ compiler
         logger.warning("torch.compile does not work here (%s); the built-in fake-quantization is used", error)
         return fake_quantize
-    return fused
+    return call

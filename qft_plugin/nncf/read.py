@@ -73,22 +73,28 @@ def check_model(model: Any) -> None:
             "needs. Pass the module that it was traced or exported from."
         )
     if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError(f"The model should be a plain torch.nn.Module. Found {kind}. Pass the module before scripting.")
+        raise ModelError(
+            f"The model should be a plain torch.nn.Module. Found {kind}. Pass the module before scripting."
+        )
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"The model should be a torch.nn.Module: QFT trains it. Found {kind}. Quantize the torch model that it was "
             "converted from, and convert the result with qft_plugin.nncf.save_openvino."
         )
     if HOOKS_ATTRIBUTE in dict(model.named_children()):
-        raise ModelError("The model should be a float model. Found one that NNCF has already wrapped or quantized. "
-                         "Pass the model from before nncf.quantize.")  # fmt: skip
+        raise ModelError(
+            "The model should be a float model. Found one that NNCF has already wrapped or quantized. "
+            "Pass the model from before nncf.quantize."
+        )
     parameters = list(model.parameters())
     if not parameters:
         raise ModelError(f"The model should have parameters. Found none in {kind}.")
     devices, dtypes = {p.device for p in parameters}, {p.dtype for p in parameters if p.is_floating_point()}
     if len(devices) != 1 or len(dtypes) != 1:
-        raise ModelError(f"The model's parameters should be on one device and of one floating dtype. Found {devices} and "
-                         f"{dtypes}. Move and convert it with model.to(...).")  # fmt: skip
+        raise ModelError(
+            f"The model's parameters should be on one device and of one floating dtype. Found {devices} and "
+            f"{dtypes}. Move and convert it with model.to(...)."
+        )
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise ModelError(f"Parameter {name}: should be finite. Found NaN or infinity. Load the weights again.")
@@ -163,15 +169,17 @@ def _try_run(teacher: nn.Module, call: Call) -> list[Tensor]:
     except Exception as error:  # a model may fail in any way on an input that it was not made for
         shapes = [f"{t.dtype} {list(t.shape)}" for t in (*args, *kwargs.values())]
         raise DataError(
-            f"The model should run on the dataset's images. Found {type(error).__name__}: {error}, with the first images "
-            f"as input {', '.join(shapes)}. Check shape, dtype and preprocessing against model(image)."
+            f"The model should run on the dataset's images. Found {type(error).__name__}: {error}, with the first "
+            f"images as input {', '.join(shapes)}. Check shape, dtype and preprocessing against model(image)."
         ) from error
     if not outputs:
         raise ModelError("The model should return tensors. Found none in its output.")
     for output in outputs:
         if output.is_floating_point() and not bool(torch.isfinite(output).all()):
-            raise ModelError("The float model should compute finite numbers. Found NaN or infinity for the first images. "
-                             "Check the weights and the preprocessing.")  # fmt: skip
+            raise ModelError(
+                "The float model should compute finite numbers. Found NaN or infinity for the first images. "
+                "Check the weights and the preprocessing."
+            )
     return outputs
 
 
@@ -205,8 +213,10 @@ def _check_same(expected: list[Tensor], found: list[Tensor]) -> None:
             continue
         error, size = float((e - f).abs().max()), float(e.abs().max())
         if error > 1e-3 * max(size, 1e-6):
-            raise ModelError(f"Folding the BatchNorms should not change the model. Found a difference of {error:.3g} in "
-                             f"outputs up to {size:.3g}. The model probably shares or modifies them.")  # fmt: skip
+            raise ModelError(
+                f"Folding the BatchNorms should not change the model. Found a difference of {error:.3g} in "
+                f"outputs up to {size:.3g}. The model probably shares or modifies them."
+            )
 
 
 def _neutral_variance(eps: float, like: Tensor) -> Tensor:

@@ -13,7 +13,11 @@ import nncf
 import nncf.quantization
 import nncf.quantization.quantize_model
 from nncf.common.logging.track_progress import track
-from nncf.quantization.advanced_parameters import AdvancedBiasCorrectionParameters, AdvancedQuantizationParameters
+from nncf.quantization.advanced_parameters import (
+    AdvancedBiasCorrectionParameters,
+    AdvancedQuantizationParameters,
+    OverflowFix,
+)
 from torch import nn
 
 from qft_plugin.data import Inputs
@@ -23,11 +27,6 @@ from qft_plugin.nncf.read import example_of
 from qft_plugin.pipeline import Job
 from qft_plugin.pipeline import quantize as run_pipeline
 from qft_plugin.spec import QFTConfig
-
-try:
-    from nncf.quantization.advanced_parameters import OverflowFix
-except ImportError:  # pragma: no cover  (moved in no version from 2.17 to 3.4)
-    from nncf import OverflowFix  # type: ignore[no-redef]
 
 PLACES: Final = (nncf, nncf.quantization, nncf.quantization.quantize_model)
 """Every module in which NNCF looks `quantize` up (2.17 to 3.4)."""
@@ -57,7 +56,9 @@ def unregister() -> None:
 
 def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def quantize(model: Any, calibration_dataset: Any, *, algorithm: Any = None, callback: Any = None, **host: Any) -> Any:
+    def quantize(
+        model: Any, calibration_dataset: Any, *, algorithm: Any = None, callback: Any = None, **host: Any
+    ) -> Any:
         if algorithm is None:
             if callback is not None:
                 raise ConfigError('callback should come with algorithm="qft". Found no algorithm.')
@@ -117,10 +118,14 @@ def _host_settings(original: Callable[..., Any], host: dict[str, Any]) -> dict[s
     """
     inspect.signature(original).bind(None, None, **host)
     if host.get("mode") is not None:
-        raise HostError(f'mode should be None with algorithm="qft". Found {host["mode"]}. Set the widths in a QFTConfig.')
+        raise HostError(
+            f'mode should be None with algorithm="qft". Found {host["mode"]}. Set the bit widths in a QFTConfig.'
+        )
     if host.get("fast_bias_correction", True) is not True:
-        raise HostError('fast_bias_correction should be left at True with algorithm="qft", which trains every bias '
-                        f'itself. Found {host["fast_bias_correction"]}.')  # fmt: skip
+        raise HostError(
+            'fast_bias_correction should be left at True with algorithm="qft", which trains every bias '
+            f"itself. Found {host['fast_bias_correction']}."
+        )
     given = host.get("advanced_parameters")
     advanced = AdvancedQuantizationParameters() if given is None else copy.deepcopy(given)
     default = AdvancedQuantizationParameters()
@@ -141,8 +146,10 @@ def _host_settings(original: Callable[..., Any], host: dict[str, Any]) -> dict[s
     }
     for name, (found, why) in refused.items():
         if found:
-            raise HostError(f'advanced_parameters.{name} should be left at its default with algorithm="qft": {why}. '
-                            f"Found {getattr(advanced, name)!r}.")  # fmt: skip
+            raise HostError(
+                f'advanced_parameters.{name} should be left at its default with algorithm="qft": {why}. '
+                f"Found {getattr(advanced, name)!r}."
+            )
     advanced.overflow_fix = OverflowFix.DISABLE
     advanced.disable_bias_correction = True
     return {**host, "advanced_parameters": advanced}
@@ -169,8 +176,10 @@ class Request:
             DataError: the dataset is not NNCF's.
         """
         if not isinstance(self.dataset, nncf.Dataset):
-            raise DataError(f"calibration_dataset should be an nncf.Dataset. Found {type(self.dataset).__name__}. "
-                            "Wrap it: nncf.Dataset(loader, lambda batch: batch[0]).")  # fmt: skip
+            raise DataError(
+                f"calibration_dataset should be an nncf.Dataset. Found {type(self.dataset).__name__}. "
+                "Wrap it: nncf.Dataset(loader, lambda batch: batch[0])."
+            )
         items: Iterable[Any] = self.dataset.get_inference_data()
         return items
 

@@ -1,6 +1,7 @@
 """Out of NNCF to OpenVINO."""
 
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from nncf.torch.function_hook.hook_storage import decode_hook_name
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 from nncf.torch.quantization.layers import SymmetricQuantizer
 from torch import Tensor, nn
+from torch.jit._trace import TracerWarning
 
 from qft_plugin.deploy.openvino import OpenVINOReport, Storage, save
 from qft_plugin.errors import DeployabilityError
@@ -31,8 +33,8 @@ def save_openvino(
         path: of the XML file; the weights go beside it as `.bin`.
         example_input: one input, as for the model: a tensor, a tuple of tensors or a dict of tensors. The first axis
             (images) stays free in the file.
-        weights: `"i4"` stores 4-bit weights in 4 bits and runs them in int8; `"i4_plain"` is for NPUs, on CPUs it runs in
-            f32; `"i8"` stores 8 bits.
+        weights: `"i4"` stores 4-bit weights in 4 bits and runs them in int8; `"i4_plain"` is for NPUs and runs in f32
+            on CPUs; `"i8"` stores 8 bits.
         check: compare integers and outputs of the written file with the model's before it takes its place.
 
     Returns:
@@ -52,7 +54,9 @@ def save_openvino(
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), without_compiler():
+        with torch.no_grad(), without_compiler(), warnings.catch_warnings():
+            # The trace reads the quantizers' constants as Python numbers, which is what is wanted.
+            warnings.simplefilter("ignore", TracerWarning)
             integers = weight_integers(model, example_input) if check else None
             converted = openvino.convert_model(model, example_input=example_input)
             call = example_input if isinstance(example_input, (tuple, dict)) else (example_input,)

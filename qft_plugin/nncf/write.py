@@ -29,7 +29,7 @@ def write(placed: Placed, dof: Dof) -> nn.Module:
     Returns:
         The model, in eval mode.
     """
-    model = placed.model
+    model: nn.Module = placed.model
     solution = solve(dof)
     for name, tensor in solution.tensors.items():
         model.get_parameter(name).copy_(tensor)
@@ -45,19 +45,21 @@ def write(placed: Placed, dof: Dof) -> nn.Module:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _weight_quantizer(old: Any, deployed: DeployedWeight) -> nn.Module:
     """Make a standard symmetric quantizer of the trained width and scale, with the scale shape that NNCF chose."""
     state = {**old.get_config(), "num_bits": deployed.bits, "narrow_range": True, "half_range": False}
-    quantizer = SymmetricQuantizer(PTQuantizerSpec.from_state(state))
+    quantizer: Any = SymmetricQuantizer(PTQuantizerSpec.from_state(state))
     quantizer.to(deployed.step.device)
     quantizer.signed = True
     high = 2 ** (deployed.bits - 1) - 1
     scale = (deployed.step * high).expand(quantizer.scale.numel()) if deployed.step.dim() == 0 else deployed.step * high
     quantizer.scale.data.copy_(scale.reshape(quantizer.scale.shape))
-    return quantizer
+    module: nn.Module = quantizer
+    return module
 
 
 def _set_scale(module: nn.Module, grid: ActivationGrid, scale: Tensor) -> None:

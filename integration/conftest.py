@@ -1,0 +1,92 @@
+"""Fixtures: a fixed seed, and each network quantized once for all tests that only look at the result."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import nets
+import nncf
+import pytest
+import torch
+from nncf.torch.function_hook import get_hook_storage
+from nncf.torch.function_hook.hook_storage import decode_hook_name
+from torch import Tensor, nn
+
+import qft_plugin.nncf as host
+from qft_plugin import FinetuneConfig, QFTConfig
+from qft_plugin.nncf.write import without_compiler
+from qft_plugin.pipeline import Job
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A float network, its dataset, and what the quantization returned."""
+
+    model: nn.Module
+    items: list[Any]
+    job: Job
+
+
+def few_steps(**settings: Any) -> FinetuneConfig:
+    """Make a finetune of 8 steps."""
+    return FinetuneConfig(**{"images_fed": 128, "batch_size": 16, **settings})
+
+
+def four_bits(**settings: Any) -> QFTConfig:
+    """Ask for 4 bits in every layer, however small it is."""
+    return QFTConfig(**{"weight_bits": 4, "small_layer_share": 0, "finetune": few_steps(), **settings})
+
+
+@functools.cache
+def quantized_once(name: str) -> Quantized:
+    """Quantize a network of the collection to 4 bits; the same objects at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, items = nets.build(name), nets.items(name)
+    return Quantized(model, items, host.quantize(model, nncf.Dataset(items), four_bits()))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def quantized() -> Callable[[str], Quantized]:
+    """Return a function that quantizes a network once; its results must not be changed."""
+    return quantized_once
+
+
+@pytest.fixture
+def outputs() -> Callable[[nn.Module, Any], list[Tensor]]:
+    """Return a function that runs a network on one item without a compiler and lists its tensors."""
+
+    def run(model: nn.Module, item: Any) -> list[Tensor]:
+        with torch.no_grad(), without_compiler():
+            return list(host.tensors_in(nets.call(model, item)))
+
+    return run
+
+
+def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Return the largest relative L2 difference of two lists of outputs."""
+    return max(float((f - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True))
+
+
+def weight_quantizers(job: Job) -> list[tuple[str, Any]]:
+    """List the quantized weights of a result: the name of each with its quantizer, once for each call."""
+    weights = {call: layer.weight for layer in job.dof_map.layers for call in layer.calls}
+    found = []
+    for name, hook in get_hook_storage(job.model).named_hooks(remove_duplicate=False):
+        kind, op, port = decode_hook_name(name)
+        if kind == "pre_hooks" and op in weights and port == 1 and hasattr(hook, "num_bits"):
+            found.append((weights[op], hook))
+    return found
+
+
+def activation_quantizers(job: Job) -> dict[str, nn.Module]:
+    """List the activation quantizers of a result by the name of their first hook."""
+    weights = {id(hook) for _, hook in weight_quantizers(job)}
+    hooks = get_hook_storage(job.model).named_hooks()
+    return {name: hook for name, hook in hooks if hasattr(hook, "num_bits") and id(hook) not in weights}

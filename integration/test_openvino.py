@@ -1,0 +1,237 @@
+"""The written OpenVINO files: what is stored, what runs, and what a failed save leaves behind."""
+
+import nets
+import nncf
+import nncf.torch
+import numpy as np
+import openvino
+import pytest
+import torch
+from conftest import four_bits
+from nncf.torch.quantization.extensions import QuantizedFunctionsCPU
+
+import qft_plugin.nncf as host
+from qft_plugin import DeployabilityError, ParityError
+from qft_plugin.deploy.openvino import INT8, inspect_file, save, set_weight_storage
+from qft_plugin.nncf.save import weight_integers
+from qft_plugin.nncf.write import without_compiler
+
+FLOAT_SUMS = 1e-3
+"""Relative L2 difference of the same integers summed in another order, with a few activations rounded the other way
+in networks of at most 1,000 activations (GELU and softmax round most)."""
+
+
+def constants(path):
+    """Count the constants of a file by element type, biases and bounds left out."""
+    found = [op for op in openvino.Core().read_model(path).get_ops() if op.get_type_name() == "Constant"]
+    kinds = [op.get_element_type().get_type_name() for op in found]
+    return {kind: kinds.count(kind) for kind in ("i4", "i8")}
+
+
+@pytest.mark.parametrize("name", nets.NETS)
+def test_four_bit_weights_are_stored_in_four_bits_and_run_in_int8(name, quantized, tmp_path):
+    """Every quantized weight is one 4-bit constant, and every convolution with one runs in int8."""
+    q, net = quantized(name), nets.NETS[name]
+    report = host.save_openvino(q.job.model, tmp_path / "net.xml", q.items[0])
+    weights = {layer.weight for layer in q.job.dof_map.layers if layer.kind != "layer_norm"}
+    assert report.weights == len(weights) - net.not_quantized
+    # A weight that two calls read is stored once for each.
+    assert report.weights <= constants(report.path)["i4"] <= report.weights + (name == "twice")
+    assert constants(report.path)["i8"] == 0
+    assert len(report.convolutions) == net.convolutions
+    assert report.int8_convolutions == net.convolutions - net.not_int8
+    assert set(report.linear.values()) <= INT8
+    assert 0 <= report.relative_error < FLOAT_SUMS
+    assert report.bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["residual", "transposed"])
+def test_storages_compute_the_same_and_differ_in_size(name, quantized, tmp_path):
+    """ "i8" stores 8-bit constants in a larger file, "i4_plain" plain 4-bit ones; outputs are those of "i4"."""
+    q = quantized(name)
+    reports, results = {}, {}
+    for storage in ("i4", "i8", "i4_plain"):
+        report = host.save_openvino(q.job.model, tmp_path / f"{storage}.xml", q.items[0], weights=storage)
+        compiled = openvino.Core().compile_model(report.path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        reports[storage], results[storage] = report, compiled([q.items[0].numpy()])[0]
+    layers = reports["i4"].weights
+    assert constants(reports["i8"].path) == {"i4": 0, "i8": layers}
+    assert constants(reports["i4_plain"].path) == {"i4": layers, "i8": 0}
+    bins = {k: r.path.with_suffix(".bin").stat().st_size for k, r in reports.items()}
+    weights = sum(q.model.get_parameter(layer.weight).numel() for layer in q.job.dof_map.layers)
+    # OpenVINO may add a few bytes between constants.
+    assert bins["i8"] - bins["i4"] == pytest.approx(weights / 2, rel=0.05)
+    assert bins["i4"] < 0.5 * 4 * weights
+    assert reports["i8"].int8_convolutions == reports["i4"].int8_convolutions
+    for storage in ("i8", "i4_plain"):
+        difference = np.linalg.norm(results[storage] - results["i4"]) / np.linalg.norm(results["i4"])
+        assert difference < FLOAT_SUMS
+
+
+def test_the_batch_axis_is_free(quantized, outputs, tmp_path):
+    """A file that was saved with 16 images runs on 3."""
+    q = quantized("residual")
+    report = host.save_openvino(q.job.model, tmp_path / "net.xml", q.items[0])
+    compiled = openvino.Core().compile_model(report.path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = torch.from_numpy(compiled([q.items[1][:3].numpy()])[0])
+    (expected,) = outputs(q.job.model, q.items[1][:3])
+    assert (found - expected).norm() < FLOAT_SUMS * expected.norm()
+
+
+def test_keywords_may_come_in_any_order(quantized, tmp_path):
+    """A dictionary of inputs is matched by its keys, not by its order."""
+    q = quantized("keywords")
+    reverse = dict(reversed(q.items[0].items()))
+    report = host.save_openvino(q.job.model, tmp_path / "net.xml", reverse)
+    assert report.relative_error < FLOAT_SUMS
+
+
+def test_without_the_check_nothing_is_compared(quantized, tmp_path):
+    """`check=False` writes the file and reports that no weight and no output was compared."""
+    q = quantized("residual")
+    report = host.save_openvino(q.job.model, tmp_path / "net.xml", q.items[0], check=False)
+    assert report.weights == 0
+    assert np.isnan(report.relative_error)
+    assert report.int8_convolutions == nets.NETS["residual"].convolutions
+
+
+def test_saving_changes_nothing_in_the_model(tmp_path):
+    """Saving leaves weights, the mode of every module, and NNCF's extension as they were."""
+    model = nets.build("residual")
+    result = nncf.quantize(model, nncf.Dataset(nets.items("residual")), algorithm=four_bits(finetune=None))
+    result.train()
+    result.bn1.eval()
+    modes = [m.training for m in result.modules()]
+    state = {n: t.clone() for n, t in result.state_dict().items()}
+    loaded = QuantizedFunctionsCPU._loaded_namespace
+    host.save_openvino(result, tmp_path / "net.xml", nets.items("residual")[0])
+    assert [m.training for m in result.modules()] == modes
+    assert all(torch.equal(t, state[n]) for n, t in result.state_dict().items())
+    assert QuantizedFunctionsCPU._loaded_namespace is loaded
+
+
+@pytest.mark.parametrize("loaded", [None, "something that was loaded before"])
+def test_the_extension_is_put_back(loaded, monkeypatch):
+    """Inside the block no compiler is needed, a loaded extension stays, and an error inside restores it too."""
+    monkeypatch.setattr(QuantizedFunctionsCPU, "_loaded_namespace", loaded)
+
+    def use():
+        with without_compiler():
+            assert QuantizedFunctionsCPU._loaded_namespace is not None
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        use()
+    assert QuantizedFunctionsCPU._loaded_namespace == loaded
+
+
+def test_a_restored_model_is_saved_alike(quantized, tmp_path):
+    """A model from NNCF's config and a state dict gives the file that the original gives."""
+    q = quantized("residual")
+    again = nncf.torch.load_from_config(nets.NETS["residual"].build(), nncf.torch.get_config(q.job.model))
+    again.load_state_dict(q.job.model.state_dict())
+    first = host.save_openvino(q.job.model, tmp_path / "first.xml", q.items[0])
+    second = host.save_openvino(again, tmp_path / "second.xml", q.items[0])
+    assert second.weights == first.weights == 5
+    assert second.convolutions.values() and set(second.convolutions.values()) <= INT8
+    assert (tmp_path / "first.bin").read_bytes() == (tmp_path / "second.bin").read_bytes()
+
+
+@pytest.fixture
+def converted(quantized):
+    """Return a converted network with its integers and inputs, ready to be saved."""
+    q = quantized("residual")
+    with torch.no_grad(), without_compiler():
+        model = openvino.convert_model(q.job.model, example_input=q.items[0])
+        integers = weight_integers(q.job.model, q.items[0])
+        outputs = [q.job.model(q.items[0])]
+    return {"model": model, "integers": integers, "inputs": [q.items[0]], "outputs": outputs}
+
+
+def tampered(converted):
+    """Change one integer of one weight by one step."""
+    integers = {name: t.clone() for name, t in converted["integers"].items()}
+    first = integers["conv1.weight"].view(-1)
+    first[0] += 1 if first[0] < 7 else -1
+    return {**converted, "integers": integers}
+
+
+def test_one_wrong_integer_is_found_and_no_file_is_left(converted, tmp_path):
+    """A file with one integer that differs by one step is not written, and the error names the weight."""
+    with pytest.raises(ParityError, match=r"conv1\.weight.*1 of 576"):
+        save(path=tmp_path / "net.xml", **tampered(converted))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_outputs_are_found_and_no_file_is_left(converted, tmp_path):
+    """A file whose outputs differ from those of torch is not written."""
+    outputs = [1.1 * t for t in converted["outputs"]]
+    with pytest.raises(ParityError, match=r"Output 0.*Found 0\.09"):
+        save(path=tmp_path / "net.xml", **{**converted, "outputs": outputs})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nan_outputs_are_found(converted, tmp_path):
+    """Outputs that cannot be compared are a failure of the proof, not a success."""
+    outputs = [t * float("nan") for t in converted["outputs"]]
+    with pytest.raises(ParityError, match="Output 0"):
+        save(path=tmp_path / "net.xml", **{**converted, "outputs": outputs})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_save_keeps_the_file_before_it(converted, tmp_path):
+    """Where a proof fails, the files that stood at the path before stay as they were and can be read."""
+    good = save(path=tmp_path / "net.xml", **converted)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ParityError):
+        save(path=tmp_path / "net.xml", **tampered(converted))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    proof = {key: converted[key] for key in ("integers", "inputs", "outputs")}
+    assert inspect_file(tmp_path / "net.xml", **proof).weights == good.weights
+
+
+def test_a_file_can_be_written_over(converted, tmp_path):
+    """A second save at the same path takes the place of the first."""
+    save(path=tmp_path / "net.xml", **converted)
+    (tmp_path / "net.bin").write_bytes(b"old")
+    report = save(path=tmp_path / "net.xml", **converted)
+    assert (tmp_path / "net.bin").stat().st_size > 100
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["net.bin", "net.xml"]
+    assert report.path == tmp_path / "net.xml"
+
+
+@pytest.mark.parametrize("path", ["no_such_folder/net.xml", "net.onnx", "net", ""])
+def test_a_path_that_cannot_be_written(path, quantized, tmp_path, monkeypatch):
+    """A path outside an existing folder or of another suffix is refused by its name."""
+    monkeypatch.chdir(tmp_path)
+    q = quantized("linear_only")
+    with pytest.raises(DeployabilityError, match=r"path.*\.xml.*existing folder"):
+        host.save_openvino(q.job.model, path, q.items[0])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_storage(quantized, tmp_path):
+    """A storage that does not exist is refused, and the error lists the ones that do."""
+    q = quantized("linear_only")
+    with pytest.raises(DeployabilityError, match=r"i4_plain.*'i3'"):
+        host.save_openvino(q.job.model, tmp_path / "net.xml", q.items[0], weights="i3")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_float_model_is_refused(tmp_path):
+    """A model that NNCF has not quantized is refused, with the way to convert it."""
+    with pytest.raises(DeployabilityError, match=r"nncf\.quantize.*openvino\.convert_model"):
+        host.save_openvino(nets.build("residual"), tmp_path / "net.xml", torch.zeros(1, 3, 8, 8))
+
+
+def test_eight_bit_weights_are_not_touched(converted):
+    """Choosing a storage changes 4-bit constants only."""
+    model = converted["model"].clone()
+    set_weight_storage(model, "i8")
+    kinds = [op.get_element_type().get_type_name() for op in model.get_ops() if op.get_type_name() == "Constant"]
+    eights = kinds.count("i8")
+    assert eights == 5
+    for storage in ("i4", "i4_plain", "i8"):
+        set_weight_storage(model, storage)
+    after = [op.get_element_type().get_type_name() for op in model.get_ops() if op.get_type_name() == "Constant"]
+    assert after == kinds

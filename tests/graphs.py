@@ -1,0 +1,108 @@
+"""Makes a `LayerGraph`: from a torch module by recording its calls, or by hand from a few words."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from qft_plugin.dof_map import map_dof
+from qft_plugin.graph import Const, DofMap, LayerGraph, Op, Ref
+from qft_plugin.offline import fold_network
+
+
+class _Recorder(TorchFunctionMode):
+    """Writes down every torch call that makes a tensor: an independent, much simpler host than the real ones."""
+
+    def __init__(self, model: nn.Module, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        constants = [*model.named_parameters(), *model.named_buffers()]
+        self.constants = {id(t): Const(name, tuple(t.shape)) for name, t in constants}
+        self.names = {id(t): f"x{i}" for i, t in enumerate(inputs)}
+        self.shapes = {f"x{i}": tuple(t.shape) for i, t in enumerate(inputs)}
+        self.ops: list[Op] = []
+        self.alive: list[Any] = [inputs]  # an id is unique only while its tensor lives
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs: list[str] = []
+        words = self._replace(args, inputs), self._replace(kwargs or {}, inputs)
+        result = func(*args, **(kwargs or {}))
+        made = [t for t in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(t, Tensor)]
+        if not made or func.__name__ == "__get__":
+            return result
+        function = func.__name__ if func.__name__.startswith("__") else func.__name__.rstrip("_")
+        name = f"{function}_{len(self.ops)}"
+        outputs = tuple(f"{name}:{i}" for i in range(len(made)))
+        self.alive.append((args, kwargs, result))
+        self.names |= {id(t): o for t, o in zip(made, outputs, strict=True)}
+        self.shapes |= {o: tuple(t.shape) for t, o in zip(made, outputs, strict=True)}
+        self.ops.append(Op(name, function, tuple(inputs), outputs, *words))
+        return result
+
+    def _replace(self, value: Any, inputs: list[str]) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) in self.names:
+                inputs.append(self.names[id(value)])
+                return Ref(len(inputs) - 1)
+            return self.constants.get(id(value), Const("a constant", tuple(value.shape)))
+        if isinstance(value, dict):
+            return {k: self._replace(v, inputs) for k, v in value.items()}
+        if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+            return type(value)(self._replace(v, inputs) for v in value)
+        return value
+
+
+def record(model: nn.Module, *inputs: Tensor) -> LayerGraph:
+    """Run a model once and return what it called."""
+    recorder = _Recorder(model, inputs)
+    with torch.no_grad(), recorder:
+        out = model(*inputs)
+    outputs = out if isinstance(out, (tuple, list)) else [out]
+    names = tuple(recorder.names[id(t)] for t in outputs)
+    return LayerGraph(tuple(recorder.ops), recorder.shapes, tuple(f"x{i}" for i in range(len(inputs))), names)
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the detached parameters of a model by name."""
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def mapped(model: nn.Module, *inputs: Tensor) -> DofMap:
+    """Return the DoF map of a recorded model."""
+    return map_dof(record(model, *inputs))
+
+
+def folding_error(model: nn.Module, *inputs: Tensor, seed: int = 0) -> tuple[DofMap, float]:
+    """Fold random factors into a model; return its map and the largest change of the output, relative to the output."""
+    dof = mapped(model, *inputs)
+    log_c = torch.randn(dof.size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    folded = fold_network(dof, log_c, parameters_of(model))
+    with torch.no_grad():
+        before = model(*inputs)
+        after = torch.func.functional_call(model, folded, inputs)
+    return dof, float((before - after).abs().max() / before.abs().max())
+
+
+def chain(*ops: Op, shapes: dict[str, tuple[int, ...]], outputs: tuple[str, ...]) -> LayerGraph:
+    """Return a graph written by hand whose one input is called `x`."""
+    return LayerGraph(ops, shapes, ("x",), outputs)
+
+
+def conv_op(
+    name: str, source: str, *, shape: tuple[int, int], bias: str | None = None, call: str | None = None
+) -> Op:
+    """Return a 1x1 convolution written by hand: weight `name.weight`, output `name` (or `call`)."""
+    weight = Const(f"{name}.weight", (*shape, 1, 1))
+    made = call or name
+    return Op(made, "conv2d", (source,), (made,), (Ref(0), weight, Const(bias, shape[:1]) if bias else None))
+
+
+def linear_op(name: str, source: str, *, shape: tuple[int, int]) -> Op:
+    """Return a linear layer written by hand."""
+    return Op(name, "linear", (source,), (name,), (Ref(0), Const(f"{name}.weight", shape), None))
+
+
+def unary_op(name: str, function: str, source: str, *args: Any, **kwargs: Any) -> Op:
+    """Return an operation with one activation input and one output."""
+    return Op(name, function, (source,), (name,), (Ref(0), *args), kwargs)

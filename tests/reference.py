@@ -1,0 +1,107 @@
+"""Slow and obvious: the paper's equations as NumPy loops, one line of mathematics to one line of code."""
+
+import numpy as np
+
+
+def integer_of(x: float, scale: float, low: int, high: int, zero_point: int = 0) -> int:
+    """Eq. (1), one number:  clip(round(x / scale) + Z, low, high), ties to even."""
+    return int(min(max(np.rint(x / scale) + zero_point, low), high))
+
+
+def fake_quantize(x: np.ndarray, scale: np.ndarray, low: int, high: int, zero_point: int = 0) -> np.ndarray:
+    """Eq. (1):  scale * (clip(round(x / scale) + Z, low, high) - Z); the scale broadcasts."""
+    scales = np.broadcast_to(scale, x.shape)
+    out = np.empty_like(x)
+    for i in np.ndindex(x.shape):
+        out[i] = scales[i] * (integer_of(x[i], scales[i], low, high, zero_point) - zero_point)
+    return out
+
+
+def fake_quantize_gradients(
+    x: np.ndarray, scale: np.ndarray, g: np.ndarray, low: int, high: int, zero_point: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Chain rule of Eq. (1) with d round(u) / du = 1; nothing passes where the clip is active.
+
+    Inside the clip  d x_fq / ds = round(x / s) - x / s,  outside it is the clip's bound (minus Z).
+    """
+    scales = np.broadcast_to(scale, x.shape)
+    gx, gs = np.zeros_like(x), np.zeros_like(scales)
+    for i in np.ndindex(x.shape):
+        r = np.rint(x[i] / scales[i]) + zero_point
+        if low <= r <= high:
+            gx[i] = g[i]
+            gs[i] = g[i] * (r - zero_point - x[i] / scales[i])
+        else:
+            gs[i] = g[i] * (min(max(r, low), high) - zero_point)
+    extra = x.ndim - np.ndim(scale)
+    gs = gs.sum(axis=tuple(range(extra)))
+    kept = tuple(d for d, n in enumerate(np.shape(scale)) if n == 1)
+    return gx, gs.sum(axis=kept, keepdims=True)
+
+
+def conv_weight_integers(
+    W: np.ndarray, S_a_in: np.ndarray, S_a_out: np.ndarray, F: np.ndarray, high: int, groups: int
+) -> np.ndarray:
+    """Integers of an ordinary or grouped kernel `[out, in/groups, *k]` by Eq. (1) and (2).
+
+    S_wL = 1 / S_a_in, S_wR = S_a_out * F, and the step of W[o, i] is S_wR[o] * S_wL[i].
+    """
+    S_wL, S_wR = 1 / S_a_in, S_a_out * F
+    out_per_group, in_per_group = W.shape[0] // groups, W.shape[1]
+    W_int = np.empty_like(W)
+    for at in np.ndindex(W.shape):
+        o, i = at[:2]
+        step = S_wR[o] * S_wL[(o // out_per_group) * in_per_group + i]
+        W_int[at] = integer_of(W[at], step, -high, high)
+    return W_int
+
+
+def transposed_weight_integers(
+    W: np.ndarray, S_a_in: np.ndarray, S_a_out: np.ndarray, F: np.ndarray, high: int, groups: int
+) -> np.ndarray:
+    """The same for a transposed convolution's kernel `[in, out/groups, *k]`."""
+    S_wL, S_wR = 1 / S_a_in, S_a_out * F
+    in_per_group, out_per_group = W.shape[0] // groups, W.shape[1]
+    W_int = np.empty_like(W)
+    for at in np.ndindex(W.shape):
+        i, o = at[:2]
+        step = S_wR[(i // in_per_group) * out_per_group + o] * S_wL[i]
+        W_int[at] = integer_of(W[at], step, -high, high)
+    return W_int
+
+
+def squared_error(row: np.ndarray, scale: float, high: int) -> float:
+    """|| x - S * clip(round(x / S), -high, high) ||^2  of one slice."""
+    return float(sum((x - scale * integer_of(x, scale, -high, high)) ** 2 for x in row))
+
+
+def best_squared_error(row: np.ndarray, high: int, candidates: int) -> float:
+    """Smallest error of Eq. (1) over a fine grid of scales up to the one that clips nothing."""
+    peak = max(abs(x) for x in row)
+    return min(squared_error(row, peak / high * k / candidates, high) for k in range(1, candidates + 1))
+
+
+def equalization_factor(p: np.ndarray, q: np.ndarray, beta: float) -> np.ndarray:
+    """Eq. (19):  C = q^beta / p^(1 - beta)."""
+    C = np.empty_like(p)
+    for m in range(len(p)):
+        C[m] = q[m] ** beta / p[m] ** (1 - beta)
+    return C
+
+
+def channel_logarithms(
+    slices: list[tuple[np.ndarray, float, int]],
+) -> float:
+    """Eq. (20), (21): weighted mean of log(slice scale / tensor scale) over all slices that stand on a channel."""
+    total = sum(size for _, _, size in slices)
+    return sum(size * float(np.log(scale / whole)) for scale, whole, size in slices) / total
+
+
+def linear_integers(x_int: np.ndarray, W_int: np.ndarray, bias_int: np.ndarray) -> np.ndarray:
+    """The accumulator of the online graph (Eq. 8), one multiply-accumulate at a time."""
+    acc = np.zeros((x_int.shape[0], W_int.shape[0]))
+    for n, o in np.ndindex(acc.shape):
+        acc[n, o] = bias_int[o]
+        for i in range(W_int.shape[1]):
+            acc[n, o] += W_int[o, i] * x_int[n, i]
+    return acc
