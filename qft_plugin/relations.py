@@ -190,7 +190,7 @@ SPATIAL: Final = frozenset(
 
 MOVES: Final[dict[str, Callable[..., Any]]] = {
     "flatten": torch.flatten,
-    "reshape": torch.reshape,
+    "reshape": torch.Tensor.reshape,
     "view": torch.Tensor.reshape,
     "unflatten": torch.Tensor.unflatten,
     "permute": torch.Tensor.permute,

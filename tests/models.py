@@ -124,7 +124,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
 
 
 def chained(*names: str) -> nn.Module:
-    """Return a float64 network in eval mode: convolution, the named blocks, flatten, linear; nothing in it is 0 or 1."""
+    """Return a float64 network in eval mode: convolution, named blocks, flatten, linear; no parameter is 0 or 1."""
     head = nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(CHANNELS * 9, 5))
     model = nn.Sequential(conv(), *(BLOCKS[name]() for name in names), head).double().eval()
     with torch.no_grad():

@@ -78,7 +78,7 @@ def test_range_mse_is_the_best_of_a_search(low: int, high: int) -> None:
 
 @pytest.mark.parametrize("choose", [range_max, range_mse])
 @given(power=st.integers(-10, 10), seed=st.integers(0, 10**6))
-def test_ranges_follow_the_unit_of_the_data(choose, power: int, seed: int) -> None:  # noqa: ANN001
+def test_ranges_follow_the_unit_of_the_data(choose, power: int, seed: int) -> None:
     """Measured in other units the same values get the same scale, exactly for powers of two; order does not matter."""
     x = torch.randn(200, generator=torch.Generator().manual_seed(seed))
     k = 2.0**power
@@ -154,7 +154,9 @@ def test_ppq_of_zeros_is_positive() -> None:
         ("conv_transpose1d", (6, 4, 2), 1, 6, 4),
     ],
 )
-def test_slices_hold_what_a_channel_touches(kind: str, shape: tuple[int, ...], groups: int, ins: int, outs: int) -> None:
+def test_slices_hold_what_a_channel_touches(
+    kind: str, shape: tuple[int, ...], groups: int, ins: int, outs: int
+) -> None:
     """Row c of the slices is what the kernel's gradient is nonzero at when only channel c is active."""
     W = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     x = torch.rand(1, ins, *(4,) * (len(shape) - 2), dtype=torch.float64) + 0.1
@@ -180,7 +182,9 @@ def test_weight_scale_is_ppq_of_its_slices(per_channel: bool) -> None:
     W = torch.randn(8, 2, 3, 3)
     S = weight_scale(W, layer, bits=4, per_channel=per_channel)
     if per_channel:
-        expected = torch.stack([ppq(W[2 * (o // 2) : 2 * (o // 2) + 2, o % 2].reshape(1, -1), high=7)[0] for o in range(8)])
+        expected = torch.stack(
+            [ppq(W[2 * (o // 2) : 2 * (o // 2) + 2, o % 2].reshape(1, -1), high=7)[0] for o in range(8)]
+        )
         torch.testing.assert_close(S, expected)
     else:
         torch.testing.assert_close(S, ppq(W.reshape(1, -1), high=7)[0])
@@ -254,7 +258,7 @@ def test_equalization_of_the_consumers_alone() -> None:
 
 
 def test_sign_of_the_equalization() -> None:
-    """A channel that is large in the consumer gets C > 1, returned as log c = -log C < 0: range moves to the producer."""
+    """A channel that is large in the consumer gets C > 1, log c = -log C < 0: range moves to the producer."""
     dof, weights = toy(), balanced()
     weights["b.weight"][:, 2] *= 16
     log_c = equalize(dof, weights, BITS, beta=0.5)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from graphs import chain, folding_error, linear_op, mapped, parameters_of, unary_op
+from graphs import FOLD_TOLERANCE, chain, checked, folding_error, linear_op, mapped, parameters_of, unary_op
 from hypothesis import given
 from hypothesis import strategies as st
 from models import BLOCKS, CHANNELS, chained, conv, image
@@ -26,9 +26,6 @@ from qft_plugin.offline import (
 from qft_plugin.placement import ActivationGrid
 from qft_plugin.quantize import fake_quantize
 
-FOLD_TOLERANCE = 1e-10
-"""float64 keeps 16 digits; a dozen layers with factors up to e^3 on either side lose less than five of them."""
-
 EXACT = 1e-12
 """A handful of float64 operations in another order."""
 
@@ -38,9 +35,8 @@ HOMOGENEOUS = sorted(set(BLOCKS) - {"relu6", "silu", "pad with ones", "batch nor
 @pytest.mark.parametrize("name", BLOCKS)
 def test_random_factors_fold_into_every_block(name: str) -> None:
     """Any positive factors move into the weights around a block and leave the network's function as it is."""
-    dof, error = folding_error(chained(name, "conv"), image())
-    assert dof.size > 0
-    assert error < FOLD_TOLERANCE
+    dof = checked(chained(name, "conv"), image())
+    assert (dof.layers[-1].in_index > 0).all()
 
 
 @pytest.mark.parametrize("name", HOMOGENEOUS)
@@ -71,7 +67,7 @@ def test_a_wrong_map_would_be_seen() -> None:
 
 
 def test_zero_factors_fold_to_the_same_tensors() -> None:
-    """log c = 0 gives every weight and bias back, bit for bit, and leaves the given ones alone."""
+    """Log c = 0 gives every weight and bias back, bit for bit, and leaves the given ones alone."""
     model = chained("grouped", "layer norm")
     dof, tensors = mapped(model, image()), parameters_of(model)
     before = {k: v.clone() for k, v in tensors.items()}
@@ -116,7 +112,9 @@ def two_layers(kind: str) -> tuple[nn.Module, Tensor]:
         "transposed": nn.ConvTranspose2d(CHANNELS, 4, 3),
         "grouped transposed": nn.ConvTranspose2d(CHANNELS, 4, 3, groups=2),
     }[kind]
-    return nn.Sequential(conv(bias=False), nn.ReLU(), second, nn.ReLU(), nn.Conv2d(second.out_channels, 3, 1)).double(), image()
+    return nn.Sequential(
+        conv(bias=False), nn.ReLU(), second, nn.ReLU(), nn.Conv2d(second.out_channels, 3, 1)
+    ).double(), image()
 
 
 KINDS = ["conv", "grouped", "depthwise", "transposed", "grouped transposed"]
@@ -131,7 +129,7 @@ def make_dof(model: nn.Module, x: Tensor, *, bits: int = 4, channelwise: bool = 
     for layer in dof_map.layers:
         size = (len(layer.out_index),) if channelwise else ()
         spread = parameters_of(model)[layer.weight].std()
-        scale = spread * (0.4 + 0.4 * torch.rand(size, dtype=torch.float64))
+        scale = spread * (0.15 + 0.15 * torch.rand(size, dtype=torch.float64))
         grids[layer.weight] = WeightGrid(bits, scale, *edges[layer.weight])
     dof = Dof(dof_map, parameters_of(model), grids, ACTIVATIONS)
     with torch.no_grad():
@@ -165,7 +163,7 @@ def test_integers_are_those_before_folding(kind: str, channelwise: bool) -> None
     for name, found in deployed.items():
         expected = unfolded_integers(dof, name, parameters_of(model)[name])
         np.testing.assert_array_equal(found.integers.numpy(), expected)
-        assert len(found.integers.unique()) > 5
+        assert len(found.integers.unique()) > 3
 
 
 @pytest.mark.parametrize("kind", KINDS)

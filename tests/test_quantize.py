@@ -154,7 +154,7 @@ def test_value_and_gradients_against_loops(low: int, high: int, zero_point: int,
         np.testing.assert_allclose(found, other, rtol=EXACT, atol=EXACT * (high - low))
 
 
-def _value_and_gradients(function, x, s, g, low, high, zero_point):  # noqa: ANN001, ANN202
+def _value_and_gradients(function, x, s, g, low, high, zero_point):
     x, s = x.detach().requires_grad_(), s.detach().clone().requires_grad_()
     y = function(x, s, low=low, high=high, zero_point=zero_point)
     y.backward(g)
@@ -231,7 +231,7 @@ AXES = [
 def test_per_in_and_per_out_scale_what_they_say(
     kind: str, shape: tuple[int, ...], groups: int, ins: int, outs: int
 ) -> None:
-    """A factor on an input channel times its inverse on the input changes nothing; on an output channel it scales it."""
+    """A factor of an input channel undoes its inverse on the input; one of an output channel scales the output."""
     W = torch.randn(shape, dtype=torch.float64)
     x = torch.randn(2, ins, *(5,) * (len(shape) - 2), dtype=torch.float64)
     a, b = torch.rand(ins, dtype=torch.float64) + 0.5, torch.rand(outs, dtype=torch.float64) + 0.5

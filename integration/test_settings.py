@@ -1,0 +1,246 @@
+"""The settings of NNCF and of the algorithm, each with its effect on the result."""
+
+import nets
+import nncf
+import pytest
+import torch
+from conftest import activation_quantizers, few_steps, four_bits, relative_error, weight_quantizers
+from nncf.quantization.advanced_parameters import (
+    AdvancedBiasCorrectionParameters,
+    AdvancedQuantizationParameters,
+    OverflowFix,
+    QuantizationMode,
+    QuantizationParameters,
+)
+from nncf.quantization.range_estimator import RangeEstimatorParametersSet
+from nncf.torch.quantization.layers import AsymmetricQuantizer, SymmetricQuantizer
+
+import qft_plugin.nncf as host
+from qft_plugin import ConfigError, HostError, QFTConfig
+
+CLOSE = 0.25
+"""Relative L2 error of 4-bit weights after a few steps; a network with a wrong scale is at 0.5 and more."""
+
+ONE_STEP = 1 / 127
+"""A quantizer's range may end one step before the largest value."""
+
+
+def quantize(name="residual", config=None, **settings):
+    """Quantize a network of the collection with some settings of NNCF."""
+    model, items = nets.build(name), nets.items(name)
+    return model, items, host.quantize(model, nncf.Dataset(items), config or four_bits(), **settings)
+
+
+def test_ignored_scope(outputs):
+    """An ignored layer keeps its float weight up to the factors that are folded into it, and gets no quantizer."""
+    config = four_bits(equalize=False, train_cross_layer=False)
+    model, items, job = quantize("branches", config, ignored_scope=nncf.IgnoredScope(names=["join/conv2d/0"]))
+    assert {weight for weight, _ in weight_quantizers(job)} == {"left.weight", "right.weight", "fc.weight"}
+    assert torch.equal(job.model.join.weight, model.join.weight)
+    assert not torch.equal(job.model.left.weight, model.left.weight)
+    assert relative_error(outputs(job.model, items[0]), outputs(model, items[0])) < CLOSE
+
+
+def test_everything_ignored():
+    """Where NNCF is told to leave every layer alone, that is an error and not a float model."""
+    from qft_plugin import ModelError
+
+    scope = nncf.IgnoredScope(types=["conv2d", "linear"])
+    with pytest.raises(ModelError, match="ignored_scope"):
+        quantize("branches", ignored_scope=scope)
+
+
+@pytest.mark.parametrize("name", ["residual", "transformer"])
+def test_mixed_preset(name, outputs):
+    """`preset=MIXED` gives asymmetric activation quantizers, and the result stays close."""
+    model, items, job = quantize(name, preset=nncf.QuantizationPreset.MIXED)
+    kinds = {type(hook) for hook in activation_quantizers(job).values()}
+    assert AsymmetricQuantizer in kinds
+    assert relative_error(outputs(job.model, items[0]), outputs(model, items[0])) < CLOSE
+
+
+def test_transformer_model_type(outputs):
+    """`model_type=TRANSFORMER`, with NNCF's SmoothQuant in front, works."""
+    model, items, job = quantize("transformer", model_type=nncf.ModelType.TRANSFORMER)
+    assert len(weight_quantizers(job)) >= 8
+    assert relative_error(outputs(job.model, items[0]), outputs(model, items[0])) < CLOSE
+
+
+@pytest.mark.parametrize("device", ["CPU", "NPU", "ANY", "GPU"])
+def test_target_device(device, outputs):
+    """Every target device of OpenVINO gets 4-bit weights."""
+    model, items, job = quantize("residual", target_device=nncf.TargetDevice[device])
+    assert {quantizer.num_bits for _, quantizer in weight_quantizers(job)} == {4}
+    assert relative_error(outputs(job.model, items[0]), outputs(model, items[0])) < CLOSE
+
+
+def test_on_cpus_an_addend_is_not_quantized():
+    """OpenVINO's CPU plugin would not round it, so for CPUs there is no quantizer that only an addition reads."""
+    named = {device: set(activation_quantizers(
+        quantize("residual", four_bits(finetune=None), target_device=nncf.TargetDevice[device])[2]
+    )) for device in ("CPU", "NPU")}  # fmt: skip
+    assert not any("bn2" in name for name in named["CPU"])
+    assert any("relu" in name for name in named["CPU"])
+
+
+def test_subset_size(monkeypatch):
+    """NNCF's calibration sees as many items as it was told to, the finetune all of them."""
+    model, items = nets.build("residual"), nets.items("residual")
+    items[3] = items[3] * 100
+    config = four_bits(finetune=None)
+    few = host.quantize(model, nncf.Dataset(items), config, subset_size=1).model
+    every = host.quantize(model, nncf.Dataset(items), config, subset_size=4).model
+
+    def scale(result):
+        return float(dict(result.named_parameters())["__nncf_hooks.post_hooks.x__0.0._scale_param_storage"].max())
+
+    assert 10 * scale(few) < scale(every)
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"mode": nncf.QuantizationMode.FP8_E4M3}, "mode should be None"),
+    ({"fast_bias_correction": False}, "fast_bias_correction"),
+    ({"advanced_parameters": AdvancedQuantizationParameters(overflow_fix=OverflowFix.ENABLE)}, "overflow_fix"),
+    ({"advanced_parameters": AdvancedQuantizationParameters(overflow_fix=OverflowFix.FIRST_LAYER)}, "overflow_fix"),
+    ({"advanced_parameters": AdvancedQuantizationParameters(
+        bias_correction_params=AdvancedBiasCorrectionParameters(threshold=1.0))}, "bias_correction_params"),
+    ({"advanced_parameters": AdvancedQuantizationParameters(
+        weights_range_estimator_params=RangeEstimatorParametersSet.MEAN_MINMAX)}, "weights_range_estimator_params"),
+    ({"advanced_parameters": AdvancedQuantizationParameters(
+        weights_quantization_params=QuantizationParameters(num_bits=8))}, "weights_quantization_params"),
+    ({"advanced_parameters": AdvancedQuantizationParameters(
+        weights_quantization_params=QuantizationParameters(mode=QuantizationMode.ASYMMETRIC))},
+        "weights_quantization_params"),
+])  # fmt: skip
+def test_settings_that_cannot_be_honoured(settings, words):
+    """A setting of NNCF that the finetune would override is refused by its name, before any step."""
+    with pytest.raises(HostError, match=words):
+        quantize("linear_only", callback=lambda step: pytest.fail("training has started"), **settings)
+
+
+def test_settings_that_can_be_honoured(outputs):
+    """Advanced settings of the activations go through to NNCF, and the user's object is not changed."""
+    advanced = AdvancedQuantizationParameters(
+        quantize_outputs=True, activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
+    )
+    before = repr(advanced)
+    model, items, job = quantize("residual", advanced_parameters=advanced)
+    assert repr(advanced) == before
+    assert any(name.startswith("post_hooks.fc/linear/0") for name in activation_quantizers(job))
+    assert relative_error(outputs(job.model, items[0]), outputs(model, items[0])) < CLOSE
+
+
+def test_an_argument_that_nncf_does_not_have():
+    """An unknown argument is a `TypeError` with its name, as it is without the plugin."""
+    with pytest.raises(TypeError, match="presett"):
+        nncf.quantize(
+            nets.build("linear_only"), nncf.Dataset(nets.items("linear_only")), algorithm="qft", presett="mixed"
+        )
+
+
+def test_layer_bits():
+    """Patterns of parameter names choose the widths of single layers."""
+    config = four_bits(layer_bits={"conv*": 6, "fc.weight": 3}, small_layer_share=0)
+    _, _, job = quantize("residual", config)
+    bits = {weight: quantizer.num_bits for weight, quantizer in weight_quantizers(job)}
+    assert bits == {"stem.weight": 4, "conv1.weight": 6, "conv2.weight": 6, "conv3.weight": 6, "fc.weight": 3}
+    for weight, quantizer in weight_quantizers(job):
+        high = 2 ** (quantizer.num_bits - 1) - 1
+        integers = job.model.get_parameter(weight) / (quantizer.scale / high)
+        assert integers.abs().max().round() <= high
+        assert (integers - integers.round()).abs().max() < 1e-3
+
+
+def test_layer_bits_that_match_nothing():
+    """A pattern that matches no weight is refused with the names that there are, before any step."""
+    with pytest.raises(ConfigError, match=r"'head\.weight' matches no.*fc\.weight"):
+        quantize(
+            "residual", four_bits(layer_bits={"head.weight": 8}), callback=lambda step: pytest.fail("training has started")
+        )
+
+
+def test_small_layers_keep_eight_bits():
+    """The smallest layers keep 8 bits while they hold less than the given share of all weights."""
+    _, _, job = quantize("residual", QFTConfig(small_layer_share=0.12, finetune=None))
+    bits = {weight: quantizer.num_bits for weight, quantizer in weight_quantizers(job)}
+    # Weights: fc 64, stem 216, conv1 and conv2 576, conv3 1152; 12 % of them are 310.
+    assert bits == {"fc.weight": 8, "stem.weight": 8, "conv1.weight": 4, "conv2.weight": 4, "conv3.weight": 4}
+
+
+def input_quantizer(job):
+    """Return the quantizer of the image."""
+    return next(hook for name, hook in activation_quantizers(job).items() if name.startswith("post_hooks.x__"))
+
+
+def test_activation_ranges():
+    """ "max" ends at the largest value of an activation, "mse" before it where the tail is long, by a smaller error."""
+    items = [x**5 for x in nets.items("residual")]
+    images = torch.cat(items)
+    error, extent = {}, {}
+    for kind in ("max", "mse", "host"):
+        config = four_bits(activation_range=kind, finetune=None)
+        job = host.quantize(nets.build("residual"), nncf.Dataset(items), config)
+        quantizer = input_quantizer(job)
+        assert type(quantizer) is SymmetricQuantizer
+        extent[kind] = float(quantizer.scale.detach())
+        step = extent[kind] / quantizer.level_high
+        steps = (images / step).round().clamp(quantizer.level_low, quantizer.level_high)
+        error[kind] = float((images - steps * step).square().mean())
+    assert extent["max"] == pytest.approx(float(images.abs().max()), rel=ONE_STEP)
+    assert extent["mse"] < extent["max"]
+    assert error["mse"] < error["max"]
+    assert extent["host"] != extent["max"]
+
+
+@pytest.mark.parametrize("name", ["inverted", "transformer", "features", "keywords"])
+@pytest.mark.parametrize("kind", ["max", "mse"])
+def test_activation_ranges_of_other_networks(name, kind, outputs):
+    """Both own ranges work with bounded activations, attention, dictionaries and several inputs."""
+    model, items, job = quantize(name, four_bits(activation_range=kind, finetune=few_steps(images_fed=32)))
+    assert relative_error(outputs(job.model, items[0]), outputs(model, items[0])) < CLOSE
+
+
+def test_loss_at():
+    """The networks are compared at the input of the named module: its own loss, and only layers before it train."""
+    model, items = nets.build("residual"), nets.items("residual")
+    losses = {}
+    for at in ("conv2", "fc", None):
+        config = four_bits(finetune=few_steps(loss_at=at), equalize=False, train_cross_layer=False)
+        job = host.quantize(model, nncf.Dataset(items), config)
+        untrained = host.quantize(model, nncf.Dataset(items), four_bits(
+            finetune=None, equalize=False, train_cross_layer=False)).model  # fmt: skip
+        trained = {
+            weight for weight, _ in weight_quantizers(job)
+            if not torch.equal(job.model.get_parameter(weight), untrained.get_parameter(weight))
+        }  # fmt: skip
+        losses[at] = job.result.start_loss
+        assert "conv1.weight" in trained
+        assert ("conv3.weight" in trained) == (at != "conv2")
+    assert len(set(losses.values())) == 3
+
+
+def test_cross_entropy():
+    """With a cross entropy the last layer trains too, and the loss is larger by it."""
+    plain, mixed = (quantize("residual", four_bits(finetune=few_steps(cross_entropy=share)))[2] for share in (0, 1.0))
+    assert mixed.result.start_loss > plain.result.start_loss
+    assert not torch.equal(mixed.model.fc.weight, plain.model.fc.weight)
+
+
+def test_cross_entropy_without_logits():
+    """A model without one tensor of classes cannot have a cross entropy, which is said before any step."""
+    with pytest.raises(ConfigError, match=r"cross_entropy.*\[images, classes\]"):
+        quantize(
+            "features", four_bits(finetune=few_steps(cross_entropy=1.0)),
+            callback=lambda step: pytest.fail("training has started"),
+        )  # fmt: skip
+
+
+def test_equalization_and_cross_layer_factors_can_be_left_out():
+    """Without both, an unfoldable input and every layer keep the units of the user's model."""
+    config = four_bits(equalize=False, train_cross_layer=False, finetune=None)
+    model, _, job = quantize("branches", config)
+    for weight, quantizer in weight_quantizers(job):
+        W, before = job.model.get_parameter(weight), model.get_parameter(weight)
+        step = (quantizer.scale / quantizer.level_high).flatten().max()
+        assert (W - before).abs().max() < 3 * step  # clipped by MMSE, rounded, but not rescaled
+        assert torch.nn.functional.cosine_similarity(W.flatten(), before.flatten(), dim=0) > 0.98

@@ -1,0 +1,195 @@
+"""Which quantizer stands on a layer's input and output, and where teacher and student are compared."""
+
+import pytest
+from graphs import chain, conv_op, linear_op, record, unary_op
+from models import Gate, image
+from torch import nn
+
+from qft_plugin.dof_map import map_dof
+from qft_plugin.errors import ConfigError
+from qft_plugin.graph import LayerGraph, Op, Ref
+from qft_plugin.placement import ComparedInput, Placement, backbone_output, quantizer_after, quantizer_before
+
+MAP = (1, 4, 2, 2)
+
+
+def branched() -> LayerGraph:
+    """Write down: a -> relu -> max pool -> reshape -> b -> relu6; b's activation is read by c and d."""
+    return chain(
+        conv_op("a", "x", shape=(4, 3)),
+        unary_op("act", "relu", "a"),
+        unary_op("pool", "max_pool2d", "act", 1),
+        unary_op("shape", "reshape", "pool", MAP),
+        conv_op("b", "shape", shape=(4, 4)),
+        unary_op("act6", "relu6", "b"),
+        conv_op("c", "act6", shape=(4, 4)),
+        conv_op("d", "act6", shape=(4, 4)),
+        unary_op("curve", "silu", "c"),
+        shapes={"x": (1, 3, 2, 2)} | dict.fromkeys(["a", "act", "pool", "shape", "b", "act6", "c", "d", "curve"], MAP),
+        outputs=("curve", "d"),
+    )
+
+
+def placed(on_tensor: dict[str, str] | None = None, on_input: dict[tuple[str, int], str] | None = None) -> Placement:
+    return Placement({}, on_tensor or {}, on_input or {}, {})
+
+
+@pytest.mark.parametrize(
+    ("layer", "placement", "expected"),
+    [
+        ("b", placed({"act": "q"}), "q"),
+        ("b", placed({"act": "q", "pool": "nearer"}), "nearer"),
+        ("b", placed({"act": "q"}, {("b", 0): "own"}), "own"),
+        ("b", placed({}, {("pool", 0): "q"}), "q"),
+        ("b", placed({"a": "before relu"}), None),
+        ("a", placed({"x": "input"}), "input"),
+        ("a", placed(), None),
+        ("c", placed({"b": "before relu6"}), None),
+        ("c", placed({}, {("d", 0): "of d alone"}), None),
+    ],
+)
+def test_quantizer_before(layer: str, placement: Placement, expected: str | None) -> None:
+    """The search goes back through what keeps the grid, prefers the nearest, and stops at everything else."""
+    graph = branched()
+    assert quantizer_before(graph, placement, map_dof(graph).layer(f"{layer}.weight")) == expected
+
+
+@pytest.mark.parametrize(
+    ("layer", "placement", "expected"),
+    [
+        ("a", placed({"act": "q"}), "q"),
+        ("a", placed({"a": "at once", "act": "q"}), "at once"),
+        ("a", placed({}, {("pool", 0): "q"}), "q"),
+        ("b", placed({"act6": "q"}), "q"),
+        ("b", placed({}, {("c", 0): "q"}), "q"),
+        ("c", placed({"curve": "after silu"}), None),
+        ("c", placed({}, {("curve", 0): "before silu"}), "before silu"),
+        ("d", placed({"act6": "its input"}), None),
+    ],
+)
+def test_quantizer_after(layer: str, placement: Placement, expected: str | None) -> None:
+    """The search goes forward through the activation function only, and ends at the output of the network."""
+    graph = branched()
+    assert quantizer_after(graph, placement, map_dof(graph).layer(f"{layer}.weight")) == expected
+
+
+def test_no_quantizer_is_found_through_a_join() -> None:
+    """An addition makes new values: the quantizers of its inputs are not that of its reader."""
+    graph = chain(
+        conv_op("a", "x", shape=(4, 4)),
+        Op("sum", "add", ("a", "x"), ("sum",), (Ref(0), Ref(1))),
+        conv_op("b", "sum", shape=(4, 4)),
+        shapes=dict.fromkeys(["x", "a", "sum", "b"], MAP),
+        outputs=("b",),
+    )
+    placement = placed({"a": "q"}, {("sum", 1): "p"})
+    assert quantizer_before(graph, placement, map_dof(graph).layer("b.weight")) is None
+
+
+def compared(model: nn.Module, shape: tuple[int, ...] | None = None) -> str | None:
+    """Return the function whose input is compared, for a real network."""
+    x = image() if shape is None else image().new_zeros(shape)
+    graph = record(model.double().eval(), x)
+    found = backbone_output(graph, None)
+    if found is None:
+        return None
+    op = next(op for op in graph.ops if op.name == found.op)
+    assert op.inputs[found.index] == found.tensor
+    return op.function
+
+
+class Reduce(nn.Module):
+    """A mean over given axes."""
+
+    def __init__(self, *axes: int) -> None:
+        super().__init__()
+        self.axes = axes
+
+    def forward(self, x):
+        return x.mean(self.axes)
+
+
+def test_the_backbone_ends_at_the_global_pool() -> None:
+    """Adaptive pooling to one position, or a mean over space, in front of the classifier is chosen."""
+    assert compared(nn.Sequential(nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))) == (
+        "adaptive_avg_pool2d"
+    )
+    assert compared(nn.Sequential(nn.Conv2d(8, 4, 1), Reduce(2, 3), nn.Linear(4, 2))) == "mean"
+    assert compared(nn.Sequential(nn.Conv2d(8, 4, 1), nn.AvgPool2d(6), nn.Flatten(), nn.Linear(4, 2))) == "avg_pool2d"
+
+
+def test_the_last_of_several_global_pools_is_chosen() -> None:
+    """The squeeze of a gate inside the network is a global pool too, but not the last one."""
+    model = nn.Sequential(Gate(), nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).double()
+    graph = record(model, image())
+    found = backbone_output(graph, None)
+    assert found is not None
+    assert found.op == [op.name for op in graph.ops if op.function == "adaptive_avg_pool2d"][-1]
+
+
+def test_without_a_global_pool_the_last_linear_layer_is_chosen() -> None:
+    """A pool that leaves several positions is not global."""
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    graph = record(model, image())
+    found = backbone_output(graph, None)
+    assert found is not None
+    assert found.op == graph.ops[-1].name
+
+
+def test_a_mean_over_channels_is_not_a_global_pool() -> None:
+    """16 channels of 4x4 positions: the mean over channels makes as many numbers as one over space, but is another."""
+    model = nn.Sequential(nn.Conv2d(8, 16, 1), Reduce(1), nn.Flatten(), nn.Linear(16, 2))
+    assert compared(model, (2, 8, 4, 4)) == "linear"
+
+
+@pytest.mark.parametrize("tokens", [6, 8])
+def test_a_mean_over_tokens_does_not_depend_on_their_number(tokens: int) -> None:
+    """Pooled sequences are compared at the same place, whether or not there are as many tokens as channels."""
+    model = nn.Sequential(nn.Linear(8, 8), Reduce(1), nn.Linear(8, 2))
+    assert compared(model, (2, tokens, 8)) == compared(model, (2, 5, 8))
+
+
+def test_without_either_the_output_is_compared() -> None:
+    """A fully convolutional network is compared at its output."""
+    assert compared(nn.Sequential(nn.Conv2d(8, 4, 1), nn.ReLU())) is None
+
+
+def named() -> LayerGraph:
+    """Write down a graph with names as a host gives them."""
+    return chain(
+        conv_op("stem/conv2d/0", "x", shape=(4, 3)),
+        unary_op("layer1/0/relu/0", "relu", "stem/conv2d/0"),
+        unary_op("layer10/relu/0", "relu", "layer1/0/relu/0"),
+        linear_op("head/linear/0", "layer10/relu/0", shape=(2, 2)),
+        shapes={
+            "x": (1, 3, 2, 2),
+            "stem/conv2d/0": MAP,
+            "layer1/0/relu/0": MAP,
+            "layer10/relu/0": MAP,
+            "head/linear/0": MAP,
+        },
+        outputs=("head/linear/0",),
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss_at", "op", "tensor"),
+    [
+        ("head", "head/linear/0", "layer10/relu/0"),
+        ("layer1.0", "layer1/0/relu/0", "stem/conv2d/0"),
+        ("layer1", "layer1/0/relu/0", "stem/conv2d/0"),
+        ("layer10", "layer10/relu/0", "layer1/0/relu/0"),
+        ("layer10/relu/0", "layer10/relu/0", "layer1/0/relu/0"),
+    ],
+)
+def test_loss_at_names_a_module_or_an_operation(loss_at: str, op: str, tensor: str) -> None:
+    """A module stands for the first operation inside it, and `layer1` is not the beginning of `layer10`."""
+    assert backbone_output(named(), loss_at) == ComparedInput(op, 0, tensor)
+
+
+@pytest.mark.parametrize("loss_at", ["layer", "body", "", "x"])
+def test_a_wrong_loss_at_is_an_error_that_lists_the_names(loss_at: str) -> None:
+    """A name that is neither is refused, with the operations there are."""
+    with pytest.raises(ConfigError, match=r"loss_at.*head/linear/0") as caught:
+        backbone_output(named(), loss_at)
+    assert repr(loss_at) in str(caught.value)

@@ -1,0 +1,128 @@
+"""The settings: every wrong value is refused by the name of its field, and bit widths follow the 1 % rule."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qft_plugin.errors import ConfigError, QFTError
+from qft_plugin.spec import FinetuneConfig, HardwareSpec, QFTConfig
+
+WRONG: list[tuple[type, str, Any]] = [
+    (HardwareSpec, "rescale", "per-tensor"),
+    (HardwareSpec, "rescale", None),
+    *((FinetuneConfig, name, bad) for name in ("images_fed", "max_images", "batch_size", "restarts")
+      for bad in (0, -1, 1.5, "8", True, None)),
+    *((FinetuneConfig, name, bad) for name in ("learning_rate", "scale_learning_rate", "cross_entropy")
+      for bad in (-0.1, math.nan, "fast", True, None)),
+    (FinetuneConfig, "memory_limit", -1),
+    (FinetuneConfig, "memory_limit", 0.5),
+    (FinetuneConfig, "seed", -1),
+    (FinetuneConfig, "seed", 2**63),
+    (FinetuneConfig, "seed", "0"),
+    (FinetuneConfig, "loss_at", 7),
+    (FinetuneConfig, "compile", 1),
+    *((QFTConfig, name, bad) for name in ("weight_bits", "small_layer_bits") for bad in (1, 9, 4.0, "4", False)),
+    *((QFTConfig, "small_layer_share", bad) for bad in (-0.01, 1.01, math.nan, None)),
+    (QFTConfig, "activation_range", "minmax"),
+    *((QFTConfig, "layer_bits", bad) for bad in (8, [("a", 8)], {"a": 1}, {"a": 9}, {"a": 8.0}, {"a": True}, {1: 8})),
+    *((QFTConfig, name, 1) for name in ("equalize", "train_cross_layer")),
+    (QFTConfig, "hardware", "channelwise"),
+    (QFTConfig, "finetune", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), WRONG, ids=lambda v: getattr(v, "__name__", repr(v)))
+def test_a_wrong_value_is_refused_by_the_name_of_its_field(kind: type, name: str, value: Any) -> None:
+    """The message names class and field and shows what was found."""
+    with pytest.raises(ConfigError) as caught:
+        kind(**{name: value})
+    message = str(caught.value)
+    assert f"{kind.__name__}.{name}" in message
+    assert "should" in message
+    shown = value if not isinstance(value, dict) else next(iter(value.values()))
+    assert repr(shown) in message
+    assert isinstance(caught.value, (QFTError, ValueError))
+
+
+@pytest.mark.parametrize("kind", [HardwareSpec, FinetuneConfig, QFTConfig])
+def test_every_field_is_checked(kind: type) -> None:
+    """No field of any of the three can be set to something absurd."""
+    for field in dataclasses.fields(kind):
+        with pytest.raises(ConfigError, match=field.name):
+            kind(**{field.name: object()})
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (HardwareSpec, {"rescale": "layerwise"}),
+        (FinetuneConfig, {"images_fed": 1, "max_images": 1, "batch_size": 1, "restarts": 1, "seed": 2**63 - 1}),
+        (FinetuneConfig, {"learning_rate": 0, "scale_learning_rate": 0, "cross_entropy": 2, "memory_limit": 0}),
+        (QFTConfig, {"weight_bits": 2, "small_layer_bits": 8, "small_layer_share": 1, "finetune": None}),
+    ],
+)
+def test_the_ends_of_the_ranges_are_allowed(kind: type, values: dict[str, Any]) -> None:
+    """Bounds are inclusive and the values are kept as given."""
+    made = kind(**values)
+    assert {name: getattr(made, name) for name in values} == values
+
+
+def test_settings_cannot_be_changed() -> None:
+    """A config is frozen; a variation is a new one, and it is checked again."""
+    config = QFTConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.weight_bits = 3  # type: ignore[misc]
+    with pytest.raises(ConfigError, match="weight_bits"):
+        dataclasses.replace(config, weight_bits=1)
+
+
+def test_smallest_layers_up_to_one_percent() -> None:
+    """Sec. 4 by hand: of 10,000 weights, 10 + 20 + 70 = 100 make just 1 %; the next layer is not small."""
+    config = QFTConfig(weight_bits=4, small_layer_bits=8, small_layer_share=0.01)
+    found = config.weight_bits_of({"head": 200, "a": 70, "body": 9700, "b": 10, "c": 20})
+    assert found == {"head": 4, "a": 8, "body": 4, "b": 8, "c": 8}
+
+
+def test_one_weight_too_many_is_not_small() -> None:
+    """With 71 instead of 70 weights the third layer would make 101 of 10,001: it stays at 4 bits."""
+    config = QFTConfig(weight_bits=4, small_layer_bits=8, small_layer_share=0.01)
+    found = config.weight_bits_of({"head": 200, "a": 71, "body": 9700, "b": 10, "c": 20})
+    assert found == {"head": 4, "a": 4, "body": 4, "b": 8, "c": 8}
+
+
+@pytest.mark.parametrize(("share", "bits"), [(0.0, 3), (1.0, 6)])
+def test_a_share_of_none_or_all(share: float, bits: int) -> None:
+    """A share of 0 makes no layer small, a share of 1 all of them."""
+    config = QFTConfig(weight_bits=3, small_layer_bits=6, small_layer_share=share)
+    assert config.weight_bits_of({"a": 1, "b": 100}) == {"a": bits, "b": bits}
+
+
+@given(st.dictionaries(st.text("abc", min_size=1), st.integers(1, 10**6), min_size=1, max_size=8), st.floats(0, 1))
+def test_small_layers_fit_and_the_next_does_not(sizes: dict[str, int], share: float) -> None:
+    """The small layers hold at most the share, no other layer is smaller, and one more would be too much."""
+    config = QFTConfig(weight_bits=4, small_layer_bits=8, small_layer_share=share)
+    found = config.weight_bits_of(sizes)
+    small = sorted(sizes[n] for n, bits in found.items() if bits == 8)
+    large = sorted(sizes[n] for n, bits in found.items() if bits == 4)
+    rounding = 1e-6 * sum(sizes.values())
+    assert sum(small) <= share * sum(sizes.values()) + rounding
+    if large:
+        assert sum(small) + large[0] > share * sum(sizes.values()) - rounding
+        assert not small or small[-1] <= large[0]
+
+
+def test_patterns_win_over_sizes_and_later_ones_over_earlier() -> None:
+    """`layer_bits` takes names and shell patterns; of two that match, the later one counts."""
+    config = QFTConfig(weight_bits=4, small_layer_share=0.0, layer_bits={"body.*": 6, "body.1.weight": 2, "head": 8})
+    sizes = {"stem": 10, "body.0.weight": 10, "body.1.weight": 10, "head": 10}
+    assert config.weight_bits_of(sizes) == {"stem": 4, "body.0.weight": 6, "body.1.weight": 2, "head": 8}
+
+
+def test_a_pattern_without_a_match_is_an_error() -> None:
+    """A misspelt name is not ignored: the message shows it and the names there are."""
+    with pytest.raises(ConfigError, match=r"layer_bits.*'haed'.*'body', 'head'"):
+        QFTConfig(layer_bits={"haed": 8}).weight_bits_of({"head": 1, "body": 2})
