@@ -76,12 +76,17 @@ def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
 
 def weight_quantizers(job: Job) -> list[tuple[str, Any]]:
     """List the quantized weights of a result: the name of each with its quantizer, once for each call."""
-    weights = {call: layer.weight for layer in job.dof_map.layers for call in layer.calls}
+    # layer_norm(input, shape, weight, bias) has its weight one place later than convolutions and linear layers.
+    weights = {
+        (call, 2 if layer.kind == "layer_norm" else 1): layer.weight
+        for layer in job.dof_map.layers
+        for call in layer.calls
+    }
     found = []
     for name, hook in get_hook_storage(job.model).named_hooks(remove_duplicate=False):
         kind, op, port = decode_hook_name(name)
-        if kind == "pre_hooks" and op in weights and port == 1 and hasattr(hook, "num_bits"):
-            found.append((weights[op], hook))
+        if kind == "pre_hooks" and (op, port) in weights and hasattr(hook, "num_bits"):
+            found.append((weights[op, port], hook))
     return found
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 
 class Residual(nn.Module):
-    """A chain of convolution, BatchNorm and ReLU with a residual addition, much of it in place."""
+    """A chain of convolution, BatchNorm and ReLU with a residual addition."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,6 +23,17 @@ class Residual(nn.Module):
         self.conv3 = nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(16)
         self.fc = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn0(self.stem(x)))
+        y = torch.relu(self.bn1(self.conv1(x)))
+        x = torch.relu(self.bn2(self.conv2(y)) + x)
+        x = torch.relu(self.bn3(self.conv3(x)))
+        return self.fc(functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class InPlace(Residual):
+    """The same network, with every activation and the addition in place."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = functional.relu(self.bn0(self.stem(x)), inplace=True)
@@ -283,6 +294,7 @@ IMAGE = {"x": (3, 8, 8)}
 PAIR = {"image": (3, 8, 8), "vector": (5,)}
 NETS: dict[str, Net] = {
     "residual": Net(Residual, IMAGE, 4),
+    "in_place": Net(InPlace, IMAGE, 4),
     "inverted": Net(Inverted, IMAGE, 4, rescales=False),  # every activation has a bound, or an addend that has one
     "branches": Net(Branches, IMAGE, 3),
     "grouped": Net(Grouped, IMAGE, 3),
@@ -291,7 +303,7 @@ NETS: dict[str, Net] = {
     "no_affine": Net(NoAffine, IMAGE, 2),
     "bias_and_norm": Net(BiasAndNorm, IMAGE, 2),
     "features": Net(Features, IMAGE, 3),
-    "squeeze_excite": Net(SqueezeExcite, IMAGE, 4, not_int8=2, not_quantized=2),  # NNCF leaves the two of the gate alone
+    "squeeze_excite": Net(SqueezeExcite, IMAGE, 4, not_int8=2, not_quantized=2),  # NNCF skips its gate
     "transformer": Net(Transformer, {"x": (5, 6)}, 0),
     "one_d": Net(OneD, {"x": (4, 16)}, 2),
     "linear_only": Net(LinearOnly, {"x": (12,)}, 0),
@@ -299,7 +311,6 @@ NETS: dict[str, Net] = {
     "keywords": Net(TwoInputs, PAIR, 2, by_name=True),
     "norm_first": Net(NormFirst, IMAGE, 2),
 }
-CONVOLUTIONAL = [name for name, net in NETS.items() if net.convolutions]
 
 
 def build(name: str) -> nn.Module:

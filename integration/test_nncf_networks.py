@@ -168,4 +168,3 @@ def test_channelwise_rescale_gives_each_channel_its_scale(name, quantized):
     """By default the channels of a weight have scales of their own."""
     q = quantized(name)
     assert all(quantizer.scale.unique().numel() > 1 for _, quantizer in weight_quantizers(q.job))
-

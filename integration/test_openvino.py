@@ -28,7 +28,7 @@ def constants(path):
     return {kind: kinds.count(kind) for kind in ("i4", "i8")}
 
 
-@pytest.mark.parametrize("name", nets.NETS)
+@pytest.mark.parametrize("name", sorted(nets.NETS.keys() - {"in_place"}))  # whose file would be that of "residual"
 def test_four_bit_weights_are_stored_in_four_bits_and_run_in_int8(name, quantized, tmp_path):
     """Every quantized weight is one 4-bit constant, and every convolution with one runs in int8."""
     q, net = quantized(name), nets.NETS[name]
@@ -49,7 +49,7 @@ def test_four_bit_weights_are_stored_in_four_bits_and_run_in_int8(name, quantize
 
 
 def test_storages_compute_the_same_and_differ_in_size(quantized, tmp_path):
-    """ "i8" stores 8-bit constants in a larger file, "i4_plain" plain 4-bit ones; outputs are those of "i4"."""
+    """Storage "i8" is larger by half a byte per weight, "i4_plain" has plain constants; outputs are those of "i4"."""
     q = quantized("residual")
     reports, results = {}, {}
     for storage in ("i4", "i8", "i4_plain"):
@@ -135,7 +135,7 @@ def test_a_restored_model_is_saved_alike(quantized, tmp_path):
     first = host.save_openvino(q.job.model, tmp_path / "first.xml", q.items[0])
     second = host.save_openvino(again, tmp_path / "second.xml", q.items[0])
     assert second.weights == first.weights == 5
-    assert second.convolutions.values() and set(second.convolutions.values()) <= INT8
+    assert second.int8_convolutions == nets.NETS["residual"].convolutions
     assert (tmp_path / "first.bin").read_bytes() == (tmp_path / "second.bin").read_bytes()
 
 

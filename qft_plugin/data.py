@@ -29,7 +29,7 @@ class Rows:
 
     def append(self, rows: Tensor) -> None:
         """Add a batch, `[rows, ...]`; all batches agree in dtype and in the shape of a row."""
-        rows = rows.detach().to("cpu").contiguous()
+        rows = rows.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         self._like = rows[:0]
         self._count += rows.shape[0]
         self._bytes += rows.numel() * rows.element_size()
@@ -54,6 +54,7 @@ class Rows:
         size = self._count * self._like[0:0].new_empty(self._like.shape[1:]).numel()
         mapped = torch.from_file(self._file.name, shared=False, size=size, dtype=self._like.dtype).view(shape)
         os.unlink(self._file.name)  # the mapping keeps the content until the tensor is gone
+        self._file = None
         return mapped
 
     def discard(self) -> None:

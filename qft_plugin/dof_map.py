@@ -31,21 +31,25 @@ def map_dof(graph: LayerGraph) -> DofMap:
 
 def _tie_repeated_calls(solver: Solver) -> None:
     """A weight that is used several times has one scale on each side: tie the edges of all its calls."""
-    bias_owner: dict[str, str] = {}
+    holders: dict[str, set[str]] = {}
+    for weight, calls in solver.calls.items():
+        for name in (weight, *(call.bias for call in calls if call.bias)):
+            holders.setdefault(name, set()).add(weight)
     for weight, calls in solver.calls.items():
         first = calls[0]
-        for call in calls[1:]:
-            solver.tie(call.ins, first.ins)
-            solver.tie(call.outs, first.outs)
+        names = (weight, *(call.bias for call in calls if call.bias))
+        others = [
+            user for name in names for user in (*sorted(holders[name] - {weight}), solver.other_users.get(name)) if user
+        ]
         alike = all((c.bias, c.kind, c.groups) == (first.bias, first.kind, first.groups) for c in calls)
-        bias_user = bias_owner.setdefault(first.bias, weight) if first.bias else weight
-        other = solver.other_users.get(weight) or solver.other_users.get(first.bias or "")
-        if other or not alike or bias_user != weight:
-            reason = f"{weight} or its bias is also used by {other or bias_user}"
-            solver.pin(first.ins, reason)
-            solver.pin(first.outs, reason)
-            for owner_call in solver.calls[bias_user]:
-                solver.pin(owner_call.outs, reason)
+        for call in calls:
+            if alike and not others:
+                solver.tie(call.ins, first.ins)
+                solver.tie(call.outs, first.outs)
+            else:
+                reason = f"{weight} or its bias is also used by {others[0] if others else 'another kind of call'}"
+                solver.pin(call.ins, reason)
+                solver.pin(call.outs, reason)
 
 
 def _collect(solver: Solver) -> DofMap:

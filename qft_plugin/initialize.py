@@ -158,7 +158,7 @@ def equalize(
     for layer in dof.layers:
         if layer.weight not in bits:
             continue
-        W = weights[layer.weight].double()
+        W = weights[layer.weight].detach().double().cpu()
         high = 2 ** (bits[layer.weight] - 1) - 1
         whole = ppq(W.reshape(1, -1), high=high)
         for side, slices, index in (

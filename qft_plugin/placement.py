@@ -174,5 +174,10 @@ def _is_global_pool(graph: LayerGraph, op: Op) -> bool:
     if op.function not in GLOBAL_POOLS or not op.inputs or not op.outputs:
         return False
     before, after = graph.shapes[op.inputs[0]], graph.shapes[op.outputs[0]]
+    if op.function in ("mean", "amax"):
+        dims = op.argument(1, "dim")
+        dims = range(len(before)) if dims is None else [dims] if isinstance(dims, int) else dims
+        if any(d % len(before) < 2 for d in dims):
+            return False
     positions = math.prod(before[2:])
     return len(before) > 2 and positions > 1 and math.prod(after) * positions == math.prod(before)

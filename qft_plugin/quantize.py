@@ -151,7 +151,8 @@ def fake_quantize(x: Tensor, scale: Tensor, *, low: int, high: int, zero_point: 
 
     Eq. (1):  x_fq = scale * (clip(round(x / scale) + Z, low, high) - Z)
 
-    The gradient passes straight through the rounding and not at all where the clip is active.
+    The gradient passes straight through the rounding and not at all where the clip is active (exactly at a tie on the
+    edge of the grid, where rounding decides, it is 0).
 
     Args:
         x: any floating-point tensor, real units.

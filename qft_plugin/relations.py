@@ -12,7 +12,7 @@ each element. An operation that only moves elements (reshape, slice, concatenati
 simply executed on the shadows.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -214,8 +214,8 @@ MOVES: Final[dict[str, Callable[..., Any]]] = {
     "stack": torch.stack,
     "expand": torch.Tensor.expand,
     "repeat": torch.Tensor.repeat,
-    "tile": torch.tile,
-    "flip": torch.flip,
+    "tile": torch.Tensor.tile,
+    "flip": torch.Tensor.flip,
     "roll": torch.roll,
     "pixel_shuffle": torch.pixel_shuffle,
     "pixel_unshuffle": torch.pixel_unshuffle,
@@ -238,7 +238,7 @@ def apply_rule(solver: Solver, op: Op) -> None:
 
     Anything that the rule of the operation cannot express exactly falls back to a barrier.
     """
-    _note_other_users(solver, op)
+    _note_other_users(solver, op, absorbs=op.function in LAYERS or op.function in ("layer_norm", "rms_norm"))
     if not op.inputs or not op.outputs:
         _barrier(solver, op, f"made by {op.function} from constants")
         return
@@ -251,6 +251,7 @@ def apply_rule(solver: Solver, op: Op) -> None:
         rule(solver, op)
         _check_shapes(solver, op)
     except _NotExpressibleError as why:
+        _note_other_users(solver, op, absorbs=False)
         _barrier(solver, op, f"{op.function} {why}")
 
 
@@ -290,15 +291,27 @@ def _check_shapes(solver: Solver, op: Op) -> None:
             raise _NotExpressibleError("was called in a way that could not be followed")
 
 
-def _note_other_users(solver: Solver, op: Op) -> None:
+def _note_other_users(solver: Solver, op: Op, *, absorbs: bool) -> None:
     """A weight that something else reads too must not be rescaled: that reader would see it."""
-    absorbs = op.function in LAYERS or op.function in ("layer_norm", "rms_norm")
     for position, value in enumerate([*op.args, *(op.kwargs or {}).values()]):
-        if isinstance(value, Const) and not (absorbs and position > 0):
-            solver.other_users[value.name] = op.name
+        if not (absorbs and position > 0):
+            for name in _constants(value):
+                solver.other_users[name] = op.name
+
+
+def _constants(value: Any) -> Iterator[str]:
+    """Yield the names of all parameters in an argument, lists and tuples included."""
+    if isinstance(value, Const):
+        yield value.name
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _constants(part)
 
 
 def _same(solver: Solver, op: Op) -> None:
+    for value in (*op.args, *(op.kwargs or {}).values()):
+        if isinstance(value, torch.dtype) and not value.is_floating_point:
+            raise _NotExpressibleError(f"rounds to {value}")
     solver.shadows[op.outputs[0]] = solver.shadows[op.inputs[0]]
 
 
@@ -324,6 +337,8 @@ def _resolve(solver: Solver, op: Op, value: Any) -> Any:
 
 
 def _move(solver: Solver, op: Op) -> None:
+    if op.function == "__getitem__" and len(op.inputs) > 1:
+        raise _NotExpressibleError("has an index that is computed")
     try:
         args = [_resolve(solver, op, v) for v in op.args]
         kwargs = {k: _resolve(solver, op, v) for k, v in (op.kwargs or {}).items()}
@@ -359,6 +374,8 @@ def _add(solver: Solver, op: Op) -> None:
 
 def _multiply(solver: Solver, op: Op) -> None:
     """A product is homogeneous in one factor while the others stay: the gate is pinned, the feature passes."""
+    if (op.kwargs or {}).get("rounding_mode") is not None:
+        raise _NotExpressibleError("rounds")
     refs = [v for v in op.args[:2] if isinstance(v, Ref)]
     if len(refs) != len(op.inputs) or not refs:
         raise _NotExpressibleError("was called in a way that could not be followed")
@@ -397,7 +414,7 @@ def _parameter(op: Op, position: int, name: str) -> Const | None:
 def _layer(solver: Solver, op: Op) -> None:
     """Eq. (2): a kernel absorbs any factor of its input on its left and of its output on its right side."""
     weight, bias = _parameter(op, 1, "weight"), _parameter(op, 2, "bias")
-    if weight is None or op.args[0] != Ref(0):
+    if weight is None or op.argument(0, "input") != Ref(0):
         raise _NotExpressibleError("has a weight that is computed")
     shape = solver.graph.shapes[op.outputs[0]]
     transposed = op.function.startswith("conv_transpose")

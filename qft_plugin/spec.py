@@ -1,6 +1,7 @@
 """What a user can set: three frozen dataclasses that refuse a wrong value by the name of its field."""
 
 import fnmatch
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,7 +24,7 @@ def _number(
     found = getattr(owner, name)
     kind = "a whole number" if whole else "a number"
     right_type = isinstance(found, int) if whole else isinstance(found, (int, float))
-    if isinstance(found, bool) or not right_type or found != found:
+    if isinstance(found, bool) or not right_type or not math.isfinite(found):
         raise ConfigError(f"{type(owner).__name__}.{name} should be {kind}. Found {found!r}.")
     if at_least is not None and found < at_least:
         raise ConfigError(f"{type(owner).__name__}.{name} should be at least {at_least}. Found {found!r}.")

@@ -237,7 +237,7 @@ def test_an_empty_dataset_is_refused() -> None:
     """A used-up generator is the usual reason, and the message says so."""
     used = iter([GOOD])
     read(used)
-    with pytest.raises(DataError, match="at least one batch.*generator"):
+    with pytest.raises(DataError, match=r"at least one batch.*generator"):
         read(used)
 
 

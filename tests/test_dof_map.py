@@ -50,6 +50,12 @@ SHARINGS: dict[str, Callable[[Shared, Tensor], Tensor]] = {
     "bias of two layers": lambda m, x: m.c(functional.conv2d(m.b(m.a(x)), m.b.weight, m.a.bias)),
     "another bias": lambda m, x: m.c(m.b(functional.conv2d(m.b(m.a(x)), m.b.weight))),
     "another layer's bias": lambda m, x: m.c(functional.conv2d(m.b(m.a(x)).relu(), m.b.weight, m.a.bias).relu()),
+    "a far layer's bias": lambda m, x: (
+        m.c(m.a(x).relu()) + functional.conv2d(m.b(x[:, :4]), m.b.weight, m.a.bias)[:, :2]
+    ),
+    "weight with a computed bias": lambda m, x: m.c(
+        functional.conv2d(m.b(m.a(x).relu()), m.b.weight, x.mean((0, 2, 3))[:4])
+    ),
     "weight in a list": lambda m, x: m.c(functional.conv2d(m.b(m.a(x)), torch.cat([m.b.weight, m.b.weight])[:4])),
     "weight transposed": lambda m, x: m.c(functional.conv2d(m.b(m.a(x)), m.b.weight.transpose(0, 1))),
 }

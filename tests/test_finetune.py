@@ -326,6 +326,6 @@ def test_a_teacher_that_is_not_finite_is_refused(value: float, tmp_path: Path, m
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     x = torch.zeros(6, 4)
     x[5, 0] = value
-    with pytest.raises(ModelError, match="finite.*batch 2"):
+    with pytest.raises(ModelError, match=r"finite.*batch 2"):
         teacher_predictions(lambda call: Prediction((call[0][0],), None), inputs_of(x), batch_size=2, memory_limit=0)
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Where training starts: ranges, PPQ, and equalization, with the symmetries that they must have."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_range_mse_is_the_best_of_a_search(low: int, high: int) -> None:
 
 @pytest.mark.parametrize("choose", [range_max, range_mse])
 @given(power=st.integers(-10, 10), seed=st.integers(0, 10**6))
-def test_ranges_follow_the_unit_of_the_data(choose, power: int, seed: int) -> None:
+def test_ranges_follow_the_unit_of_the_data(choose: Callable[..., Tensor], power: int, seed: int) -> None:
     """Measured in other units the same values get the same scale, exactly for powers of two; order does not matter."""
     x = torch.randn(200, generator=torch.Generator().manual_seed(seed))
     k = 2.0**power

@@ -223,6 +223,22 @@ def test_a_layer_that_is_not_quantized_is_folded_but_not_trained() -> None:
     assert not any(id(p) in trained for p in dof.layers[1].parameters())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_degrees_of_freedom_fold_like_the_network(kind: str) -> None:
+    """Without grids, what is solved is the float network with the factors folded: weights, biases and outputs."""
+    model, x = two_layers(kind)
+    dof = Dof(mapped(model, x), parameters_of(model), {}, {})
+    with torch.no_grad():
+        dof.log_c.normal_()
+        tensors = solve(dof).tensors
+        expected = fold_network(dof.map, dof.log_c, parameters_of(model))
+        assert set(tensors) == set(expected)
+        for name, t in tensors.items():
+            torch.testing.assert_close(t, expected[name], rtol=EXACT, atol=0)
+        folded = torch.func.functional_call(model, tensors, x)
+        torch.testing.assert_close(folded, model(x), rtol=FOLD_TOLERANCE, atol=FOLD_TOLERANCE)
+
+
 def test_fixed_factors_do_not_train() -> None:
     """With `train_cross_layer=False` the factors get no gradient and are not given to the optimizer."""
     model, x = two_layers("conv")

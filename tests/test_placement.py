@@ -3,7 +3,7 @@
 import pytest
 from graphs import chain, conv_op, linear_op, record, unary_op
 from models import Gate, image
-from torch import nn
+from torch import Tensor, nn
 
 from qft_plugin.dof_map import map_dof
 from qft_plugin.errors import ConfigError
@@ -105,7 +105,7 @@ class Reduce(nn.Module):
         super().__init__()
         self.axes = axes
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x.mean(self.axes)
 
 

@@ -1,5 +1,7 @@
 """Fake-quantization: every code, ties, clip edges, its native gradient, and vectors on a weight's axes."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import reference
@@ -154,10 +156,14 @@ def test_value_and_gradients_against_loops(low: int, high: int, zero_point: int,
         np.testing.assert_allclose(found, other, rtol=EXACT, atol=EXACT * (high - low))
 
 
-def _value_and_gradients(function, x, s, g, low, high, zero_point):
+def _value_and_gradients(
+    function: Callable[..., Tensor], x: Tensor, s: Tensor, g: Tensor, low: int, high: int, zero_point: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     x, s = x.detach().requires_grad_(), s.detach().clone().requires_grad_()
     y = function(x, s, low=low, high=high, zero_point=zero_point)
     y.backward(g)
+    assert x.grad is not None
+    assert s.grad is not None
     return y.detach().numpy(), x.grad.numpy(), s.grad.numpy()
 
 

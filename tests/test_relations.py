@@ -149,17 +149,29 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "conv1d": (nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.Conv1d(8, 4, 3, stride=2)), (2, 3, 12)),
     "conv2d": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3, dilation=2)), (2, 3, 9, 9)),
     "conv3d": (nn.Sequential(nn.Conv3d(3, 8, 3), nn.MaxPool3d(2), nn.Conv3d(8, 4, 1)), (2, 3, 6, 6, 6)),
-    "pools in 1d": (nn.Sequential(nn.Conv1d(3, 8, 3), nn.AvgPool1d(2), nn.AdaptiveMaxPool1d(3), nn.Conv1d(8, 4, 1)), (2, 3, 12)),
+    "pools in 1d": (
+        nn.Sequential(nn.Conv1d(3, 8, 3), nn.AvgPool1d(2), nn.AdaptiveMaxPool1d(3), nn.Conv1d(8, 4, 1)),
+        (2, 3, 12),
+    ),
     "linear": (nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4)), (2, 3)),
     "linear on tokens": (nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4)), (2, 5, 3)),
     "transposed 1d": (nn.Sequential(nn.ConvTranspose1d(3, 8, 3), nn.ReLU(), nn.ConvTranspose1d(8, 4, 3)), (2, 3, 6)),
-    "transposed": (nn.Sequential(nn.ConvTranspose2d(3, 8, 2, stride=2), nn.ReLU(), nn.ConvTranspose2d(8, 4, 3)), (2, 3, 6, 6)),
-    "transposed 3d": (nn.Sequential(nn.ConvTranspose3d(3, 8, 2), nn.ReLU(), nn.ConvTranspose3d(8, 4, 1)), (2, 3, 3, 3, 3)),
+    "transposed": (
+        nn.Sequential(nn.ConvTranspose2d(3, 8, 2, stride=2), nn.ReLU(), nn.ConvTranspose2d(8, 4, 3)),
+        (2, 3, 6, 6),
+    ),
+    "transposed 3d": (
+        nn.Sequential(nn.ConvTranspose3d(3, 8, 2), nn.ReLU(), nn.ConvTranspose3d(8, 4, 1)),
+        (2, 3, 3, 3, 3),
+    ),
     "grouped": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3, groups=2)), (2, 3, 9, 9)),
     "grouped transposed": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 4, 3, groups=2)), (2, 3, 9, 9)),
-    "reflecting": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3, padding=1, padding_mode="reflect")), (2, 3, 9, 9)),
+    "reflecting": (
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3, padding=1, padding_mode="reflect")),
+        (2, 3, 9, 9),
+    ),
     "one image": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), (3, 9, 9)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -205,6 +217,19 @@ def test_add_ties_its_inputs() -> None:
     dof = checked(nn.Sequential(nn.Conv2d(3, 8, 1), Residual(nn.Conv2d(8, 8, 1)), nn.Conv2d(8, 2, 1)).double(), image())
     assert dof.size == 8
     assert all(torch.equal(dof.layers[i].out_index, dof.layers[2].in_index) for i in (0, 1))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_sum_with_a_pinned_input_is_pinned(turned: bool) -> None:
+    """Tied to something that cannot be rescaled, on whichever side, the other input cannot be rescaled either."""
+
+    def meet(a: Tensor, b: Tensor) -> Tensor:
+        return b.sigmoid() + a if turned else a + b.sigmoid()
+
+    dof, error = folding_error(TwoInputs(meet).double(), image())
+    assert dof.size == 0
+    assert error == 0
+    assert "sigmoid" in next(e.reason for e in dof.edges if e.name == dof.layer("a.weight").outputs[0])
 
 
 def test_add_of_one_channel_to_all_ties_them_together() -> None:
