@@ -10,11 +10,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from qft_plugin.compensate import can_compensate, compensated, input_rows
 from qft_plugin.data import Inputs, read_inputs
 from qft_plugin.dof_map import map_dof
 from qft_plugin.errors import ConfigError, ModelError, QFTWarning
 from qft_plugin.finetune import FinetuneResult, Network, Prediction, Step, finetune, teacher_predictions
-from qft_plugin.graph import PINNED, DofMap, LayerGraph
+from qft_plugin.graph import PINNED, DofMap, Layer, LayerGraph
 from qft_plugin.initialize import equalize, range_max, range_mse, weight_scale
 from qft_plugin.offline import Dof, WeightGrid, fold_network, names_of, solve
 from qft_plugin.placement import (
@@ -32,6 +33,9 @@ logger = logging.getLogger("qft_plugin")
 Callback = Callable[[Step], None]
 
 TEACHER_BATCH: Final = 64
+COMPENSATION_IMAGES: Final = 512
+"""Images on which rounding errors compensate each other."""
+
 RANGE_IMAGES: Final = 256
 """Images that "max" and "mse" ranges look at."""
 
@@ -92,10 +96,14 @@ def quantize(host: ModuleType, model: nn.Module, request: Any, config: QFTConfig
     placed = host.place(source, fold_network(dof_map, log_c, tensors), request, inputs)
     student = host.Student(placed, source, at, _unfold(dof_map, at, log_c), compiled=settings.compile)
     grids = _activation_grids(student, placed.placement, placed.tensors, inputs, config)
+    weights = _weight_grids(source.graph, placed.placement, placed.tensors, dof_map, config)
+    start = dict(placed.tensors)
+    if config.compensate:
+        start |= _compensated(student, source.graph, dof_map, weights, start, inputs)
     dof = Dof(
         dof_map,
-        {name: _laid_out(t, inputs) for name, t in placed.tensors.items()},
-        _weight_grids(source.graph, placed.placement, placed.tensors, dof_map, config),
+        {name: _laid_out(t, inputs) for name, t in start.items()},
+        weights,
         grids,
         train_cross_layer=config.train_cross_layer,
     )
@@ -227,6 +235,46 @@ def _activation_grids(
     return grids
 
 
+@torch.no_grad()
+def _compensated(
+    student: Any,
+    graph: LayerGraph,
+    dof_map: DofMap,
+    grids: Mapping[str, WeightGrid],
+    tensors: Mapping[str, Tensor],
+    inputs: Inputs,
+) -> dict[str, Tensor]:
+    """Let the rounding errors of each layer compensate each other on the images; returns the weights that change."""
+    layers = [layer for layer in dof_map.layers if layer.weight in grids and can_compensate(layer)]
+    ops = {op.name: op for op in graph.ops}
+    moments: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+
+    def watcher(layer: Layer) -> Callable[[Tensor], None]:
+        def add(x: Tensor) -> None:
+            rows = input_rows(x, ops[layer.calls[0]], layer, tensors[layer.weight], generator=generator).double()
+            moments[layer.weight] = moments.get(layer.weight, 0) + rows.transpose(1, 2) @ rows
+
+        return add
+
+    watchers = {layer.calls[0]: watcher(layer) for layer in layers}
+    for call in inputs.batches(TEACHER_BATCH, at_most=COMPENSATION_IMAGES):
+        student.watch(tensors, call, watchers)
+    result = {}
+    for layer in layers:
+        W, grid = tensors[layer.weight], grids[layer.weight]
+        rows = W.reshape(layer.groups, W.shape[0] // layer.groups, -1).double()
+        step = grid.scale.to(rows)
+        step = step.reshape(layer.groups, -1, 1) if step.dim() else step
+        try:
+            moved = compensated(rows, step, moments[layer.weight], high=2 ** (grid.bits - 1) - 1)
+        except RuntimeError as error:  # the moment matrix is not positive definite
+            logger.warning("%s starts from rounding to nearest: %s", layer.weight, error)
+            continue
+        result[layer.weight] = moved.reshape(W.shape).to(W)
+    return result
+
+
 def _weight_grids(
     graph: LayerGraph, placement: Placement, tensors: Mapping[str, Tensor], dof_map: DofMap, config: QFTConfig
 ) -> dict[str, WeightGrid]:
@@ -235,6 +283,8 @@ def _weight_grids(
     if not layers:
         raise ModelError("At least one layer should be quantized. Found none: look at ignored_scope and target_device.")
     bits = config.weight_bits_of({layer.weight: tensors[layer.weight].numel() for layer in layers})
+    # No kernel multiplies by the weight of a normalisation in 4 bits, and it is small: it keeps NNCF's 8.
+    bits |= {layer.weight: 8 for layer in layers if layer.kind == "layer_norm"}
     grids = {}
     for layer in layers:
         per_channel = config.hardware.rescale == "channelwise" and placement.weights[layer.weight]

@@ -116,14 +116,19 @@ class _FakeQuantize(torch.autograd.Function):
             out.add_(zero_point).clamp_(low, high).sub_(zero_point).mul_(scale)
         else:
             out.clamp_(low, high).mul_(scale)
-        ctx.save_for_backward(x, out, scale)
+        # An operation behind may change the result in place (`out += identity`): then it is computed again.
+        ctx.save_for_backward(x, scale)
+        ctx.out, ctx.version = out.detach(), out._version
         ctx.range = (low - zero_point, high - zero_point)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        x, out, scale = ctx.saved_tensors
+        x, scale = ctx.saved_tensors
         low, high = ctx.range
+        out = ctx.out
+        if out._version != ctx.version:
+            out = (x / scale).round_().clamp_(low, high).mul_(scale)
         g = _same_layout(gradients[0], x)
         if scale.numel() == 1 and x.device.type == "cpu":
             # One fused kernel; reading the scale costs nothing here, on a GPU it would wait for the device.

@@ -67,11 +67,11 @@ class FinetuneConfig:
         seed: of the order of the images.
     """
 
-    images_fed: int = 12_288
+    images_fed: int = 16_384
     max_images: int = 8_192
     batch_size: int = 32
     learning_rate: float = 0.02
-    scale_learning_rate: float = 1e-3
+    scale_learning_rate: float = 3e-3
     restarts: int = 1
     loss_at: str | None = None
     cross_entropy: float = 0.0
@@ -103,6 +103,7 @@ class QFTConfig:
         layer_bits: bit width by name of the weight, or by shell pattern (`{"features.0.*": 8}`); wins over all others.
         activation_range: where activation scales start: `"host"` (the host's own calibration), `"max"` or `"mse"`.
         equalize: start from 4-bit cross-layer equalization (Eq. 19-21) instead of equal factors.
+        compensate: start from weights whose rounding errors compensate each other (GPTQ) instead of the nearest ones.
         train_cross_layer: train the per-channel factors that tie neighbouring layers.
         hardware: what the target can do.
         finetune: the distillation; `None` returns the initialization (calibration, PPQ, equalization) untrained.
@@ -114,6 +115,7 @@ class QFTConfig:
     layer_bits: Mapping[str, int] = field(default_factory=dict)
     activation_range: Range = "host"
     equalize: bool = True
+    compensate: bool = True
     train_cross_layer: bool = True
     hardware: HardwareSpec = field(default_factory=HardwareSpec)
     finetune: FinetuneConfig | None = field(default_factory=FinetuneConfig)
@@ -128,7 +130,7 @@ class QFTConfig:
         for pattern, bits in self.layer_bits.items():
             if not isinstance(pattern, str) or type(bits) is not int or not 2 <= bits <= 8:
                 raise ConfigError(f"QFTConfig.layer_bits should map names to 2 to 8 bits. Found {pattern!r}: {bits!r}.")
-        for name in ("equalize", "train_cross_layer"):
+        for name in ("equalize", "compensate", "train_cross_layer"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"QFTConfig.{name} should be True or False. Found {getattr(self, name)!r}.")
         _instance(self, "hardware", HardwareSpec)

@@ -16,7 +16,7 @@ LEVELS = [
     {"errors"},
     {"spec", "quantize"},
     {"graph", "data", "partial"},
-    {"relations", "placement", "initialize"},
+    {"relations", "placement", "initialize", "compensate"},
     {"dof_map", "offline", "finetune"},
     {"report"},
     {"pipeline"},

@@ -162,7 +162,7 @@ class FakeQuantizer(nn.Module):
         """Fake-quantize one activation."""
         if self.scale is None:
             self.seen = x
-            return x
+            return x.clone()  # an operation behind may be in place
         return self.run(x, self.scale)
 
 
@@ -195,6 +195,18 @@ class _Capture(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.value = x
+        return x
+
+
+class _Watch(nn.Module):
+    """Shows a function every value that passes."""
+
+    def __init__(self, watcher: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.watcher = watcher
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.watcher(x)
         return x
 
 
@@ -284,6 +296,7 @@ class Student:
         self._names = _remove_neutral_norms(model, source)
         self._observed = Observed(model, at, source)
         self._unfold = unfold
+        self._first_port = {op: port for (op, port), what in source.ports.items() if _is_input(what, 0)}
 
     def __call__(self, solution: Solution, call: Call) -> Prediction:
         """Run the student on one batch, with gradients to everything in `solution`."""
@@ -305,6 +318,29 @@ class Student:
             module.scale = None
         self._run(tensors, call)
         return {name: m.seen for name, m in self._quantizers.items() if m.seen is not None}
+
+    def watch(
+        self, tensors: Mapping[str, Tensor], call: Call, watchers: Mapping[str, Callable[[Tensor], None]]
+    ) -> None:
+        """Run with float activations and show each watcher the input of its operation.
+
+        Args:
+            tensors: weights and biases by name.
+            call: the batch.
+            watchers: called with the first activation input, by name of the operation.
+        """
+        for module in self._quantizers.values():
+            module.scale = None
+        storage = get_hook_storage(self._observed.model)
+        handles = [
+            storage.register_pre_function_hook(op, self._first_port[op], _Watch(watcher))
+            for op, watcher in watchers.items()
+        ]
+        try:
+            self._run(tensors, call)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _run(self, tensors: Mapping[str, Tensor], call: Call) -> Prediction:
         args, kwargs = call

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+from nncf.torch.function_hook import wrap_model
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 from torch import Tensor, nn
 
@@ -86,7 +87,23 @@ def check_model(model: Any) -> None:
             "The model should be a float model. Found one that NNCF has already wrapped or quantized. "
             "Pass the model from before nncf.quantize."
         )
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ModelError(f"The model should be a plain torch.nn.Module. Found {kind}. Pass its .module.")
+    if hasattr(model, "_orig_mod"):
+        raise ModelError(
+            f"The model should be the module from before torch.compile. Found {kind}. Pass its ._orig_mod."
+        )
+    if isinstance(model, nn.Sequential):
+        raise ModelError(
+            f"The model should be a torch.nn.Module with a forward of its own. Found {kind}: NNCF keeps its quantizers "
+            "in a child module, which a Sequential would call. Make the Sequential a child of a module that calls it."
+        )
     parameters = list(model.parameters())
+    if any(isinstance(p, nn.parameter.UninitializedParameter) or p.is_meta for p in parameters):
+        raise ModelError(
+            f"The model's parameters should have values. Found uninitialized or meta parameters in {kind}. "
+            "Load its weights, or call a lazy module once."
+        )
     if not parameters:
         raise ModelError(f"The model should have parameters. Found none in {kind}.")
     devices, dtypes = {p.device for p in parameters}, {p.dtype for p in parameters if p.is_floating_point()}
@@ -95,6 +112,9 @@ def check_model(model: Any) -> None:
             f"The model's parameters should be on one device and of one floating dtype. Found {devices} and "
             f"{dtypes}. Move and convert it with model.to(...)."
         )
+    if dtypes - {torch.float32, torch.float64}:
+        raise ModelError(f"The model should be in float32. Found {dtypes}, too coarse for the scales that are trained. "
+                         "Convert it with model.float() and the images with image.float().")  # fmt: skip
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise ModelError(f"Parameter {name}: should be finite. Found NaN or infinity. Load the weights again.")
@@ -186,9 +206,9 @@ def _try_run(teacher: nn.Module, call: Call) -> list[Tensor]:
 def _trace(model: nn.Module, call: Call) -> Any:
     """Build NNCF's graph, with every tensor of the output as an output of the graph.
 
-    NNCF registers outputs only where the model returns a tensor or a flat tuple of them; for the time of the trace
-    the forward returns that form.
+    NNCF registers outputs only where the model returns a tensor or a flat tuple of them, so a copy that does is traced.
     """
+    model = copy.deepcopy(model)
     forward = model.forward
 
     @functools.wraps(forward)  # NNCF names the inputs by the signature
@@ -197,14 +217,13 @@ def _trace(model: nn.Module, call: Call) -> Any:
 
     model.__dict__["forward"] = flat
     try:
-        return build_nncf_graph(model, example_of(call))
+        # Up to 2.19 only a wrapped model can be traced.
+        return build_nncf_graph(wrap_model(model), example_of(call))
     except Exception as error:
         raise ModelError(
             f"The model could not be traced by NNCF. Found {type(error).__name__}: {error}. "
             "Check that nncf.quantize without algorithm works on it."
         ) from error
-    finally:
-        del model.__dict__["forward"]
 
 
 def _check_same(expected: list[Tensor], found: list[Tensor]) -> None:

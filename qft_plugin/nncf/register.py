@@ -12,6 +12,7 @@ from typing import Any, Final
 import nncf
 import nncf.quantization
 import nncf.quantization.quantize_model
+import torch
 from nncf.common.logging.track_progress import track
 from nncf.quantization.advanced_parameters import (
     AdvancedBiasCorrectionParameters,
@@ -96,8 +97,9 @@ def _quantize(
     original: Callable[..., Any], model: Any, dataset: Any, algorithm: Any, callback: Any, host: dict[str, Any]
 ) -> Job:
     config = _config(algorithm)
-    request = Request(original, dataset, _host_settings(original, host))
-    with _progress(config, callback) as report:
+    request = Request(original, dataset, _host_settings(original, host, config))
+    # Calibration code often stands inside no_grad or inference_mode, but this one trains.
+    with torch.inference_mode(False), torch.enable_grad(), _progress(config, callback) as report:
         return run_pipeline(sys.modules["qft_plugin.nncf"], model, request, config, callback=report)
 
 
@@ -109,7 +111,7 @@ def _config(algorithm: Any) -> QFTConfig:
     raise ConfigError(f'algorithm should be "qft", a QFTConfig, or None for NNCF\'s own. Found {algorithm!r}.')
 
 
-def _host_settings(original: Callable[..., Any], host: dict[str, Any]) -> dict[str, Any]:
+def _host_settings(original: Callable[..., Any], host: dict[str, Any], config: QFTConfig) -> dict[str, Any]:
     """Check the user's settings for NNCF, and turn off what the finetune does better.
 
     Raises:
@@ -130,6 +132,11 @@ def _host_settings(original: Callable[..., Any], host: dict[str, Any]) -> dict[s
     advanced = AdvancedQuantizationParameters() if given is None else copy.deepcopy(given)
     default = AdvancedQuantizationParameters()
     refused = {
+        "activations_range_estimator_params": (
+            config.activation_range != "host"
+            and advanced.activations_range_estimator_params != default.activations_range_estimator_params,
+            f"QFTConfig.activation_range is {config.activation_range!r}",
+        ),
         "overflow_fix": (advanced.overflow_fix not in (None, OverflowFix.DISABLE), "4-bit weights cannot overflow"),
         "bias_correction_params": (
             advanced.bias_correction_params != AdvancedBiasCorrectionParameters(),

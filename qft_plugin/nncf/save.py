@@ -1,5 +1,6 @@
 """Out of NNCF to OpenVINO."""
 
+import inspect
 import os
 import warnings
 from typing import Any
@@ -51,7 +52,7 @@ def save_openvino(
             f"The model should come from nncf.quantize. Found a {type(model).__name__} without quantizers. "
             "Quantize it first; a float model is converted with openvino.convert_model."
         )
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad(), without_compiler(), warnings.catch_warnings():
@@ -60,10 +61,13 @@ def save_openvino(
             integers = weight_integers(model, example_input) if check else None
             converted = openvino.convert_model(model, example_input=example_input)
             call = example_input if isinstance(example_input, (tuple, dict)) else (example_input,)
-            inputs = list(call.values()) if isinstance(call, dict) else list(call)
+            # The file has its inputs in the order of the forward's arguments, whatever the order of the dictionary.
+            names = [n for n in inspect.signature(model.forward).parameters if isinstance(call, dict) and n in call]
+            inputs = [call[n] for n in names] if isinstance(call, dict) else list(call)
             result = model(**call) if isinstance(call, dict) else model(*call)
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     return save(converted, path, storage=weights, integers=integers, inputs=inputs, outputs=list(tensors_in(result)))
 
 
