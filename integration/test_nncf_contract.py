@@ -93,11 +93,12 @@ def test_the_mode_of_the_model_does_not_matter():
 
 def test_the_result_is_reproducible():
     """Two runs give the same bits whatever the global random state is; another seed gives others."""
-    model, dataset = nets.build("inverted"), nncf.Dataset(nets.items("inverted"))
+    model, dataset = nets.build("residual"), nncf.Dataset(nets.items("residual"))
 
     def run(seed, number):
         torch.manual_seed(number)
-        return nncf.quantize(model, dataset, algorithm=four_bits(finetune=few_steps(seed=seed))).state_dict()
+        config = four_bits(finetune=few_steps(seed=seed, images_fed=1600), compensate=False)
+        return nncf.quantize(model, dataset, algorithm=config).state_dict()
 
     first, second, other = run(0, 1), run(0, 2), run(1, 1)
     assert all(torch.equal(t, second[n]) for n, t in first.items())
@@ -196,9 +197,9 @@ def test_the_result_can_be_copied_and_trained_on(outputs):
 
 
 def test_more_steps_help():
-    """A hundred steps take a tenth of the loss away at least: the finetune trains what it should."""
+    """From rounding to nearest, a hundred steps take a tenth of the loss away at least: what should train does."""
     model, dataset = nets.build("residual"), nncf.Dataset(nets.items("residual"))
-    job = host.quantize(model, dataset, four_bits(finetune=few_steps(images_fed=1600)))
+    job = host.quantize(model, dataset, four_bits(finetune=few_steps(images_fed=1600), compensate=False))
     assert job.result.final_loss < 0.9 * job.result.start_loss
 
 

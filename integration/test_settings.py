@@ -232,10 +232,10 @@ def test_loss_at():
     model, items = nets.build("residual"), nets.items("residual")
     losses = {}
     for at in ("conv2", "fc", None):
-        config = four_bits(finetune=few_steps(loss_at=at), equalize=False, train_cross_layer=False)
+        start = {"equalize": False, "compensate": False, "train_cross_layer": False}
+        config = four_bits(finetune=few_steps(loss_at=at, images_fed=1600), **start)
         job = host.quantize(model, nncf.Dataset(items), config)
-        untrained = host.quantize(model, nncf.Dataset(items), four_bits(
-            finetune=None, equalize=False, train_cross_layer=False)).model  # fmt: skip
+        untrained = host.quantize(model, nncf.Dataset(items), four_bits(finetune=None, **start)).model
         trained = {
             weight for weight, _ in weight_quantizers(job)
             if not torch.equal(job.model.get_parameter(weight), untrained.get_parameter(weight))
@@ -271,3 +271,9 @@ def test_equalization_and_cross_layer_factors_can_be_left_out():
         step = (quantizer.scale / quantizer.level_high).flatten().max()
         assert (W - before).abs().max() < 3 * step  # clipped by MMSE, rounded, but not rescaled
         assert torch.nn.functional.cosine_similarity(W.flatten(), before.flatten(), dim=0) > 0.98
+
+
+def test_compensation_lowers_the_loss_before_training():
+    """Weights whose rounding errors compensate each other start closer to the teacher than the nearest ones."""
+    near, compensated = (quantize("residual", four_bits(compensate=on))[2].result.start_loss for on in (False, True))
+    assert compensated < 0.9 * near

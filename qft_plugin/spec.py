@@ -70,7 +70,7 @@ class FinetuneConfig:
     images_fed: int = 16_384
     max_images: int = 8_192
     batch_size: int = 32
-    learning_rate: float = 0.02
+    learning_rate: float = 0.015
     scale_learning_rate: float = 3e-3
     restarts: int = 1
     loss_at: str | None = None
