@@ -67,7 +67,7 @@ class FinetuneConfig:
         seed: of the order of the images.
     """
 
-    images_fed: int = 16_384
+    images_fed: int = 12_288
     max_images: int = 8_192
     batch_size: int = 32
     learning_rate: float = 0.015

@@ -163,7 +163,9 @@ class FakeQuantizer(nn.Module):
         if self.scale is None:
             self.seen = x
             return x.clone()  # an operation behind may be in place
-        return self.run(x, self.scale)
+        # NNCF's hooks are a function mode: without this, it would look for hooks at each operation of a quantizer.
+        with torch._C.DisableTorchFunction():
+            return self.run(x, self.scale)
 
 
 class _FixedQuantizer(nn.Module):
@@ -375,17 +377,11 @@ def _remove_neutral_norms(model: nn.Module, source: Source) -> dict[str, str]:
 @functools.cache
 def _compiled() -> FakeQuantize:
     """Fuse the fake-quantization, or return the built-in function where the compiler does not work."""
-    fused = torch.compile(fake_quantize_composed, dynamic=True)
-
-    def call(x: Tensor, scale: Tensor, *, low: int, high: int, zero_point: int) -> Tensor:
-        # NNCF's hooks are a function mode, which the compiler would otherwise try to compile as well.
-        with torch._C.DisableTorchFunction():
-            return fused(x, scale, low=low, high=high, zero_point=zero_point)
-
+    fused: FakeQuantize = torch.compile(fake_quantize_composed, dynamic=True)
     try:
         x = torch.ones(2, 3, requires_grad=True)
-        torch.autograd.grad(call(x, torch.ones(()), low=0, high=255, zero_point=0).sum(), x)
+        torch.autograd.grad(fused(x, torch.ones(()), low=0, high=255, zero_point=0).sum(), x)
     except Exception as error:  # any of the compiler's own errors, or a missing C++ compiler
         logger.warning("torch.compile does not work here (%s); the built-in fake-quantization is used", error)
         return fake_quantize
-    return call
+    return fused
