@@ -19,7 +19,10 @@ BLOCK: Final = 128
 """Columns that are rounded before the rest of the row hears of their errors in one matrix product."""
 
 POSITIONS: Final = 64
-"""Positions of an image that are looked at."""
+"""Rows that are kept for each image."""
+
+UNFOLDED: Final = 4
+"""How many times the rows that are kept may be unfolded."""
 
 OUTERMOST: Final = 0.49
 """How far beyond its outermost integer a weight may start: the clip must still pass its gradient."""
@@ -59,8 +62,12 @@ def input_rows(x: Tensor, op: Op, layer: Layer, W: Tensor, *, generator: torch.G
         pad_h, pad_w = ((s + 1) // 2 if padding == "same" else 0 for s in spans)
     else:
         pad_h, pad_w = _pair(padding, images=images, fill=0)
-    columns = functional.unfold(x, tuple(W.shape[2:]), dilation=dilation, padding=(pad_h, pad_w), stride=stride)
-    keep = torch.randint(columns.shape[2], (min(columns.shape[2], POSITIONS),), generator=generator)
+    # Unfolding is what costs: of large images only some are looked at, at more positions each.
+    area = max(1, x.shape[2] * x.shape[3] // (stride[0] * stride[1]))
+    some = min(x.shape[0], max(1, -(-UNFOLDED * POSITIONS * x.shape[0] // area)))
+    positions = POSITIONS * x.shape[0] // some
+    columns = functional.unfold(x[:some], tuple(W.shape[2:]), dilation=dilation, padding=(pad_h, pad_w), stride=stride)
+    keep = torch.randint(columns.shape[2], (min(columns.shape[2], positions),), generator=generator)
     picked = (
         columns[:, :, keep.to(x.device)].transpose(1, 2).reshape(-1, layer.groups, columns.shape[1] // layer.groups)
     )

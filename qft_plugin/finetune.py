@@ -18,7 +18,7 @@ from qft_plugin.spec import FinetuneConfig
 
 logger = logging.getLogger("qft_plugin")
 
-EVALUATION_IMAGES = 1024
+EVALUATION_IMAGES = 512
 """The state to return is chosen by the loss on this many of the finetuning images."""
 
 
@@ -184,7 +184,7 @@ def finetune(
     """Train the student to compute what the teacher computed, and leave the best state in it.
 
     The state at the end of every cosine cycle is compared with the best one so far, at first the starting point, by
-    the loss on (at most 1,024 of) the finetuning images; the best is what stays.
+    the loss on (at most 512 of) the finetuning images; the best is what stays.
 
     Args:
         student: the fake-quantized network, a function of `state`.

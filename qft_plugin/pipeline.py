@@ -33,7 +33,7 @@ logger = logging.getLogger("qft_plugin")
 Callback = Callable[[Step], None]
 
 TEACHER_BATCH: Final = 64
-COMPENSATION_IMAGES: Final = 512
+COMPENSATION_IMAGES: Final = 256
 """Images on which rounding errors compensate each other."""
 
 RANGE_IMAGES: Final = 256
@@ -252,8 +252,8 @@ def _compensated(
 
     def watcher(layer: Layer) -> Callable[[Tensor], None]:
         def add(x: Tensor) -> None:
-            rows = input_rows(x, ops[layer.calls[0]], layer, tensors[layer.weight], generator=generator).double()
-            moments[layer.weight] = moments.get(layer.weight, 0) + rows.transpose(1, 2) @ rows
+            rows = input_rows(x, ops[layer.calls[0]], layer, tensors[layer.weight], generator=generator)
+            moments[layer.weight] = moments.get(layer.weight, 0) + (rows.transpose(1, 2) @ rows).double()
 
         return add
 
