@@ -91,20 +91,20 @@ def _ppq_block(X: Tensor, high: int) -> Tensor:
     return torch.where(peak > 0, best * peak, S_zero)
 
 
-def out_slices(W: Tensor, *, kind: str, groups: int) -> Tensor:
-    """Arrange a weight as one row per output channel, `[out, elements]`."""
-    if kind not in TRANSPOSED_KINDS:
-        return W.flatten(1)
+def _second_axis_slices(W: Tensor, groups: int) -> Tensor:
+    """Arrange a weight as one row per channel of its second axis, which is counted inside each group."""
     per_group = W.reshape(groups, W.shape[0] // groups, W.shape[1], -1)
     return per_group.transpose(1, 2).reshape(groups * W.shape[1], -1)
+
+
+def out_slices(W: Tensor, *, kind: str, groups: int) -> Tensor:
+    """Arrange a weight as one row per output channel, `[out, elements]`."""
+    return _second_axis_slices(W, groups) if kind in TRANSPOSED_KINDS else W.flatten(1)
 
 
 def in_slices(W: Tensor, *, kind: str, groups: int) -> Tensor:
     """Arrange a weight as one row per input channel, `[in, elements]`."""
-    if kind in TRANSPOSED_KINDS:
-        return W.flatten(1)
-    per_group = W.reshape(groups, W.shape[0] // groups, W.shape[1], -1)
-    return per_group.transpose(1, 2).reshape(groups * W.shape[1], -1)
+    return W.flatten(1) if kind in TRANSPOSED_KINDS else _second_axis_slices(W, groups)
 
 
 def equalization_factor(producer: Tensor, consumer: Tensor, *, beta: float) -> Tensor:
@@ -119,8 +119,7 @@ def equalization_factor(producer: Tensor, consumer: Tensor, *, beta: float) -> T
     Args:
         producer: p, `[channels]`.
         consumer: q, `[channels]`.
-        beta: 1/2 equalizes both sides; 1 equalizes the consumers alone, which is right where every output channel of
-            the producer has a scale of its own (channelwise rescale).
+        beta: 1/2 equalizes both sides; 1 equalizes the consumers alone.
 
     Returns:
         C, `[channels]`, without unit.

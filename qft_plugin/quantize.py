@@ -37,13 +37,7 @@ def per_in(v: Tensor, W: Tensor, *, groups: int = 1, kind: str = "conv2d") -> Te
         groups: number of groups.
         kind: the layer's torch function, `"linear"`, `"conv2d"`, `"conv_transpose2d"`, ...
     """
-    tail = (1,) * (W.dim() - 2)
-    if kind in TRANSPOSED_KINDS:
-        return v.reshape(-1, 1, *tail)
-    if groups == 1:
-        return v.reshape(1, -1, *tail)
-    inside = v.reshape(groups, 1, -1).expand(groups, W.shape[0] // groups, W.shape[1])
-    return inside.reshape(W.shape[0], W.shape[1], *tail)
+    return _first_axis(v, W) if kind in TRANSPOSED_KINDS else _second_axis(v, W, groups)
 
 
 def per_out(v: Tensor, W: Tensor, *, groups: int = 1, kind: str = "conv2d") -> Tensor:
@@ -57,9 +51,16 @@ def per_out(v: Tensor, W: Tensor, *, groups: int = 1, kind: str = "conv2d") -> T
     """
     if W.dim() == 1:
         return v
+    return _second_axis(v, W, groups) if kind in TRANSPOSED_KINDS else _first_axis(v, W)
+
+
+def _first_axis(v: Tensor, W: Tensor) -> Tensor:
+    return v.reshape(-1, 1, *(1,) * (W.dim() - 2))
+
+
+def _second_axis(v: Tensor, W: Tensor, groups: int) -> Tensor:
+    """Put a vector onto the axis that is counted inside each group."""
     tail = (1,) * (W.dim() - 2)
-    if kind not in TRANSPOSED_KINDS:
-        return v.reshape(-1, 1, *tail)
     if groups == 1:
         return v.reshape(1, -1, *tail)
     inside = v.reshape(groups, 1, -1).expand(groups, W.shape[0] // groups, W.shape[1])

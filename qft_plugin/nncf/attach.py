@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qft_plugin.data import Call, Inputs
 from qft_plugin.finetune import Prediction
-from qft_plugin.graph import Const
+from qft_plugin.graph import Const, Ref
 from qft_plugin.nncf.read import Source, tensor_name, tensors_in
 from qft_plugin.offline import Solution
 from qft_plugin.placement import ActivationGrid, ComparedInput, Placement
@@ -226,8 +226,8 @@ class Observed:
         self.model = model
         self._capture: _Capture | None = None
         if at is not None:
-            port = next(p for (op, p), what in source.ports.items() if op == at.op and _is_input(what, at.index))
             self._capture = _Capture()
+            port = _ports_of_input(source, at.index)[at.op]
             get_hook_storage(model).register_pre_function_hook(at.op, port, self._capture)
 
     def predict(self, run: Callable[[], Any]) -> Prediction:
@@ -241,8 +241,9 @@ class Observed:
         return Prediction((value,), logits)
 
 
-def _is_input(what: Any, index: int) -> bool:
-    return not isinstance(what, Const) and what.index == index
+def _ports_of_input(source: Source, index: int) -> dict[str, int]:
+    """Return the port of each operation that receives its activation input number `index`."""
+    return {op: port for (op, port), what in source.ports.items() if what == Ref(index)}
 
 
 def teacher(source: Source, at: ComparedInput | None) -> Callable[[Call], Prediction]:
@@ -298,7 +299,7 @@ class Student:
         self._names = _remove_neutral_norms(model, source)
         self._observed = Observed(model, at, source)
         self._unfold = unfold
-        self._first_port = {op: port for (op, port), what in source.ports.items() if _is_input(what, 0)}
+        self._first_port = _ports_of_input(source, 0)
 
     def __call__(self, solution: Solution, call: Call) -> Prediction:
         """Run the student on one batch, with gradients to everything in `solution`."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qft_plugin.data import Call, Inputs
 from qft_plugin.errors import DataError, ModelError
 from qft_plugin.graph import Const, LayerGraph, Op, Ref
+from qft_plugin.quantize import per_out
 
 HOOKS_ATTRIBUTE: Final = "__nncf_hooks"
 CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -320,12 +321,9 @@ def _fold(model: nn.Module, found: FoldedNorm) -> None:
         shift = shift + layer.bias.double() * factor
         layer.bias.zero_()
     W = layer.weight.double()
-    if isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        per_group = factor.reshape(layer.groups, 1, -1).expand(layer.groups, W.shape[0] // layer.groups, W.shape[1])
-        shaped = per_group.reshape(W.shape[0], W.shape[1], *(1,) * (W.dim() - 2))
-    else:
-        shaped = factor.reshape(-1, *(1,) * (W.dim() - 1))
-    layer.weight.copy_(W * shaped)
+    transposed = isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    kind = f"conv_transpose{W.dim() - 2}d" if transposed else "conv2d"
+    layer.weight.copy_(W * per_out(factor, W, groups=getattr(layer, "groups", 1), kind=kind))
     model.get_parameter(found.bias).copy_(shift)
     norm.running_mean.zero_()
     norm.running_var.copy_(_neutral_variance(norm.eps, norm.running_var))
