@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import qft_plugin.nncf as host
 from qft_plugin import FinetuneConfig, QFTConfig
+from qft_plugin.model import tensors_in
 from qft_plugin.nncf.write import without_compiler
 from qft_plugin.pipeline import Job
 
@@ -64,7 +65,7 @@ def outputs() -> Callable[[nn.Module, Any], list[Tensor]]:
 
     def run(model: nn.Module, item: Any) -> list[Tensor]:
         with torch.no_grad(), without_compiler():
-            return list(host.tensors_in(nets.call(model, item)))
+            return list(tensors_in(nets.call(model, item)))
 
     return run
 

@@ -15,6 +15,7 @@ from qft_plugin import HardwareSpec, QFTConfig
 from qft_plugin.data import read_inputs
 from qft_plugin.dof_map import map_dof
 from qft_plugin.finetune import Prediction, distillation_loss
+from qft_plugin.model import accepts, tensors_in
 from qft_plugin.offline import fold_network, names_of
 
 EXACT_64 = 1e-9
@@ -46,7 +47,7 @@ def test_random_factors_do_not_change_the_float_network(name):
         for x in items
     ]  # fmt: skip
     like = next(model.parameters())
-    inputs = read_inputs(double, accepts=host.accepts(model), like=like, max_images=4, memory_limit=10**9)
+    inputs = read_inputs(double, accepts=accepts(model), like=like, max_images=4, memory_limit=10**9)
     source = host.read(model, inputs)
     dof_map = map_dof(source.graph)
     assert (dof_map.size > 0) == nets.NETS[name].rescales
@@ -57,8 +58,8 @@ def test_random_factors_do_not_change_the_float_network(name):
     assert (changed > 0) == nets.NETS[name].rescales
     args, kwargs = inputs.batch(slice(None))
     with torch.no_grad():
-        expected = list(host.tensors_in(model(*args, **kwargs)))
-        found = list(host.tensors_in(torch.func.functional_call(source.model, folded, args, kwargs)))
+        expected = list(tensors_in(model(*args, **kwargs)))
+        found = list(tensors_in(torch.func.functional_call(source.model, folded, args, kwargs)))
     assert relative_error(found, expected) < EXACT_64
 
 

@@ -1,9 +1,12 @@
 """From a network to its degrees of freedom: which per-channel scales are shared, free, or pinned (Sec. 3.3, App. D)."""
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 
 from qft_plugin.errors import ModelError
-from qft_plugin.graph import PINNED, DofMap, Edge, Layer, LayerGraph, channel_axis
+from qft_plugin.graph import PINNED, DofMap, Edge, Layer, LayerGraph, VectorScale, channel_axis
 from qft_plugin.relations import FREE_ZERO, Solver, apply_rule, rows_of
 
 
@@ -20,13 +23,14 @@ def map_dof(graph: LayerGraph) -> DofMap:
         apply_rule(solver, op)
     for name in graph.outputs:
         solver.pin(solver.shadows[name], "output of the network")
+    axes = {group[0]: _tie_vector(solver, group) for group in graph.vectors}
     _tie_repeated_calls(solver)
     if not any(calls[0].kind != "layer_norm" for calls in solver.calls.values()):
         raise ModelError(
             "The model should have at least one convolution or linear layer whose weight is a parameter. "
             "Found none. Check that the model's forward really calls its layers."
         )
-    return _collect(solver)
+    return _collect(solver, axes)
 
 
 def _tie_repeated_calls(solver: Solver) -> None:
@@ -52,7 +56,27 @@ def _tie_repeated_calls(solver: Solver) -> None:
                 solver.pin(call.outs, reason)
 
 
-def _collect(solver: Solver) -> DofMap:
+def _tie_vector(solver: Solver, group: tuple[str, ...]) -> int:
+    """A quantizer with a scale per channel has one vector for all tensors that it reads; returns its axis."""
+    shadows = [solver.shadows[name] for name in group]
+    candidates = [1, -1] if all(s.dim() > 2 for s in shadows) else [-1]
+    axis = next((a for a in candidates if all(_is_uniform(rows_of(s, a)) for s in shadows)), candidates[0])
+    if len({(s.dim(), s.shape[axis]) for s in shadows}) > 1:
+        for shadow in shadows:
+            solver.pin(shadow, "one quantizer reads activations of different shapes")
+        return axis
+    first = solver.per_channel(shadows[0], axis)
+    for shadow in shadows[1:]:
+        solver.tie(solver.per_channel(shadow, axis), first)
+    return axis
+
+
+def _is_uniform(rows: Tensor) -> bool:
+    """Whether each channel has one variable over all other axes."""
+    return bool((rows == rows[:, :1]).all())
+
+
+def _collect(solver: Solver, axes: Mapping[str, int]) -> DofMap:
     """Number the free variables and describe layers and edges."""
     # A variable that stands on no layer is left out: rescaling it would have nothing to fold into.
     on_layers = torch.cat([t for calls in solver.calls.values() for c in calls for t in (c.ins, c.outs)])
@@ -84,6 +108,10 @@ def _collect(solver: Solver) -> DofMap:
         index = solver.numbered(rows, number)
         is_free = (index != PINNED).all(1)
         edges.append(Edge(name, function, shape[channel_axis(shape)], int(is_free.sum()), solver.reason(rows)))
-        if (index == index[:, :1]).all():
+        if _is_uniform(index):
             channel_index[name] = index[:, 0]
-    return DofMap(layers, tuple(edges), len(number), channel_index)
+    vectors = {
+        name: VectorScale(axis, solver.numbered(rows_of(solver.shadows[name], axis).amax(1), number))
+        for name, axis in axes.items()
+    }
+    return DofMap(layers, tuple(edges), len(number), channel_index, vectors)

@@ -1,7 +1,7 @@
 """The network as its host saw it run (`LayerGraph`), and which per-channel scales it allows (`DofMap`, Sec. 3.3)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -62,12 +62,15 @@ class LayerGraph:
         shapes: shape of every activation tensor, batch axis included.
         inputs: tensors that enter the network.
         outputs: tensors that leave it.
+        vectors: groups of activation tensors that one quantizer with a scale per channel reads, so that the tensors
+            of a group have their channels along one axis and the same scale in each.
     """
 
     ops: tuple[Op, ...]
     shapes: Mapping[str, tuple[int, ...]]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    vectors: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,19 @@ class Edge:
 
 
 @dataclass(frozen=True)
+class VectorScale:
+    """The scale of a quantizer that differs by channel.
+
+    Attributes:
+        axis: the axis of the activation that its channels are on.
+        index: variable of each channel, `[channels]`.
+    """
+
+    axis: int
+    index: Tensor
+
+
+@dataclass(frozen=True)
 class DofMap:
     """Which scales are shared, free, or pinned.
 
@@ -126,12 +142,14 @@ class DofMap:
         size: number of free variables; they are numbered from 1, 0 is `PINNED`.
         channel_index: per channel (see `channel_axis`) the variable of an activation
             tensor, where it is the same over all other axes.
+        vectors: the scale of each group of `LayerGraph.vectors`, by the first tensor of the group.
     """
 
     layers: tuple[Layer, ...]
     edges: tuple[Edge, ...]
     size: int
     channel_index: Mapping[str, Tensor]
+    vectors: Mapping[str, VectorScale] = field(default_factory=dict)
 
     def layer(self, weight: str) -> Layer:
         """Return the layer of a weight."""
@@ -150,6 +168,7 @@ class DofMap:
             tuple(replace(edge, free=0, reason=reason) for edge in self.edges),
             0,
             {name: torch.zeros_like(index) for name, index in self.channel_index.items()},
+            {name: replace(v, index=torch.zeros_like(v.index)) for name, v in self.vectors.items()},
         )
 
     def __str__(self) -> str:

@@ -173,8 +173,57 @@ def equalize(
     return -C.log()[PINNED + 1 :].to(torch.float32)
 
 
+def apq(X: Tensor, *, high: int, iterations: int = 10) -> tuple[Tensor, Tensor]:
+    """Find MMSE scales of rows and columns together by alternating projection (APQ, Algorithm 2).
+
+    Minimises  || X - S T^T * Q ||^2,  Q = clip(round(X / (S T^T)), -high, high),  over S and T (Eq. 15), starting from
+    the scales of the rows alone and T = 1.
+
+    Departure: Algorithm 2 as printed projects X / S, which minimises the error of X / S. The half-steps here are the
+    exact minima of Eq. 15 for fixed integers,  T_j = sum_i S_i Q_ij X_ij / sum_i (S_i Q_ij)^2,  and the best iterate
+    is kept, because a change of the integers may raise the error again.
+
+    Args:
+        X: `[rows, columns, elements]`, real units.
+        high: largest integer; the grid is symmetric (narrow range).
+        iterations: pairs of half-steps.
+
+    Returns:
+        S, `[rows]`, and T, `[columns]`, both greater than 0; the geometric mean of T is 1.
+    """
+    S, T = ppq(X.flatten(1), high=high), X.new_ones(X.shape[1])
+    best_S, best_T, least = S, T, torch.tensor(torch.inf, dtype=X.dtype, device=X.device)
+    for _ in range(iterations + 1):
+        scale = (S[:, None] * T).unsqueeze(2)
+        Q = (X / scale).round_().clamp_(-high, high)
+        error = (X - Q * scale).square().sum()
+        if error < least:
+            best_S, best_T, least = S, T, error
+        SQ = Q * S[:, None, None]
+        T = _projection(SQ, X, (0, 2), T)
+        QT = (X / (S[:, None] * T).unsqueeze(2)).round_().clamp_(-high, high) * T[:, None]
+        S = _projection(QT, X, (1, 2), S)
+    shift = best_T.log().mean().exp()
+    return best_S * shift, best_T / shift
+
+
+def _projection(basis: Tensor, X: Tensor, dims: tuple[int, int], before: Tensor) -> Tensor:
+    """Return the factor of `basis` that is closest to X, along one axis; where it is not positive, the one before."""
+    factor = (basis * X).sum(dims) / basis.square().sum(dims).clamp(min=torch.finfo(X.dtype).tiny)
+    return torch.where(factor > 0, factor, before)
+
+
 def weight_scale(W: Tensor, layer: Layer, *, bits: int, per_channel: bool) -> Tensor:
     """Return the MMSE scale of a weight: `[out]` per channel or `[]` per tensor, real per step."""
     slices = out_slices(W, kind=layer.kind, groups=layer.groups) if per_channel else W.reshape(1, -1)
     S = ppq(slices, high=2 ** (bits - 1) - 1)
     return S if per_channel else S.squeeze(0)
+
+
+def doubly_scales(W: Tensor, layer: Layer, *, bits: int) -> tuple[Tensor, Tensor]:
+    """Return the MMSE scales of the output channels, `[out]`, real per step, and of the input channels, `[in]`, 1."""
+    transposed = layer.kind in TRANSPOSED_KINDS
+    # Each group is a kernel of its own: [first axis in the group, second axis, elements].
+    parts = W.reshape(layer.groups, W.shape[0] // layer.groups, W.shape[1], -1)
+    pairs = [apq(part.transpose(0, 1) if transposed else part, high=2 ** (bits - 1) - 1) for part in parts]
+    return torch.cat([S for S, _ in pairs]), torch.cat([T for _, T in pairs])

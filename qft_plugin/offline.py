@@ -31,12 +31,15 @@ class WeightGrid:
         scale: initial step, `[out]` or `[]`, real per step, in the equalized network.
         s_in: name of the activation quantizer of its input edge, `None` where that edge is not quantized.
         s_out: name of the activation quantizer of its output edge, likewise.
+        scale_in: initial left scale, `[in]`, relative to `scale`, of a kernel whose scale differs by input channel too
+            (doubly per-channel, Eq. 5); `None` where it does not.
     """
 
     bits: int
     scale: Tensor
     s_in: str | None
     s_out: str | None
+    scale_in: Tensor | None = None
 
 
 def weight_scales(S_a_in: Tensor, S_a_out: Tensor, F: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,6 +56,19 @@ def weight_scales(S_a_in: Tensor, S_a_out: Tensor, F: Tensor) -> tuple[Tensor, T
         `S_wL`, `[in]`, and `S_wR`, `[out]`. The step of `W[o, i]` is `S_wR[o] * S_wL[i]`.
     """
     return 1 / S_a_in, S_a_out * F
+
+
+def on_weight(scale: Tensor, scale_in: Tensor | None, W: Tensor, layer: Layer) -> Tensor:
+    """Put the scales of a kernel onto its axes, so that they broadcast against it.
+
+    Args:
+        scale: `[]` or `[out]`.
+        scale_in: `[in]`, or `None`.
+        W: the weight.
+        layer: its layer.
+    """
+    step = per_out(scale, W, groups=layer.groups, kind=layer.kind) if scale.dim() else scale
+    return step if scale_in is None else step * per_in(scale_in, W, groups=layer.groups, kind=layer.kind)
 
 
 def fold(W: Tensor, c_in: Tensor, c_out: Tensor, *, kind: str, groups: int) -> Tensor:
@@ -154,6 +170,10 @@ class Dof(nn.Module):
     def _quantized(self) -> "list[_LayerDof]":
         return [d for d in self.layers if isinstance(d, _LayerDof) and d.layer.weight in self.weight_grids]
 
+    def trained_weight(self, name: str) -> "_LayerDof":
+        """Return the degrees of freedom of a quantized layer by the name of its weight."""
+        return next(d for d in self._quantized() if d.layer.weight == name)
+
     def activation_scale(self, name: str) -> Tensor:
         """Return the step of an activation quantizer, `[]`, real (folded) per step."""
         log_s: Tensor = self.log_s[self._activation_index[name]]
@@ -176,6 +196,8 @@ class Dof(nn.Module):
         for layer in self._quantized():
             values.extend(p for p in (layer.W, layer.bias) if p is not None)
             scales.append(layer.log_F)
+            if layer.log_L is not None:
+                scales.append(layer.log_L)
         if self.log_c.requires_grad and self.log_c.numel():
             scales.append(self.log_c)
         return [{"params": values, "lr": learning_rate}, {"params": scales, "lr": scale_learning_rate}]
@@ -197,8 +219,9 @@ class _LayerDof(nn.Module):
         W = tensors[layer.weight].detach()
         B = tensors[layer.bias].detach() if layer.bias is not None else None
         step = grid.scale.to(W) if grid is not None else W.new_ones(())
+        left = grid.scale_in.to(W) if grid is not None and grid.scale_in is not None else None
         trains = grid is not None
-        unit = per_out(step, W, groups=layer.groups, kind=layer.kind) if step.dim() else step
+        unit = on_weight(step, left, W, layer)
         self.register_buffer("unit", unit)
         self.register_buffer("bias_unit", step * input_magnitude)
         self.register_buffer("in_index", layer.in_index.to(W.device))
@@ -208,6 +231,12 @@ class _LayerDof(nn.Module):
         self.W = nn.Parameter(W / unit, requires_grad=trains)
         self.bias = nn.Parameter(B / self.bias_unit, requires_grad=trains) if B is not None else None
         self.log_F = nn.Parameter(torch.zeros_like(step), requires_grad=trains)
+        self.log_L = nn.Parameter(left.log()) if left is not None else None
+
+    @property
+    def scale_in(self) -> Tensor | None:
+        """The trained left scale of a doubly per-channel kernel, `[in]`."""
+        return None if self.log_L is None else self.log_L.exp()
 
     def folded(self, c: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias with the cross-layer factors moved into them, real units."""
@@ -273,8 +302,7 @@ def solve(dof: Dof) -> Solution:
         if layer.weight in steps:
             step = steps[layer.weight]
             low, high = integer_range(dof.weight_grids[layer.weight].bits, signed=True, narrow=True)
-            step = per_out(step, W, groups=layer.groups, kind=layer.kind) if step.dim() else step
-            W = fake_quantize(W, step, low=low, high=high)
+            W = fake_quantize(W, on_weight(step, module.scale_in, W, layer), low=low, high=high)
         tensors[layer.weight] = W
         if layer.bias is not None and B is not None:
             tensors[layer.bias] = B
@@ -288,11 +316,13 @@ class DeployedWeight:
     Attributes:
         integers: the integers, held in float, of the shape of the weight.
         step: `[]` or `[out]`, real per step.
+        step_in: `[in]`, relative to `step`, of a doubly per-channel kernel, else `None`.
         bits: bit width.
     """
 
     integers: Tensor
     step: Tensor
+    step_in: Tensor | None
     bits: int
 
 
@@ -307,9 +337,24 @@ def deployed_weights(dof: Dof) -> dict[str, DeployedWeight]:
         W, _ = module.folded(c)
         step = steps[layer.weight]
         low, high = integer_range(grid.bits, signed=True, narrow=True)
-        on_axes = per_out(step, W, groups=layer.groups, kind=layer.kind) if step.dim() else step
-        result[layer.weight] = DeployedWeight(to_integer(W, on_axes, low=low, high=high), step, grid.bits)
+        on_axes = on_weight(step, module.scale_in, W, layer)
+        integers = to_integer(W, on_axes, low=low, high=high)
+        result[layer.weight] = DeployedWeight(integers, step, module.scale_in, grid.bits)
     return result
+
+
+@torch.no_grad()
+def folded_tensors(dof: Dof) -> dict[str, Tensor]:
+    """Return weights and biases by name with the trained cross-layer factors folded in, not yet rounded, real units."""
+    c = dof.factors()
+    tensors: dict[str, Tensor] = {}
+    for module in dof.layers:
+        assert isinstance(module, _LayerDof)
+        W, B = module.folded(c)
+        tensors[module.layer.weight] = W
+        if module.layer.bias is not None and B is not None:
+            tensors[module.layer.bias] = B
+    return tensors
 
 
 def names_of(layers: Sequence[Layer]) -> list[str]:

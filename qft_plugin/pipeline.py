@@ -1,8 +1,8 @@
-"""The whole job as one function: the only place that knows all steps."""
+"""The whole job step by step: the only place that knows all of them. A host calls these in order."""
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Final
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from qft_plugin.compensate import can_compensate, compensated, input_rows
-from qft_plugin.data import Inputs, read_inputs
+from qft_plugin.data import Call, Inputs, read_inputs
 from qft_plugin.dof_map import map_dof
 from qft_plugin.errors import ConfigError, ModelError, QFTWarning
 from qft_plugin.finetune import FinetuneResult, Network, Prediction, Step, finetune, teacher_predictions
 from qft_plugin.graph import PINNED, DofMap, Layer, LayerGraph
-from qft_plugin.initialize import equalize, range_max, range_mse, weight_scale
-from qft_plugin.offline import Dof, WeightGrid, fold_network, names_of, solve
+from qft_plugin.initialize import doubly_scales, equalize, range_max, range_mse, weight_scale
+from qft_plugin.model import SAME, accepts, largest_change, tensors_in
+from qft_plugin.offline import Dof, WeightGrid, fold_network, names_of, on_weight, solve
 from qft_plugin.placement import (
     ActivationGrid,
     ComparedInput,
@@ -27,6 +28,7 @@ from qft_plugin.placement import (
     quantizer_before,
 )
 from qft_plugin.spec import FinetuneConfig, QFTConfig
+from qft_plugin.student import Unfold
 
 logger = logging.getLogger("qft_plugin")
 
@@ -45,9 +47,6 @@ RANGE_IMAGES: Final = 256
 RANGE_VALUES: Final = 1 << 20
 """Values of each activation that an "mse" range is searched on."""
 
-FOLD_TOLERANCE: Final = 1e-3
-"""Largest relative change of the outputs by folding; float32 rounding stays below 1e-5 in networks of 100 layers."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -64,95 +63,199 @@ class Job:
     result: FinetuneResult | None
 
 
-def quantize(host: ModuleType, model: nn.Module, request: Any, config: QFTConfig, *, callback: Callback | None) -> Job:
-    """Quantize a float model with a host.
+@dataclass(frozen=True)
+class Problem:
+    """A network and its images, understood.
+
+    Attributes:
+        source: the network as its host read it: `model` (a float copy), `graph`, `tensors` (weights and biases by
+            name), and `weight_bits` (bits by name, `None` where the settings choose them).
+        dof_map: which per-channel scales are shared, free, or pinned.
+        inputs: the images, in the fastest layout.
+        at: where teacher and student are compared, `None` for the outputs of the network.
+    """
+
+    source: Any
+    dof_map: DofMap
+    inputs: Inputs
+    at: ComparedInput | None
+
+
+@dataclass(frozen=True)
+class Start:
+    """Everything that a finetune starts from.
+
+    Attributes:
+        placed: the host's quantizers around the folded network.
+        student: the host's student.
+        dof: the degrees of freedom; their cross-layer factors are relative to `log_c`.
+        log_c: logarithm of the factor of every variable that is folded into the student already, `[dof_map.size]`.
+    """
+
+    placed: Any
+    student: Any
+    dof: Dof
+    log_c: Tensor
+
+
+def images(model: nn.Module, items: Iterable[Any], config: QFTConfig) -> Inputs:
+    """Read and check the user's images.
 
     Args:
-        host: the host's package; it has `check_version`, `check_model`, `read`, `teacher`, `place`, `Student`, `write`.
-        model: the user's float model; it is never changed.
-        request: the host's form of the dataset together with the user's settings for the host; `items()` iterates
-            over the dataset.
-        config: the settings of the algorithm.
-        callback: called after each finetuning step.
+        model: a model that was checked.
+        items: the dataset.
+        config: the settings.
     """
-    host.check_version()
-    host.check_model(model)
     settings = config.finetune or FinetuneConfig()
-    inputs = read_inputs(
-        request.items(),
-        accepts=host.accepts(model),
+    return read_inputs(
+        items,
+        accepts=accepts(model),
         like=next(p for p in model.parameters() if p.is_floating_point()),
         max_images=settings.max_images,
         memory_limit=settings.memory_limit,
     )
-    source = host.read(model, inputs)
-    dof_map = _proven(map_dof(source.graph), source, inputs, host)
-    at = backbone_output(source.graph, settings.loss_at)
+
+
+def understand(source: Any, inputs: Inputs, config: QFTConfig) -> Problem:
+    """Find the degrees of freedom of a network and where it is compared.
+
+    Args:
+        source: the network as its host read it.
+        inputs: the images.
+        config: the settings.
+    """
+    dof_map = proven_map(source, inputs.batch(slice(0, min(2, len(inputs)))))
+    at = backbone_output(source.graph, config.finetune.loss_at if config.finetune else None)
     if at is not None and at.tensor not in dof_map.channel_index:
         logger.info("the scales of %s differ inside a channel: the network's outputs are compared", at.tensor)
         at = None
-    inputs = _fastest_layout(source.teacher, inputs)
-    targets = _targets(host.teacher(source, at), inputs, config)
+    return Problem(source, dof_map, _fastest_layout(source.model, inputs), at)
 
+
+def initialize(host: ModuleType, problem: Problem, request: Any, config: QFTConfig) -> Start:
+    """Choose where the finetune starts: equalization, the host's calibration, MMSE scales, compensated weights.
+
+    Args:
+        host: the host's package; it has `place` and `Student`.
+        problem: what `understand` returned.
+        request: what the user asked the host for, passed on to it.
+        config: the settings.
+    """
+    log_c = _equalization(problem, config)
+    return start(host, problem, request, config, log_c=log_c, compensate=config.compensate)
+
+
+def start(
+    host: ModuleType, problem: Problem, request: Any, config: QFTConfig, *, log_c: Tensor, compensate: bool
+) -> Start:
+    """Fold the network, let the host place its quantizers, and make the degrees of freedom.
+
+    Args:
+        host: the host's package.
+        problem: what `understand` returned.
+        request: what the user asked the host for, passed on to it.
+        config: the settings.
+        log_c: logarithm of the initial factor of every variable, `[dof_map.size]`.
+        compensate: move weights so that their rounding errors compensate each other.
+    """
+    source, dof_map, inputs = problem.source, problem.dof_map, problem.inputs
     tensors = {name: source.tensors[name] for name in names_of(dof_map.layers)}
-    log_c = _equalization(dof_map, tensors, config)
     placed = host.place(source, fold_network(dof_map, log_c, tensors), request, inputs)
-    student = host.Student(placed, source, at, _unfold(dof_map, at, log_c), compiled=settings.compile)
+    compiled = config.finetune is not None and config.finetune.compile
+    student = host.Student(placed, source, problem.at, _unfold(dof_map, problem.at, log_c), compiled=compiled)
     grids = _activation_grids(student, placed.placement, placed.tensors, inputs, config)
-    weights = _weight_grids(source.graph, placed.placement, placed.tensors, dof_map, config)
-    start = dict(placed.tensors)
-    if config.compensate:
-        start |= _compensated(student, source.graph, dof_map, weights, start, inputs)
+    weights = _weight_grids(source, placed.placement, placed.tensors, dof_map, config)
+    values = dict(placed.tensors)
+    if compensate:
+        values |= _compensated(student, source.graph, dof_map, weights, values, inputs)
     dof = Dof(
         dof_map,
-        {name: _laid_out(t, inputs) for name, t in start.items()},
+        {name: _laid_out(t, inputs) for name, t in values.items()},
         weights,
         grids,
         train_cross_layer=config.train_cross_layer,
     )
-    result = None
-    if config.finetune is not None:
-        groups = dof.parameter_groups(
-            learning_rate=settings.learning_rate, scale_learning_rate=settings.scale_learning_rate
+    return Start(placed, student, dof, log_c)
+
+
+def targets_of(teacher: Network, problem: Problem, config: QFTConfig) -> Prediction | None:
+    """Run the teacher once over all images; without a finetune there is nothing to compare with.
+
+    Args:
+        teacher: the float network, compared at `problem.at`.
+        problem: what `understand` returned.
+        config: the settings.
+    """
+    settings = config.finetune
+    if settings is None:
+        return None
+    size = max(settings.batch_size, TEACHER_BATCH)
+    targets = teacher_predictions(teacher, problem.inputs, batch_size=size, memory_limit=settings.memory_limit)
+    if settings.cross_entropy and targets.logits is None:
+        raise ConfigError(
+            "FinetuneConfig.cross_entropy should be 0 for a model that does not return one tensor [images, classes]. "
+            f"Found {settings.cross_entropy}."
         )
-        result = finetune(
-            lambda call: student(solve(dof), call),
-            dof,
-            groups,
-            inputs=inputs,
-            targets=targets,
-            config=settings,
-            callback=callback,
-        )
-    return Job(host.write(placed, dof), dof_map, result)
+    return replace(targets, logits=targets.logits if settings.cross_entropy else None)
+
+
+def train(
+    start: Start, problem: Problem, targets: Prediction | None, config: QFTConfig, *, callback: Callback | None
+) -> FinetuneResult | None:
+    """Finetune against the teacher's outputs; leaves the best state in `start.dof`.
+
+    Args:
+        start: what `initialize` returned.
+        problem: what `understand` returned.
+        targets: what `targets_of` returned.
+        config: the settings; without a finetune in them nothing happens.
+        callback: called after each finetuning step.
+    """
+    settings, dof = config.finetune, start.dof
+    if settings is None or targets is None:
+        return None
+    return finetune(
+        lambda call: start.student(solve(dof), call),
+        dof,
+        dof.parameter_groups(learning_rate=settings.learning_rate, scale_learning_rate=settings.scale_learning_rate),
+        inputs=problem.inputs,
+        targets=targets,
+        config=settings,
+        callback=callback,
+    )
 
 
 @torch.no_grad()
-def _proven(dof_map: DofMap, source: Any, inputs: Inputs, host: ModuleType) -> DofMap:
-    """Fold random factors into the float network and compare its outputs; where they change, pin every scale.
+def proven_map(source: Any, call: Call) -> DofMap:
+    """Map the degrees of freedom, and try the map before it is used.
 
-    The rules of the operations were written for functions as torch defines them; a model may still do something that
-    a trace does not show. A wrong map would be a wrong network, so it is tried before it is used.
+    Random factors are folded into the float network and its outputs compared; where they change, every scale is
+    pinned. The rules of the operations were written for functions as torch defines them; a model may still do
+    something that a trace does not show, and a wrong map would be a wrong network.
+
+    Args:
+        source: the network as its host read it.
+        call: arguments of the network.
     """
+    dof_map = map_dof(source.graph)
     if dof_map.size == 0:
         return dof_map
     generator = torch.Generator().manual_seed(0)
     tensors = {name: source.tensors[name] for name in names_of(dof_map.layers)}
     log_c = 0.5 * torch.randn(dof_map.size, generator=generator)
-    folded = fold_network(dof_map, log_c.to(inputs.device), tensors)
-    args, kwargs = inputs.batch(slice(0, min(2, len(inputs))))
-    expected = list(host.tensors_in(source.model(*args, **kwargs)))
-    found = list(host.tensors_in(torch.func.functional_call(source.model, folded, args, kwargs)))
-    for e, f in zip(expected, found, strict=True):
-        if e.is_floating_point() and float((e - f).abs().max()) > FOLD_TOLERANCE * max(float(e.abs().max()), 1e-6):
-            warnings.warn(
-                "The model computes something else when the scales of its channels change, so no cross-layer factor is "
-                "used. This costs accuracy, but the result is valid. Please report the model.",
-                QFTWarning,
-                stacklevel=2,
-            )
-            return dof_map.all_pinned("the model is not invariant to rescaled channels")
-    return dof_map
+    folded = fold_network(dof_map, log_c, tensors)
+    args, kwargs = call
+    expected = list(tensors_in(source.model(*args, **kwargs)))
+    found = list(tensors_in(torch.func.functional_call(source.model, folded, args, kwargs)))
+    if largest_change(expected, found) <= SAME:
+        return dof_map
+    warnings.warn(
+        "The model computes something else when the scales of its channels change, so no cross-layer factor is "
+        "used. This costs accuracy, but the result is valid. Please report the model.",
+        QFTWarning,
+        stacklevel=2,
+    )
+    return dof_map.all_pinned("the model is not invariant to rescaled channels")
 
 
 def _fastest_layout(teacher: nn.Module, inputs: Inputs) -> Inputs:
@@ -174,33 +277,25 @@ def _laid_out(t: Tensor, inputs: Inputs) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last) if inputs.channels_last and t.dim() == 4 else t
 
 
-def _targets(teacher: Network, inputs: Inputs, config: QFTConfig) -> Prediction:
-    """Run the teacher once over all images; without a finetune there is nothing to compare with."""
-    if config.finetune is None:
-        return Prediction((), None)
-    settings = config.finetune
-    size = max(settings.batch_size, TEACHER_BATCH)
-    targets = teacher_predictions(teacher, inputs, batch_size=size, memory_limit=settings.memory_limit)
-    if settings.cross_entropy and targets.logits is None:
-        raise ConfigError(
-            "FinetuneConfig.cross_entropy should be 0 for a model that does not return one tensor [images, classes]. "
-            f"Found {settings.cross_entropy}."
-        )
-    return replace(targets, logits=targets.logits if settings.cross_entropy else None)
-
-
-def _equalization(dof_map: DofMap, tensors: Mapping[str, Tensor], config: QFTConfig) -> Tensor:
+def _equalization(problem: Problem, config: QFTConfig) -> Tensor:
     """Choose the initial cross-layer factors, `[dof_map.size]`."""
-    like = next(iter(tensors.values()))
+    source, layers = problem.source, problem.dof_map.layers
+    weights = {layer.weight: source.tensors[layer.weight] for layer in layers if layer.kind != "layer_norm"}
+    like: Tensor = next(iter(weights.values()))
     if not config.equalize:
-        return like.new_zeros(dof_map.size)
-    weights = {layer.weight: tensors[layer.weight] for layer in dof_map.layers if layer.kind != "layer_norm"}
-    bits = config.weight_bits_of({name: W.numel() for name, W in weights.items()})
-    return equalize(dof_map, weights, bits, beta=EQUALIZE_BOTH).to(like)
+        return like.new_zeros(problem.dof_map.size)
+    return equalize(problem.dof_map, weights, _bits(source, weights, config), beta=EQUALIZE_BOTH).to(like)
 
 
-def _unfold(dof_map: DofMap, at: ComparedInput | None, log_c: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return what brings the compared activation back to real units: its variables and their initial factors."""
+def _bits(source: Any, weights: Mapping[str, Tensor], config: QFTConfig) -> Mapping[str, int]:
+    """Return the bit width of each weight: the host's where it has fixed them, else by the settings."""
+    if source.weight_bits is not None:
+        return {name: bits for name, bits in source.weight_bits.items() if name in weights}
+    return config.weight_bits_of({name: W.numel() for name, W in weights.items()})
+
+
+def _unfold(dof_map: DofMap, at: ComparedInput | None, log_c: Tensor) -> Unfold | None:
+    """Return what brings the compared activation back to real units."""
     if at is None:
         return None
     index = dof_map.channel_index[at.tensor].to(log_c.device)
@@ -265,8 +360,7 @@ def _compensated(
     for layer in layers:
         W, grid = tensors[layer.weight], grids[layer.weight]
         rows = W.reshape(layer.groups, W.shape[0] // layer.groups, -1).double()
-        step = grid.scale.to(rows)
-        step = step.reshape(layer.groups, -1, 1) if step.dim() else step
+        step = on_weight(grid.scale, grid.scale_in, W, layer).expand_as(W).reshape(rows.shape).double()
         try:
             moved = compensated(rows, step, moments[layer.weight], high=2 ** (grid.bits - 1) - 1)
         except RuntimeError as error:  # the moment matrix is not positive definite
@@ -277,22 +371,29 @@ def _compensated(
 
 
 def _weight_grids(
-    graph: LayerGraph, placement: Placement, tensors: Mapping[str, Tensor], dof_map: DofMap, config: QFTConfig
+    source: Any, placement: Placement, tensors: Mapping[str, Tensor], dof_map: DofMap, config: QFTConfig
 ) -> dict[str, WeightGrid]:
-    """Choose the bit width and the initial scale of every weight that the host quantized."""
+    """Choose the bit width and the initial scales of every weight that the host quantized."""
     layers = [layer for layer in dof_map.layers if layer.weight in placement.weights]
     if not layers:
         raise ModelError("At least one layer should be quantized. Found none: look at ignored_scope and target_device.")
-    bits = config.weight_bits_of({layer.weight: tensors[layer.weight].numel() for layer in layers})
-    # No kernel multiplies by the weight of a normalisation in 4 bits, and it is small: it keeps NNCF's 8.
-    bits |= {layer.weight: 8 for layer in layers if layer.kind == "layer_norm"}
+    bits = _bits(source, {layer.weight: tensors[layer.weight] for layer in layers}, config)
     grids = {}
     for layer in layers:
-        per_channel = config.hardware.rescale == "channelwise" and placement.weights[layer.weight]
+        place = placement.weights[layer.weight]
+        # No kernel multiplies by the weight of a normalisation in 4 bits, and it is small: it keeps NNCF's 8.
+        width = 8 if layer.kind == "layer_norm" else bits[layer.weight]
+        W, scale, scale_in = tensors[layer.weight], place.scale, place.scale_in
+        if scale is None and place.doubly:
+            scale, scale_in = doubly_scales(W, layer, bits=width)
+        elif scale is None:
+            per_channel = config.hardware.rescale == "channelwise" and place.per_channel
+            scale = weight_scale(W, layer, bits=width, per_channel=per_channel)
         grids[layer.weight] = WeightGrid(
-            bits=bits[layer.weight],
-            scale=weight_scale(tensors[layer.weight], layer, bits=bits[layer.weight], per_channel=per_channel),
-            s_in=quantizer_before(graph, placement, layer),
-            s_out=quantizer_after(graph, placement, layer),
+            bits=width,
+            scale=scale,
+            s_in=quantizer_before(source.graph, placement, layer),
+            s_out=quantizer_after(source.graph, placement, layer),
+            scale_in=scale_in,
         )
     return grids

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from torch import Tensor
+
 from qft_plugin.errors import ConfigError
 from qft_plugin.graph import Layer, LayerGraph, Op
 
@@ -38,7 +40,7 @@ KEEPS_GRID: Final = frozenset(
 """The values that come out are among the values that go in, so a quantized input means a quantized output."""
 
 PASSES_TO_OUTPUT: Final = frozenset(
-    ["relu", "leaky_relu", "prelu", "relu6", "hardtanh", "dropout", "identity", "contiguous"]
+    ["relu", "leaky_relu", "prelu", "relu6", "hardtanh", "dropout", "identity", "contiguous", "clone"]
 )
 """What may stand between a layer and the quantizer of its output."""
 
@@ -77,6 +79,23 @@ class ActivationGrid:
 
 
 @dataclass(frozen=True)
+class WeightPlace:
+    """What a host's quantizer of a weight can express.
+
+    Attributes:
+        per_channel: its scale may differ by output channel.
+        doubly: its scale may differ by input channel too, independently of the scale of the activation.
+        scale: where its scale starts, `[out]` or `[]`, real per step; `None` to choose the MMSE scale.
+        scale_in: likewise, relative to `scale`, `[in]`; `None` where it does not differ by input channel.
+    """
+
+    per_channel: bool
+    doubly: bool = False
+    scale: Tensor | None = None
+    scale_in: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Placement:
     """The quantizers of a host, by their names.
 
@@ -84,13 +103,13 @@ class Placement:
         activations: grid of each activation quantizer.
         on_tensor: quantizer of everything that reads a tensor, by name of the tensor.
         on_input: quantizer of one input of one operation, by operation and number of the input.
-        weights: for each quantized weight, whether its scale may differ by output channel.
+        weights: the quantizer of each weight.
     """
 
     activations: Mapping[str, ActivationGrid]
     on_tensor: Mapping[str, str]
     on_input: Mapping[tuple[str, int], str]
-    weights: Mapping[str, bool]
+    weights: Mapping[str, WeightPlace]
 
 
 def quantizer_before(graph: LayerGraph, placement: Placement, layer: Layer) -> str | None:
@@ -130,11 +149,13 @@ class ComparedInput:
         op: name of the operation that reads it.
         index: which of its activation inputs it is.
         tensor: name of the activation.
+        asked: the name that the user gave for it, if any.
     """
 
     op: str
     index: int
     tensor: str
+    asked: str | None = None
 
 
 def backbone_output(graph: LayerGraph, loss_at: str | None) -> ComparedInput | None:
@@ -155,7 +176,7 @@ def backbone_output(graph: LayerGraph, loss_at: str | None) -> ComparedInput | N
         path = loss_at.replace(".", "/")
         for op in graph.ops:
             if op.inputs and (op.name in (loss_at, path) or op.name.startswith(f"{path}/")):
-                return ComparedInput(op.name, 0, op.inputs[0])
+                return ComparedInput(op.name, 0, op.inputs[0], asked=loss_at)
         raise ConfigError(
             f"FinetuneConfig.loss_at should name a module that computes something, or an operation. Found {loss_at!r}; "
             f"operations of this model: {', '.join(op.name for op in graph.ops)}."

@@ -1,69 +1,22 @@
 """Makes a `LayerGraph`: from a torch module by recording its calls, or by hand from a few words."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from qft_plugin.dof_map import map_dof
 from qft_plugin.graph import Const, DofMap, LayerGraph, Op, Ref
 from qft_plugin.offline import fold_network
+from qft_plugin.record import record as record_call
 
 FOLD_TOLERANCE = 1e-10
 """float64 keeps 16 digits; a dozen layers with factors up to e^3 on either side lose less than five of them."""
 
 
-class _Recorder(TorchFunctionMode):
-    """Writes down every torch call that makes a tensor: an independent, much simpler host than the real ones."""
-
-    def __init__(self, model: nn.Module, inputs: Sequence[Tensor]) -> None:
-        super().__init__()
-        constants = [*model.named_parameters(), *model.named_buffers()]
-        self.constants = {id(t): Const(name, tuple(t.shape)) for name, t in constants}
-        self.names = {id(t): f"x{i}" for i, t in enumerate(inputs)}
-        self.shapes = {f"x{i}": tuple(t.shape) for i, t in enumerate(inputs)}
-        self.ops: list[Op] = []
-        self.alive: list[Any] = [inputs]  # an id is unique only while its tensor lives
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs: list[str] = []
-        words = self._replace(args, inputs), self._replace(kwargs or {}, inputs)
-        result = func(*args, **(kwargs or {}))
-        made = [t for t in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(t, Tensor)]
-        if not made or func.__name__ == "__get__":
-            return result
-        function = func.__name__ if func.__name__.startswith("__") else func.__name__.rstrip("_")
-        name = f"{function}_{len(self.ops)}"
-        outputs = tuple(f"{name}:{i}" for i in range(len(made)))
-        self.alive.append((args, kwargs, result))
-        self.names |= {id(t): o for t, o in zip(made, outputs, strict=True)}
-        self.shapes |= {o: tuple(t.shape) for t, o in zip(made, outputs, strict=True)}
-        self.ops.append(Op(name, function, tuple(inputs), outputs, *words))
-        return result
-
-    def _replace(self, value: Any, inputs: list[str]) -> Any:
-        if isinstance(value, Tensor):
-            if id(value) in self.names:
-                inputs.append(self.names[id(value)])
-                return Ref(len(inputs) - 1)
-            return self.constants.get(id(value), Const("a constant", tuple(value.shape)))
-        if isinstance(value, dict):
-            return {k: self._replace(v, inputs) for k, v in value.items()}
-        if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-            return type(value)(self._replace(v, inputs) for v in value)
-        return value
-
-
 def record(model: nn.Module, *inputs: Tensor) -> LayerGraph:
     """Run a model once and return what it called."""
-    recorder = _Recorder(model, inputs)
-    with torch.no_grad(), recorder:
-        out = model(*inputs)
-    outputs = out if isinstance(out, (tuple, list)) else [out]
-    names = tuple(recorder.names[id(t)] for t in outputs)
-    return LayerGraph(tuple(recorder.ops), recorder.shapes, tuple(f"x{i}" for i in range(len(inputs))), names)
+    return record_call(model, (inputs, {}))
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:

@@ -15,10 +15,10 @@ HOSTS = {"nncf", "brevitas", "openvino", "onnx", "qonnx", "onnxruntime"}
 LEVELS = [
     {"errors"},
     {"spec", "quantize"},
-    {"graph", "data", "partial"},
-    {"relations", "placement", "initialize", "compensate"},
-    {"dof_map", "offline", "finetune"},
-    {"report"},
+    {"graph", "data", "partial", "norms"},
+    {"relations", "placement", "initialize", "compensate", "model"},
+    {"dof_map", "offline", "finetune", "record"},
+    {"report", "student"},
     {"pipeline"},
     {"cli"},
 ]

@@ -184,7 +184,7 @@ def named() -> LayerGraph:
 )
 def test_loss_at_names_a_module_or_an_operation(loss_at: str, op: str, tensor: str) -> None:
     """A module stands for the first operation inside it, and `layer1` is not the beginning of `layer10`."""
-    assert backbone_output(named(), loss_at) == ComparedInput(op, 0, tensor)
+    assert backbone_output(named(), loss_at) == ComparedInput(op, 0, tensor, asked=loss_at)
 
 
 @pytest.mark.parametrize("loss_at", ["layer", "body", "", "x"])

@@ -9,7 +9,7 @@ from qft_plugin.nncf.version import check_version
 check_version()
 
 from qft_plugin.nncf.attach import Student, place, teacher  # noqa: E402  (only after the check that NNCF is there)
-from qft_plugin.nncf.read import accepts, check_model, read, tensors_in  # noqa: E402
+from qft_plugin.nncf.read import check_model, read  # noqa: E402
 from qft_plugin.nncf.register import quantize, register, unregister  # noqa: E402
 from qft_plugin.nncf.save import save_openvino  # noqa: E402
 from qft_plugin.nncf.write import without_compiler, write  # noqa: E402
@@ -18,7 +18,6 @@ register()
 
 __all__ = [
     "Student",
-    "accepts",
     "check_model",
     "check_version",
     "place",
@@ -27,7 +26,6 @@ __all__ = [
     "register",
     "save_openvino",
     "teacher",
-    "tensors_in",
     "unregister",
     "without_compiler",
     "write",

@@ -1,8 +1,6 @@
 """From a description to a trainable student: NNCF places and calibrates, light modules take the quantizers' places."""
 
 import copy
-import functools
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,15 +14,13 @@ from torch import Tensor, nn
 from qft_plugin.data import Call, Inputs
 from qft_plugin.finetune import Prediction
 from qft_plugin.graph import Const, Ref
-from qft_plugin.nncf.read import Source, tensor_name, tensors_in
+from qft_plugin.model import tensors_in
+from qft_plugin.nncf.read import Source, tensor_name
 from qft_plugin.offline import Solution
-from qft_plugin.placement import ActivationGrid, ComparedInput, Placement
-from qft_plugin.quantize import fake_quantize, fake_quantize_composed
+from qft_plugin.placement import ActivationGrid, ComparedInput, Placement, WeightPlace
+from qft_plugin.quantize import fake_quantize
 from qft_plugin.relations import ADDS
-
-logger = logging.getLogger("qft_plugin")
-
-FakeQuantize = Callable[..., Tensor]
+from qft_plugin.student import FakeQuantizer, Unfold, compiled_fake_quantize, prediction_of, unfolded
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ def place(source: Source, tensors: Mapping[str, Tensor], request: Request, input
             names_by_module.setdefault(hook, []).append(name)
     activations: dict[str, ActivationGrid] = {}
     hooks: dict[str, tuple[str, ...]] = {}
-    weights: dict[str, bool] = {}
+    weights: dict[str, WeightPlace] = {}
     weight_hooks: dict[str, tuple[str, ...]] = {}
     on_tensor: dict[str, str] = {}
     on_input: dict[tuple[str, int], str] = {}
@@ -94,7 +90,9 @@ def place(source: Source, tensors: Mapping[str, Tensor], request: Request, input
             if what.name in tensors:
                 channels = hook.scale.numel() if isinstance(hook, SymmetricQuantizer) else 0
                 weight_hooks[what.name] = (*weight_hooks.get(what.name, ()), *names)
-                weights[what.name] = weights.get(what.name, True) and channels == _out_channels(tensors, source, what)
+                before = weights.get(what.name, WeightPlace(per_channel=True)).per_channel
+                each = channels == _out_channels(tensors, source, what)
+                weights[what.name] = WeightPlace(per_channel=before and each)
             continue
         grid = _activation_grid(hook)
         if grid is None:
@@ -146,26 +144,6 @@ def _activation_grid(hook: nn.Module) -> ActivationGrid | None:
     if scale.numel() != 1:
         return None
     return ActivationGrid(float(scale), int(low), int(high), int(zero_point))
-
-
-class FakeQuantizer(nn.Module):
-    """Stands in for an activation quantizer while the student trains; the scale is put in before each call."""
-
-    def __init__(self, grid: ActivationGrid, function: FakeQuantize) -> None:
-        """Remember the grid; until a scale is set, values pass unchanged."""
-        super().__init__()
-        self.run = functools.partial(function, low=grid.low, high=grid.high, zero_point=grid.zero_point)
-        self.scale: Tensor | None = None
-        self.seen: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize one activation."""
-        if self.scale is None:
-            self.seen = x
-            return x.clone()  # an operation behind may be in place
-        # NNCF's hooks are a function mode: without this, it would look for hooks at each operation of a quantizer.
-        with torch._C.DisableTorchFunction():
-            return self.run(x, self.scale)
 
 
 class _FixedQuantizer(nn.Module):
@@ -232,13 +210,12 @@ class Observed:
 
     def predict(self, run: Callable[[], Any]) -> Prediction:
         """Call the model through `run` and collect what is compared."""
-        outputs = [t for t in tensors_in(run()) if t.is_floating_point()]
-        logits = outputs[0] if len(outputs) == 1 and outputs[0].dim() == 2 else None
+        outputs = list(tensors_in(run()))
         if self._capture is None:
-            return Prediction(tuple(outputs), logits)
+            return prediction_of(outputs, None)
         value, self._capture.value = self._capture.value, None
         assert value is not None
-        return Prediction((value,), logits)
+        return prediction_of(outputs, value)
 
 
 def _ports_of_input(source: Source, index: int) -> dict[str, int]:
@@ -265,7 +242,7 @@ class Student:
         placed: Placed,
         source: Source,
         at: ComparedInput | None,
-        unfold: tuple[Tensor, Tensor] | None,
+        unfold: Unfold | None,
         *,
         compiled: bool,
     ) -> None:
@@ -275,15 +252,14 @@ class Student:
             placed: the model with NNCF's quantizers.
             source: the model as it was read.
             at: where it is compared with the teacher.
-            unfold: the variable of each channel there and the factor that was folded into the placed model already,
-                both `[channels]`; `None` where no channel is rescaled.
+            unfold: what brings the activation there back to the teacher's units.
             compiled: fuse the fake-quantization with `torch.compile`.
         """
         model = copy.deepcopy(placed.model)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         storage = get_hook_storage(model)
-        function = _compiled() if compiled else fake_quantize
+        function = compiled_fake_quantize() if compiled else fake_quantize
         self._quantizers: dict[str, FakeQuantizer] = {}
         for quantizer, names in placed.hooks.items():
             module = FakeQuantizer(placed.placement.activations[quantizer], function)
@@ -305,15 +281,7 @@ class Student:
         """Run the student on one batch, with gradients to everything in `solution`."""
         for name, scale in solution.activation_scales.items():
             self._quantizers[name].scale = scale
-        prediction = self._run(solution.tensors, call)
-        if self._unfold is None:
-            return prediction
-        # The folded network computes x / c: bring it back to the teacher's units.
-        index, start = self._unfold
-        c = start * solution.factors.index_select(0, index)
-        (x,) = prediction.features
-        on_axis = c.view(-1, *(1,) * (x.dim() - 2)) if x.dim() > 3 else c
-        return Prediction((x * on_axis,), prediction.logits)
+        return unfolded(self._run(solution.tensors, call), self._unfold, solution.factors)
 
     def observe(self, tensors: Mapping[str, Tensor], call: Call) -> dict[str, Tensor]:
         """Run with float activations and return what each activation quantizer would have had as its input."""
@@ -373,16 +341,3 @@ def _remove_neutral_norms(model: nn.Module, source: Source) -> dict[str, str]:
             storage.delete_hook(name)
             storage.register_post_function_hook(moved[op], 0, hook)
     return renamed
-
-
-@functools.cache
-def _compiled() -> FakeQuantize:
-    """Fuse the fake-quantization, or return the built-in function where the compiler does not work."""
-    fused: FakeQuantize = torch.compile(fake_quantize_composed, dynamic=True)
-    try:
-        x = torch.ones(2, 3, requires_grad=True)
-        torch.autograd.grad(fused(x, torch.ones(()), low=0, high=255, zero_point=0).sum(), x)
-    except Exception as error:  # any of the compiler's own errors, or a missing C++ compiler
-        logger.warning("torch.compile does not work here (%s); the built-in fake-quantization is used", error)
-        return fake_quantize
-    return fused

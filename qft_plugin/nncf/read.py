@@ -2,8 +2,7 @@
 
 import copy
 import functools
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from qft_plugin.data import Call, Inputs
 from qft_plugin.errors import DataError, ModelError
 from qft_plugin.graph import Const, LayerGraph, Op, Ref
-from qft_plugin.quantize import per_out
+from qft_plugin.model import SAME, check_finite, first_outputs, largest_change, tensors_in
+from qft_plugin.model import check_model as check_torch_model
+from qft_plugin.norms import CONVOLUTIONS, NORMS, can_fold, folded_norm
 
 HOOKS_ATTRIBUTE: Final = "__nncf_hooks"
-CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True)
@@ -60,79 +59,39 @@ class Source:
     tensors: Mapping[str, Tensor]
     norms: tuple[FoldedNorm, ...]
     ports: Mapping[tuple[str, int], Ref | Const]
+    weight_bits: None = None
+    """The settings choose them."""
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is not a plain torch model, before anything else is done.
+    """Refuse what NNCF cannot quantize, before anything else is done.
 
     Raises:
         ModelError: it says what was found and what to pass instead.
     """
-    kind = f"{type(model).__module__}.{type(model).__qualname__}"
     if isinstance(model, torch.fx.GraphModule):
         raise ModelError(
-            f"The model should be the original torch.nn.Module. Found {kind}, which has lost the modules that training "
-            "needs. Pass the module that it was traced or exported from."
-        )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError(
-            f"The model should be a plain torch.nn.Module. Found {kind}. Pass the module before scripting."
+            f"The model should be the original torch.nn.Module. Found {type(model).__qualname__}, which has lost the "
+            "modules that training needs. Pass the module that it was traced or exported from."
         )
     if not isinstance(model, nn.Module):
         raise ModelError(
-            f"The model should be a torch.nn.Module: QFT trains it. Found {kind}. Quantize the torch model that it was "
-            "converted from, and convert the result with qft_plugin.nncf.save_openvino."
+            f"The model should be a torch.nn.Module: QFT trains it. Found {type(model).__qualname__}. Quantize the "
+            "torch model that it was converted from, and convert the result with qft_plugin.nncf.save_openvino."
         )
     if HOOKS_ATTRIBUTE in dict(model.named_children()):
         raise ModelError(
             "The model should be a float model. Found one that NNCF has already wrapped or quantized. "
             "Pass the model from before nncf.quantize."
         )
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise ModelError(f"The model should be a plain torch.nn.Module. Found {kind}. Pass its .module.")
-    if hasattr(model, "_orig_mod"):
-        raise ModelError(
-            f"The model should be the module from before torch.compile. Found {kind}. Pass its ._orig_mod."
-        )
     if isinstance(model, nn.Sequential):
         raise ModelError(
-            f"The model should be a torch.nn.Module with a forward of its own. Found {kind}: NNCF keeps its quantizers "
-            "in a child module, which a Sequential would call. Make the Sequential a child of a module that calls it."
+            f"The model should be a torch.nn.Module with a forward of its own. Found {type(model).__qualname__}: NNCF "
+            "keeps its quantizers in a child module, which a Sequential would call. Make the Sequential a child of a "
+            "module that calls it."
         )
-    parameters = list(model.parameters())
-    if any(isinstance(p, nn.parameter.UninitializedParameter) or p.is_meta for p in parameters):
-        raise ModelError(
-            f"The model's parameters should have values. Found uninitialized or meta parameters in {kind}. "
-            "Load its weights, or call a lazy module once."
-        )
-    if not parameters:
-        raise ModelError(f"The model should have parameters. Found none in {kind}.")
-    devices, dtypes = {p.device for p in parameters}, {p.dtype for p in parameters if p.is_floating_point()}
-    if len(devices) != 1 or len(dtypes) != 1:
-        raise ModelError(
-            f"The model's parameters should be on one device and of one floating dtype. Found {devices} and "
-            f"{dtypes}. Move and convert it with model.to(...)."
-        )
-    if dtypes - {torch.float32, torch.float64}:
-        raise ModelError(f"The model should be in float32. Found {dtypes}, too coarse for the scales that are trained. "
-                         "Convert it with model.float() and the images with image.float().")  # fmt: skip
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise ModelError(f"Parameter {name}: should be finite. Found NaN or infinity. Load the weights again.")
-
-
-def accepts(model: nn.Module) -> Callable[..., bool]:
-    """Return a function that tells whether the model's forward takes given arguments."""
-    signature = inspect.signature(model.forward)
-
-    def test(*args: Any, **kwargs: Any) -> bool:
-        try:
-            signature.bind(*args, **kwargs)
-        except TypeError:
-            return False
-        return True
-
-    return test
+    check_torch_model(model)
+    check_finite(dict(model.named_parameters()))
 
 
 def example_of(call: Call) -> Any:
@@ -141,20 +100,6 @@ def example_of(call: Call) -> Any:
     if kwargs and args:
         raise DataError("Dataset: inputs should be all positional or all by keyword. Found both.")
     return kwargs or (args[0] if len(args) == 1 else args)
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Iterate over the tensors of a model's output, whatever it is made of."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for v in value.values():
-            yield from tensors_in(v)
-    elif isinstance(value, (list, tuple)):
-        for v in value:
-            yield from tensors_in(v)
-    elif hasattr(value, "__dataclass_fields__"):
-        yield from tensors_in(vars(value))
 
 
 @torch.no_grad()
@@ -171,7 +116,7 @@ def read(model: nn.Module, inputs: Inputs) -> Source:
     """
     teacher = copy.deepcopy(model).eval()
     call = inputs.batch(slice(0, min(2, len(inputs))))
-    outputs = _try_run(teacher, call)
+    outputs = first_outputs(teacher, call)
     copied = copy.deepcopy(teacher)
     for parameter in copied.parameters():
         parameter.requires_grad_(False)
@@ -179,29 +124,13 @@ def read(model: nn.Module, inputs: Inputs) -> Source:
     norms = _fold_norms(copied, traced)
     graph = _layer_graph(traced, norms)
     tensors = {**dict(copied.named_parameters(remove_duplicate=False)), **dict(copied.named_buffers())}
-    _check_same(outputs, list(tensors_in(copied(*call[0], **call[1]))))
+    change = largest_change(outputs, list(tensors_in(copied(*call[0], **call[1]))))
+    if not change <= SAME:
+        raise ModelError(
+            f"Folding the BatchNorms should not change the model. Found a relative difference of {change:.3g} in its "
+            "outputs. The model probably shares or modifies them."
+        )
     return Source(teacher, copied, graph, {name: t.detach() for name, t in tensors.items()}, norms, _ports(traced))
-
-
-def _try_run(teacher: nn.Module, call: Call) -> list[Tensor]:
-    args, kwargs = call
-    try:
-        outputs = list(tensors_in(teacher(*args, **kwargs)))
-    except Exception as error:  # a model may fail in any way on an input that it was not made for
-        shapes = [f"{t.dtype} {list(t.shape)}" for t in (*args, *kwargs.values())]
-        raise DataError(
-            f"The model should run on the dataset's images. Found {type(error).__name__}: {error}, with the first "
-            f"images as input {', '.join(shapes)}. Check shape, dtype and preprocessing against model(image)."
-        ) from error
-    if not outputs:
-        raise ModelError("The model should return tensors. Found none in its output.")
-    for output in outputs:
-        if output.is_floating_point() and not bool(torch.isfinite(output).all()):
-            raise ModelError(
-                "The float model should compute finite numbers. Found NaN or infinity for the first images. "
-                "Check the weights and the preprocessing."
-            )
-    return outputs
 
 
 def _trace(model: nn.Module, call: Call) -> Any:
@@ -225,18 +154,6 @@ def _trace(model: nn.Module, call: Call) -> Any:
             f"The model could not be traced by NNCF. Found {type(error).__name__}: {error}. "
             "Check that nncf.quantize without algorithm works on it."
         ) from error
-
-
-def _check_same(expected: list[Tensor], found: list[Tensor]) -> None:
-    for e, f in zip(expected, found, strict=True):
-        if not e.is_floating_point():
-            continue
-        error, size = float((e - f).abs().max()), float(e.abs().max())
-        if error > 1e-3 * max(size, 1e-6):
-            raise ModelError(
-                f"Folding the BatchNorms should not change the model. Found a difference of {error:.3g} in "
-                f"outputs up to {size:.3g}. The model probably shares or modifies them."
-            )
 
 
 def _neutral_variance(eps: float, like: Tensor) -> Tensor:
@@ -291,8 +208,7 @@ def _foldable(model: nn.Module, graph: Any, node: Any, users: Mapping[str, list[
     if not weights or any(len(users[name]) != 1 for name in [*weights, *constants]):
         return None
     layer, norm = _module_of(model, weights[0]), _module_of(model, constants[0])
-    plain = isinstance(layer, (*CONVOLUTIONS, nn.Linear)) and isinstance(norm, NORMS)
-    if not plain or norm.running_mean is None or norm.training:
+    if not can_fold(layer, norm):
         return None
     layer_name, norm_name = weights[0].rpartition(".")[0], constants[0].rpartition(".")[0]
     if norm.bias is not None:
@@ -310,20 +226,10 @@ def _fold(model: nn.Module, found: FoldedNorm) -> None:
     assert isinstance(norm, NORMS)
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    # In float64, so that the folded network differs from the float one by one rounding only.
-    factor = 1 / torch.sqrt(norm.running_var.double() + norm.eps)
-    if norm.weight is not None:
-        factor = factor * norm.weight.double()
-    shift = -norm.running_mean.double() * factor
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
+    W, shift = folded_norm(layer, norm)
     if layer.bias is not None:
-        shift = shift + layer.bias.double() * factor
         layer.bias.zero_()
-    W = layer.weight.double()
-    transposed = isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
-    kind = f"conv_transpose{W.dim() - 2}d" if transposed else "conv2d"
-    layer.weight.copy_(W * per_out(factor, W, groups=getattr(layer, "groups", 1), kind=kind))
+    layer.weight.copy_(W)
     model.get_parameter(found.bias).copy_(shift)
     norm.running_mean.zero_()
     norm.running_var.copy_(_neutral_variance(norm.eps, norm.running_var))

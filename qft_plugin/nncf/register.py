@@ -24,9 +24,11 @@ from torch import nn
 from qft_plugin.data import Inputs
 from qft_plugin.errors import ConfigError, DataError, HostError
 from qft_plugin.finetune import Step
-from qft_plugin.nncf.read import example_of
-from qft_plugin.pipeline import Job
-from qft_plugin.pipeline import quantize as run_pipeline
+from qft_plugin.nncf.attach import teacher
+from qft_plugin.nncf.read import check_model, example_of, read
+from qft_plugin.nncf.version import check_version
+from qft_plugin.nncf.write import write
+from qft_plugin.pipeline import Job, images, initialize, targets_of, train, understand
 from qft_plugin.spec import QFTConfig
 
 PLACES: Final = (nncf, nncf.quantization, nncf.quantization.quantize_model)
@@ -100,7 +102,15 @@ def _quantize(
     request = Request(original, dataset, _host_settings(original, host, config))
     # Calibration code often stands inside no_grad or inference_mode, but this one trains.
     with torch.inference_mode(False), torch.enable_grad(), _progress(config, callback) as report:
-        return run_pipeline(sys.modules["qft_plugin.nncf"], model, request, config, callback=report)
+        check_version()
+        check_model(model)
+        inputs = images(model, request.items(), config)
+        source = read(model, inputs)
+        problem = understand(source, inputs, config)
+        targets = targets_of(teacher(source, problem.at), problem, config)
+        start = initialize(sys.modules["qft_plugin.nncf"], problem, request, config)
+        result = train(start, problem, targets, config, callback=report)
+        return Job(write(start.placed, start.dof), problem.dof_map, result)
 
 
 def _config(algorithm: Any) -> QFTConfig:

@@ -15,7 +15,8 @@ from torch.jit._trace import TracerWarning
 
 from qft_plugin.deploy.openvino import OpenVINOReport, Storage, save
 from qft_plugin.errors import DeployabilityError
-from qft_plugin.nncf.read import HOOKS_ATTRIBUTE, tensors_in
+from qft_plugin.model import tensors_in
+from qft_plugin.nncf.read import HOOKS_ATTRIBUTE
 from qft_plugin.nncf.write import without_compiler
 
 

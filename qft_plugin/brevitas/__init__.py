@@ -1,0 +1,47 @@
+"""Brevitas as a host: quantizers for its layers whose scales are trained together.
+
+from qft_plugin.brevitas import QFTInt4Weight, QFTUint8Act, link, initialize, finetune, fold
+"""
+
+from qft_plugin.brevitas.version import check_version
+
+check_version()
+
+from qft_plugin.brevitas.attach import Student, place  # noqa: E402  (only after the check that Brevitas is there)
+from qft_plugin.brevitas.link import dof_map_of, link  # noqa: E402
+from qft_plugin.brevitas.quantizers import (  # noqa: E402
+    QFTInt4Weight,
+    QFTInt4WeightDoublyPerChannelFloat,
+    QFTInt4WeightPerChannelFloat,
+    QFTInt4WeightPerTensorFloat,
+    QFTInt8Act,
+    QFTInt8ActPerTensorFloat,
+    QFTShiftedUint8Act,
+    QFTShiftedUint8ActPerTensorFloat,
+    QFTUint8Act,
+    QFTUint8ActPerTensorFloat,
+)
+from qft_plugin.brevitas.run import finetune, initialize, quantize  # noqa: E402
+from qft_plugin.brevitas.write import fold  # noqa: E402
+
+__all__ = [
+    "QFTInt4Weight",
+    "QFTInt4WeightDoublyPerChannelFloat",
+    "QFTInt4WeightPerChannelFloat",
+    "QFTInt4WeightPerTensorFloat",
+    "QFTInt8Act",
+    "QFTInt8ActPerTensorFloat",
+    "QFTShiftedUint8Act",
+    "QFTShiftedUint8ActPerTensorFloat",
+    "QFTUint8Act",
+    "QFTUint8ActPerTensorFloat",
+    "Student",
+    "check_version",
+    "dof_map_of",
+    "finetune",
+    "fold",
+    "initialize",
+    "link",
+    "place",
+    "quantize",
+]

@@ -1,0 +1,207 @@
+"""The student of a Brevitas model: its float twin, run with tensors and scales from the offline subgraph."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qft_plugin.brevitas.quantizers import activation_range
+from qft_plugin.brevitas.read import Source
+from qft_plugin.data import Call, Inputs
+from qft_plugin.errors import ConfigError
+from qft_plugin.finetune import Prediction
+from qft_plugin.model import tensors_in
+from qft_plugin.offline import Solution
+from qft_plugin.placement import ActivationGrid, ComparedInput, Placement, WeightPlace, backbone_output
+from qft_plugin.quantize import fake_quantize
+from qft_plugin.record import Tap, record
+from qft_plugin.student import FakeQuantizer, Unfold, compiled_fake_quantize, prediction_of, unfolded
+
+CALIBRATION_BATCH = 64
+CALIBRATION_IMAGES = 256
+PERCENTILE = 99.999
+"""Share of the values that a range covers, in percent: Brevitas' own default for activations."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asked of this host.
+
+    Attributes:
+        calibrate: choose the ranges of activations and the scales of weights anew, else keep those of the model.
+    """
+
+    calibrate: bool
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The quantizers of a Brevitas model around a folded network.
+
+    Attributes:
+        placement: where they are, and their grids.
+        tensors: weights and biases of the folded network by name.
+    """
+
+    placement: Placement
+    tensors: Mapping[str, Tensor]
+
+
+@torch.no_grad()
+def place(source: Source, tensors: Mapping[str, Tensor], request: Request, inputs: Inputs) -> Placed:
+    """Describe the quantizers that the model has.
+
+    Args:
+        source: the model as it was read.
+        tensors: weights and biases of the folded network.
+        request: whether to calibrate.
+        inputs: the images.
+    """
+    if request.calibrate:
+        activations = _calibrated(source, tensors, inputs)
+    else:
+        activations = {
+            name: ActivationGrid(float(scaling.log_s.exp()), scaling.low, scaling.high, int(scaling.zero_point))
+            for name, scaling in source.activations.items()
+        }
+    weights = {}
+    for name, scaling in source.weights.items():
+        left = scaling.log_L
+        weights[name] = WeightPlace(
+            per_channel=scaling.per_channel,
+            doubly=left is not None,
+            scale=None if request.calibrate else scaling.folded_step(),
+            scale_in=None if request.calibrate or left is None else left.exp(),
+        )
+    return Placed(Placement(activations, source.on_tensor, {}, weights), tensors)
+
+
+def _calibrated(source: Source, tensors: Mapping[str, Tensor], inputs: Inputs) -> dict[str, ActivationGrid]:
+    """Choose the range of each activation as Brevitas does: a high percentile of each batch, averaged."""
+    twin = copy.deepcopy(source.model)
+    stand_ins = _stand_ins(twin, source)
+    ranges: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for args, kwargs in inputs.batches(CALIBRATION_BATCH, at_most=CALIBRATION_IMAGES):
+        torch.func.functional_call(twin, dict(tensors), args, kwargs)
+        for name, module in stand_ins.items():
+            if module.seen is not None:
+                ranges.setdefault(name, []).append(_percentiles(module.seen.flatten()))
+                module.seen = None
+    grids = {}
+    for name, scaling in source.activations.items():
+        seen = torch.stack([torch.stack(pair) for pair in ranges[name]]).mean(0)
+        scale, zero_point = activation_range(seen, low=scaling.low, high=scaling.high, asymmetric=scaling.asymmetric)
+        grids[name] = ActivationGrid(float(scale), scaling.low, scaling.high, zero_point)
+    return grids
+
+
+def _percentiles(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the low and the high percentile of values, `[]` each."""
+    outside = max(1, round(x.numel() * (1 - PERCENTILE / 100)))
+    return x.topk(outside, largest=False).values[-1], x.topk(outside).values[-1]
+
+
+def _stand_ins(twin: nn.Module, source: Source) -> dict[str, FakeQuantizer]:
+    found = {}
+    for name in source.activations:
+        module = twin.get_submodule(name)
+        assert isinstance(module, FakeQuantizer)
+        found[name] = module
+    return found
+
+
+class Student:
+    """The fake-quantized network; its weights, biases and scales are an argument of every call."""
+
+    def __init__(
+        self, placed: Placed, source: Source, at: ComparedInput | None, unfold: Unfold | None, *, compiled: bool
+    ) -> None:
+        """Copy the twin and give its stand-ins their grids.
+
+        Args:
+            placed: the quantizers.
+            source: the model as it was read.
+            at: where it is compared with the teacher.
+            unfold: what brings the activation there back to the teacher's units.
+            compiled: fuse the fake-quantization with `torch.compile`.
+        """
+        function = compiled_fake_quantize() if compiled else fake_quantize
+        self._twin = copy.deepcopy(source.model)
+        self._graph = source.graph
+        self._at = at
+        self._unfold = unfold
+        self._quantizers = _stand_ins(self._twin, source)
+        for name, module in self._quantizers.items():
+            module.set_grid(placed.placement.activations[name], function)
+
+    def __call__(self, solution: Solution, call: Call) -> Prediction:
+        """Run the student on one batch, with gradients to everything in `solution`."""
+        for name, scale in solution.activation_scales.items():
+            self._quantizers[name].scale = scale
+        compared: list[Tensor] = []
+        watchers = {} if self._at is None else {self._at.op: compared.append}
+        outputs = self._run(solution.tensors, call, watchers)
+        return unfolded(prediction_of(outputs, compared[0] if compared else None), self._unfold, solution.factors)
+
+    def observe(self, tensors: Mapping[str, Tensor], call: Call) -> dict[str, Tensor]:
+        """Run with float activations and return what each activation quantizer would have had as its input."""
+        self.watch(tensors, call, {})
+        return {name: m.seen for name, m in self._quantizers.items() if m.seen is not None}
+
+    def watch(
+        self, tensors: Mapping[str, Tensor], call: Call, watchers: Mapping[str, Callable[[Tensor], None]]
+    ) -> None:
+        """Run with float activations and show each watcher the input of its operation.
+
+        Args:
+            tensors: weights and biases by name.
+            call: the batch.
+            watchers: called with the first activation input, by name of the operation.
+        """
+        for module in self._quantizers.values():
+            module.scale = None
+        self._run(tensors, call, watchers)
+
+    def _run(
+        self, tensors: Mapping[str, Tensor], call: Call, watchers: Mapping[str, Callable[[Tensor], None]]
+    ) -> list[Tensor]:
+        args, kwargs = call
+        with Tap(watchers, self._graph):
+            return list(tensors_in(torch.func.functional_call(self._twin, dict(tensors), args, kwargs)))
+
+
+def teacher(model: nn.Module, source: Source, at: ComparedInput | None, call: Call) -> Callable[[Call], Prediction]:
+    """Return a float model as a function from the arguments of a call to a prediction.
+
+    It may be of another class than the student: it is compared at its own backbone's output, or where the user said.
+
+    Args:
+        model: the float model; it is copied.
+        source: the student as it was read.
+        at: where the student is compared.
+        call: arguments to trace it with.
+
+    Raises:
+        ConfigError: the place that the user asked for has another shape in the two networks.
+    """
+    copied = copy.deepcopy(model).eval()
+    graph = record(copied, call)
+    own = None if at is None else backbone_output(graph, at.asked)
+    if at is not None and (own is None or graph.shapes[own.tensor] != source.graph.shapes[at.tensor]):
+        found = None if own is None else list(graph.shapes[own.tensor])
+        raise ConfigError(
+            f"Teacher and student should have activations of one shape where they are compared. Found {found} in the "
+            f"teacher and {list(source.graph.shapes[at.tensor])} in the student. Set FinetuneConfig.loss_at to a "
+            "module that both have."
+        )
+
+    def run(call: Call) -> Prediction:
+        args, kwargs = call
+        compared: list[Tensor] = []
+        with torch.no_grad(), Tap({} if own is None else {own.op: compared.append}, graph):
+            outputs = list(tensors_in(copied(*args, **kwargs)))
+        return prediction_of(outputs, compared[0] if compared else None)
+
+    return run

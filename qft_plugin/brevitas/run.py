@@ -1,0 +1,177 @@
+"""What a user of Brevitas calls: initialize, finetune, quantize."""
+
+import copy
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from qft_plugin.brevitas.attach import Request, teacher
+from qft_plugin.brevitas.link import link_on, shared_factors
+from qft_plugin.brevitas.read import Source, check
+from qft_plugin.brevitas.swap import swap
+from qft_plugin.brevitas.version import check_version
+from qft_plugin.brevitas.write import write
+from qft_plugin.data import Call, Inputs, as_call
+from qft_plugin.errors import ConfigError
+from qft_plugin.finetune import FinetuneResult
+from qft_plugin.model import accepts, check_finite, check_model
+from qft_plugin.pipeline import Callback, Problem, images, start, targets_of, train, understand
+from qft_plugin.pipeline import initialize as initialized
+from qft_plugin.spec import QFTConfig
+
+BY_QUANTIZERS: Final = ("weight_bits", "small_layer_bits", "small_layer_share", "layer_bits", "hardware")
+"""Settings that a model says itself by the quantizers that it has."""
+
+
+def initialize(model: nn.Module, data: Iterable[Any], config: QFTConfig | None = None) -> None:
+    """Choose where a finetune of a linked model starts, in place: ranges, MMSE scales, equalization, compensation.
+
+    A model that is not linked is linked first.
+
+    Args:
+        model: layers of `brevitas.nn` with quantizers of this package.
+        data: batches of unlabeled inputs: tensors, tuples of tensors, or dicts of tensors.
+        config: the settings; bit widths and granularity are those of the model's quantizers.
+    """
+    config = _config(config)
+    with torch.inference_mode(False), torch.no_grad():
+        _initialize(model, _images(model, data, config), config)
+
+
+def finetune(
+    model: nn.Module,
+    teacher: nn.Module,
+    data: Iterable[Any],
+    config: QFTConfig | None = None,
+    *,
+    callback: Callback | None = None,
+) -> FinetuneResult:
+    """Train all degrees of freedom of a linked model against its float teacher, in place.
+
+    The model changes only at the end, to the best state that was seen; an interruption leaves it as it was. A model
+    that is not linked is linked first. Where nothing was initialized, training starts from the scales that the
+    quantizers have.
+
+    Args:
+        model: layers of `brevitas.nn` with quantizers of this package.
+        teacher: the float model; it may be of another class, as long as it takes the same inputs.
+        data: batches of unlabeled inputs: tensors, tuples of tensors, or dicts of tensors.
+        config: the settings; `config.finetune` should not be `None`.
+        callback: called with a `qft_plugin.finetune.Step` after each step.
+
+    Returns:
+        How it went: the losses before, on the way, and at the end.
+
+    Raises:
+        ConfigError: a setting contradicts the model, or teacher and student cannot be compared.
+    """
+    config = _config(config)
+    if config.finetune is None:
+        raise ConfigError(
+            "QFTConfig.finetune should be a FinetuneConfig. Found None. Call initialize for a start alone."
+        )
+    check_model(teacher)
+    with torch.inference_mode(False), torch.enable_grad():
+        inputs = _images(model, data, config)
+        result = _finetune(model, teacher, inputs, config, callback)
+    assert result is not None
+    return result
+
+
+def quantize(
+    model: nn.Module,
+    data: Iterable[Any],
+    example_input: Any = None,
+    config: QFTConfig | None = None,
+    *,
+    callback: Callback | None = None,
+) -> nn.Module:
+    """Turn a float model into a finetuned, linked Brevitas model: preprocess, swap, link, initialize, finetune.
+
+    Every convolution and linear layer gets a weight quantizer and its input an 8-bit activation quantizer. ReLU6 and
+    all other functions stay exact.
+
+    Args:
+        model: float torch model that `torch.fx` can trace; it is never changed.
+        data: batches of unlabeled inputs: tensors, tuples of tensors, or dicts of tensors.
+        example_input: one input to trace the model with; `None` takes the first images.
+        config: the settings.
+        callback: called with a `qft_plugin.finetune.Step` after each step.
+
+    Returns:
+        A linked model; `fold` makes it an ordinary one.
+
+    Raises:
+        ModelError: the model cannot be traced or holds nothing to quantize.
+        DataError: the data cannot be used.
+        HostError: Brevitas is missing, too old, or runs in its TorchScript mode.
+    """
+    config = config or QFTConfig()
+    check_version()
+    check_model(model)
+    check_finite(dict(model.named_parameters()))
+    with torch.inference_mode(False), torch.enable_grad():
+        inputs = images(model, data, config)
+        call = _first(inputs) if example_input is None else as_call(example_input, accepts=accepts(model))
+        quantized = swap(model, call, inputs, config)
+        _initialize(quantized, inputs, config)
+        if config.finetune is not None:
+            _finetune(quantized, copy.deepcopy(model), inputs, config, callback)
+    return quantized
+
+
+def _config(config: QFTConfig | None) -> QFTConfig:
+    """Refuse what only the quantizers of a model decide."""
+    config, default = config or QFTConfig(), QFTConfig()
+    for name in BY_QUANTIZERS:
+        if getattr(config, name) != getattr(default, name):
+            raise ConfigError(
+                f"QFTConfig.{name} should be left at its default: the model's quantizers decide. Found "
+                f"{getattr(config, name)!r}. Choose another quantizer or pass weight_bit_width to the layer."
+            )
+    return config
+
+
+def _images(model: nn.Module, data: Iterable[Any], config: QFTConfig) -> Inputs:
+    check_version()
+    check(model)
+    return images(model, data, config)
+
+
+def _first(inputs: Inputs) -> Call:
+    return inputs.batch(slice(0, min(2, len(inputs))))
+
+
+def _understood(model: nn.Module, inputs: Inputs, config: QFTConfig) -> tuple[Source, Problem]:
+    source = link_on(model, _first(inputs))
+    return source, understand(source, inputs, config)
+
+
+def _initialize(model: nn.Module, inputs: Inputs, config: QFTConfig) -> None:
+    source, problem = _understood(model, inputs, config)
+    request = Request(calibrate=True)
+    write(model, source, initialized(sys.modules["qft_plugin.brevitas"], problem, request, config))
+
+
+def _finetune(
+    model: nn.Module, float_model: nn.Module, inputs: Inputs, config: QFTConfig, callback: Callback | None
+) -> FinetuneResult | None:
+    source, problem = _understood(model, inputs, config)
+    targets = targets_of(teacher(float_model, source, problem.at, _first(inputs)), problem, config)
+    factors = shared_factors(model)
+    assert factors is not None
+    begin = start(
+        sys.modules["qft_plugin.brevitas"],
+        problem,
+        Request(calibrate=False),
+        replace(config, activation_range="host"),
+        log_c=factors.log_c.detach().clone(),
+        compensate=False,
+    )
+    result = train(begin, problem, targets, config, callback=callback)
+    write(model, source, begin)
+    return result

@@ -1,0 +1,175 @@
+"""From a float model to one of Brevitas' layers with this plugin's quantizers."""
+
+import copy
+import inspect
+from typing import Any, Final
+
+import brevitas.nn as qnn
+import torch
+from torch import Tensor, fx, nn
+
+from qft_plugin.brevitas.quantizers import (
+    QFTInt4WeightPerChannelFloat,
+    QFTInt4WeightPerTensorFloat,
+    QFTInt8ActPerTensorFloat,
+    QFTUint8ActPerTensorFloat,
+)
+from qft_plugin.brevitas.read import merge_norms
+from qft_plugin.data import Call, Inputs
+from qft_plugin.errors import ModelError
+from qft_plugin.placement import KEEPS_GRID
+from qft_plugin.record import function_name, record
+from qft_plugin.spec import QFTConfig
+
+QUANTIZED: Final[dict[type[nn.Module], type[nn.Module]]] = {
+    nn.Conv1d: qnn.QuantConv1d,
+    nn.Conv2d: qnn.QuantConv2d,
+    nn.Conv3d: qnn.QuantConv3d,
+    nn.ConvTranspose1d: qnn.QuantConvTranspose1d,
+    nn.ConvTranspose2d: qnn.QuantConvTranspose2d,
+    nn.ConvTranspose3d: qnn.QuantConvTranspose3d,
+    nn.Linear: qnn.QuantLinear,
+}
+
+MODULES: Final[dict[type[nn.Module], str]] = {
+    nn.MaxPool1d: "max_pool1d",
+    nn.MaxPool2d: "max_pool2d",
+    nn.MaxPool3d: "max_pool3d",
+    nn.Flatten: "flatten",
+    nn.Identity: "identity",
+    nn.Dropout: "dropout",
+    nn.PixelShuffle: "pixel_shuffle",
+    nn.ChannelShuffle: "channel_shuffle",
+}
+"""Modules that call one function, by its name."""
+
+RANGE_BATCH: Final = 64
+RANGE_IMAGES: Final = 256
+"""Images that decide which activations are never negative."""
+
+
+@torch.no_grad()
+def swap(model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig) -> nn.Module:
+    """Return a copy of a float model with quantized layers and a quantizer on the input of each.
+
+    Args:
+        model: the float model.
+        call: arguments to trace it with.
+        inputs: the images.
+        config: the settings.
+
+    Raises:
+        ModelError: the model cannot be traced, or holds nothing to quantize.
+    """
+    graph_model = _preprocessed(model, call)
+    layers = _layers(graph_model)
+    if not layers:
+        raise ModelError(
+            "The model should call at least one convolution or linear layer as a module. Found none that torch.fx sees."
+        )
+    signs = _Signs(graph_model)
+    for args, kwargs in inputs.batches(RANGE_BATCH, at_most=RANGE_IMAGES):
+        signs.run(*_positional(graph_model, args, kwargs))
+    sources = dict.fromkeys(_quantized_node(graph_model, node.args[0]) for node in layers)
+    for number, node in enumerate(sources):
+        _quantize_activation(graph_model, node, number, signed=node in signs.negative)
+    graph_model.delete_all_unused_submodules()
+    graph_model.recompile()
+    _quantize_layers(graph_model, list(dict.fromkeys(str(node.target) for node in layers)), config)
+    return graph_model.eval()
+
+
+def _preprocessed(model: nn.Module, call: Call) -> fx.GraphModule:
+    """Trace a copy of a model and fold its BatchNorms."""
+    try:
+        traced = fx.symbolic_trace(copy.deepcopy(model).eval())
+    except Exception as error:  # a forward may use anything that torch.fx cannot follow
+        raise ModelError(
+            f"The model should be traceable by torch.fx. Found {type(error).__name__}: {error}. Build it from the "
+            "layers of brevitas.nn with the quantizers of qft_plugin.brevitas instead, then call link and finetune."
+        ) from error
+    traced.eval()
+    merge_norms(traced, traced, record(traced, call))
+    return traced
+
+
+def _layers(model: fx.GraphModule) -> list[fx.Node]:
+    """List the calls of layers that can be quantized."""
+    return [n for n in model.graph.nodes if n.op == "call_module" and type(model.get_submodule(n.target)) in QUANTIZED]
+
+
+def _positional(model: fx.GraphModule, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> list[Any]:
+    """Put arguments into the order of the graph's inputs; those that are left out keep their defaults."""
+    names = [str(n.target) for n in model.graph.nodes if n.op == "placeholder"]
+    given = [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
+    return given
+
+
+class _Signs(fx.Interpreter):
+    """Runs a model and remembers which operations ever gave a negative number."""
+
+    def __init__(self, model: fx.GraphModule) -> None:
+        super().__init__(model)
+        self.negative: set[fx.Node] = set()
+
+    def run_node(self, node: fx.Node) -> Any:
+        result = super().run_node(node)
+        if isinstance(result, Tensor) and result.is_floating_point() and bool((result < 0).any()):
+            self.negative.add(node)
+        return result
+
+
+def _quantized_node(model: fx.GraphModule, node: Any) -> fx.Node:
+    """Look back from the input of a layer through what only moves values: there the quantizer stands."""
+    while isinstance(node, fx.Node) and node.args and isinstance(node.args[0], fx.Node):
+        if node.op == "call_module":
+            function = MODULES.get(type(model.get_submodule(str(node.target))), "")
+        else:
+            function = function_name(node.target) if node.op == "call_function" else str(node.target)
+        if function not in KEEPS_GRID:
+            break
+        node = node.args[0]
+    assert isinstance(node, fx.Node)
+    return node
+
+
+def _quantize_activation(model: fx.GraphModule, node: fx.Node, number: int, *, signed: bool) -> None:
+    """Quantize what a node makes, for all that read it; a ReLU becomes Brevitas' own."""
+    quantizer = QFTInt8ActPerTensorFloat if signed else QFTUint8ActPerTensorFloat
+    name = f"quantizer_{number}"
+    readers = list(node.users)
+    with model.graph.inserting_after(node):
+        if _is_relu(model, node):
+            model.add_submodule(name, qnn.QuantReLU(act_quant=quantizer))
+            quantized = model.graph.call_module(name, (node.args[0],))
+        else:
+            model.add_submodule(name, qnn.QuantIdentity(act_quant=quantizer))
+            quantized = model.graph.call_module(name, (node,))
+    for reader in readers:
+        reader.replace_input_with(node, quantized)
+    if not node.users:
+        model.graph.erase_node(node)
+
+
+def _is_relu(model: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return type(model.get_submodule(str(node.target))) is nn.ReLU
+    name = function_name(node.target) if node.op == "call_function" else str(node.target)
+    return node.op in ("call_function", "call_method") and name.rstrip("_") == "relu"
+
+
+def _quantize_layers(model: fx.GraphModule, names: list[str], config: QFTConfig) -> None:
+    """Replace layers by Brevitas' with the bit widths and the granularity of the settings."""
+    weights = {f"{name}.weight": model.get_submodule(name).weight for name in names}
+    bits = config.weight_bits_of({name: W.numel() for name, W in weights.items() if isinstance(W, Tensor)})
+    per_channel = config.hardware.rescale == "channelwise"
+    quantizer = QFTInt4WeightPerChannelFloat if per_channel else QFTInt4WeightPerTensorFloat
+    for name in names:
+        layer = model.get_submodule(name)
+        kind = QUANTIZED[type(layer)]
+        taken = {p: getattr(layer, p) for p in inspect.signature(kind).parameters if p != "bias" and hasattr(layer, p)}
+        quantized = kind(
+            **taken, bias=layer.bias is not None, weight_quant=quantizer, weight_bit_width=bits[f"{name}.weight"]
+        )
+        quantized.weight, quantized.bias = layer.weight, layer.bias
+        model.set_submodule(name, quantized)

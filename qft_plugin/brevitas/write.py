@@ -1,0 +1,201 @@
+"""Back to Brevitas: trained degrees of freedom into a linked model, and a linked model into an ordinary one."""
+
+import copy
+from typing import Any, Final
+
+import torch
+from brevitas.core.zero_point import ParameterZeroPoint
+from brevitas.inject import ExtendedInjector
+from brevitas.inject.enum import RestrictValueType, ScalingImplType, ScalingPerOutputType
+from brevitas.quant.base import IntQuant, NarrowIntQuant, UintQuant
+from brevitas.quant.solver.act import ActQuantSolver
+from brevitas.quant.solver.bias import BiasQuantSolver
+from brevitas.quant.solver.weight import WeightQuantSolver
+from torch import Tensor, nn
+
+from qft_plugin.brevitas.link import dof_map_of, shared_factors
+from qft_plugin.brevitas.quantizers import ActivationScaling, WeightScaling
+from qft_plugin.brevitas.read import Source
+from qft_plugin.brevitas.twin import activation_scaling, weight_scaling
+from qft_plugin.errors import DeployabilityError
+from qft_plugin.offline import deployed_weights, fold_network, folded_tensors, on_weight
+from qft_plugin.pipeline import Start
+
+INSIDE: Final = 0.49
+"""How far a trained weight may be from its integer: the next build of the scale must round it to the same one."""
+
+
+@torch.no_grad()
+def write(model: nn.Module, source: Source, start: Start) -> None:
+    """Put the degrees of freedom into the linked model that was read, in place.
+
+    Args:
+        model: the linked model.
+        source: what was read of it.
+        start: holds the degrees of freedom and the factors that were folded before.
+    """
+    dof = start.dof
+    log_c = start.log_c + dof.log_c
+    values = folded_tensors(dof)
+    for name, deployed in deployed_weights(dof).items():
+        layer = dof.map.layer(name)
+        step = on_weight(deployed.step, deployed.step_in, values[name], layer)
+        rest = (values[name] / step - deployed.integers).clamp(-INSIDE, INSIDE)
+        values[name] = (deployed.integers + rest) * step
+    unfolded = fold_network(dof.map, -log_c, values)
+    for layer in dof.map.layers:
+        if layer.weight in dof.weight_grids:
+            for parameter in (layer.weight, layer.bias):
+                if parameter is not None:
+                    model.get_parameter(parameter).copy_(unfolded[parameter])
+    scales = dof.activation_scales()
+    for name, scaling in source.activations.items():
+        scaling.start(scales[name], dof.activation_grids[name].zero_point)
+    factors = shared_factors(model)
+    assert factors is not None
+    factors.log_c.copy_(log_c)
+    for name in dof.weight_grids:
+        weight, trained = source.weights[name], dof.trained_weight(name)
+        weight.log_F.copy_(trained.log_F)
+        if weight.log_L is not None and trained.log_L is not None:
+            weight.log_L.copy_(trained.log_L)
+        weight.ready = True
+
+
+class _Constant(ExtendedInjector):
+    """A stock quantizer whose scale is given and stays in the state dict."""
+
+    restrict_scaling_type = RestrictValueType.FP
+    scaling_impl_type = ScalingImplType.PARAMETER
+    scaling_per_output_type = ScalingPerOutputType.TENSOR
+
+
+class FoldedWeight(_Constant, NarrowIntQuant, WeightQuantSolver):
+    """Narrow-range signed weights with a given scale."""
+
+
+class FoldedBias(_Constant, IntQuant, BiasQuantSolver):
+    """Signed biases with a given scale."""
+
+    requires_input_scale = False
+
+
+class FoldedIntAct(_Constant, IntQuant, ActQuantSolver):
+    """Signed activations with a given scale."""
+
+
+class FoldedUintAct(_Constant, UintQuant, ActQuantSolver):
+    """Unsigned activations with a given scale."""
+
+
+class FoldedShiftedUintAct(FoldedUintAct):
+    """Unsigned activations with a given scale and zero point."""
+
+    quantize_zero_point = True
+    zero_point_impl = ParameterZeroPoint
+
+
+@torch.no_grad()
+def fold(model: nn.Module, *, bias_bits: int | None = None) -> nn.Module:
+    """Return an ordinary Brevitas model with constant scales, which every exporter of Brevitas takes.
+
+    The cross-layer factors move into the weights and biases on both sides, so that activations have one scale per
+    tensor and weights one per tensor or per output channel. The integer weights are those of the linked model.
+
+    Args:
+        model: a linked model; it is not changed.
+        bias_bits: quantize the biases to so many bits, with the scale of the accumulator (Eq. 8); `None` leaves them.
+
+    Raises:
+        ModelError: the model is not linked.
+        DeployabilityError: a bias has no accumulator scale, because the input of its layer is not quantized or the
+            weight's scale differs by input channel; it names the layer.
+    """
+    dof_map = dof_map_of(model)
+    folded = copy.deepcopy(model).eval()
+    scalings = {name: s for name, m in folded.named_modules() if (s := weight_scaling(m)) is not None}
+    integers = {name: _integers(folded.get_submodule(name)) for name in scalings}
+    factors = shared_factors(folded)
+    assert factors is not None
+    parameters = dict(folded.named_parameters(remove_duplicate=False))
+    for name, tensor in fold_network(dof_map, factors.log_c, parameters).items():
+        parameters[name].copy_(tensor)
+    proxies: dict[int, Any] = {}
+    for name, module in folded.named_modules():
+        if name in scalings:
+            _fix_weight(module, scalings[name], integers[name], proxies)
+            if bias_bits is not None and module.bias is not None:
+                _fix_bias(name, module, scalings[name], bias_bits)
+    for module in list(folded.modules()):
+        for attribute in ("input_quant", "act_quant", "output_quant"):
+            proxy = getattr(module, attribute, None)
+            scaling = activation_scaling(proxy) if isinstance(proxy, nn.Module) else None
+            if scaling is not None:
+                setattr(module, attribute, _fixed_activation(module, proxy, scaling, proxies))
+    return folded
+
+
+def _integers(layer: Any) -> Tensor:
+    """Return the integers that a layer's quantizer gives its weight, held in float."""
+    scale = layer.weight_quant.scale()
+    integers: Tensor = (layer.weight_quant(layer.weight).value / scale).round()
+    return integers
+
+
+def _fix_weight(layer: Any, scaling: WeightScaling, integers: Tensor, proxies: dict[int, Any]) -> None:
+    """Give a layer a stock quantizer, and exactly the weight that its integers stand for."""
+    left = None if scaling.log_L is None else scaling.log_L.exp()
+    step = on_weight(scaling.folded_step(), left, layer.weight, scaling.layer)
+    injector = FoldedWeight.let(
+        bit_width=scaling.bits,
+        scaling_init=step * scaling.high,
+        scaling_shape=tuple(step.shape),
+        **({} if step.dim() == 0 else {"scaling_per_output_type": ScalingPerOutputType.CHANNEL}),
+    )
+    layer.weight_quant = _rebuilt(layer, layer.weight_quant, injector, proxies)
+    layer.weight.copy_(integers * layer.weight_quant.scale())
+
+
+def _fix_bias(name: str, layer: Any, scaling: WeightScaling, bits: int) -> None:
+    """Quantize a bias with the scale of the accumulator,  S_acc = s_in * S_w  (Eq. 8)."""
+    before = scaling.neighbours.before
+    if before is None or scaling.log_L is not None:
+        why = "its input is not quantized" if before is None else "the scale of its weight differs by input channel"
+        raise DeployabilityError(
+            f"Layer {name}: its bias should have the scale of the accumulator. Found none: {why}. "
+            "Call fold without bias_bits."
+        )
+    scale = (before.log_s.exp() * scaling.folded_step()).expand(layer.bias.shape if scaling.per_channel else ())
+    largest = 2.0 ** (bits - 1)
+    injector = FoldedBias.let(bit_width=bits, scaling_init=scale * largest, scaling_shape=tuple(scale.shape))
+    layer.bias_quant = injector.proxy_class(layer, injector)
+
+
+def _fixed_activation(module: nn.Module, proxy: Any, scaling: ActivationScaling, proxies: dict[int, Any]) -> Any:
+    """Return a stock quantizer with the step of one of this plugin."""
+    kind = FoldedShiftedUintAct if scaling.asymmetric else FoldedUintAct if scaling.low == 0 else FoldedIntAct
+    old = proxy.quant_injector
+    narrow = scaling.low + scaling.high == 0
+    step = scaling.log_s.exp()
+    settings: dict[str, Any] = {
+        "bit_width": (scaling.high - scaling.low).bit_length(),
+        "narrow_range": narrow,
+        "scaling_init": step * max(scaling.high, -scaling.low),
+        "act_impl": old.act_impl if "act_impl" in old else None,
+        "passthrough_act": proxy.is_passthrough_act,
+    }
+    if scaling.asymmetric:
+        settings["zero_point_init"] = step * (scaling.zero_point - scaling.low)
+    return _rebuilt(module, proxy, kind.let(**settings), proxies)
+
+
+def _rebuilt(module: nn.Module, old: Any, injector: Any, proxies: dict[int, Any]) -> Any:
+    """Return a proxy in the place of another; modules that shared the old one share the new one."""
+    if id(old) in proxies:
+        proxies[id(old)][1].add_tracked_module(module)
+    else:
+        proxies[id(old)] = old, injector.proxy_class(module, injector)  # an id is unique only while its object lives
+    proxy = proxies[id(old)][1]
+    for parameter in proxy.parameters():
+        parameter.requires_grad_(False)
+    return proxy

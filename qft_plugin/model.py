@@ -1,0 +1,133 @@
+"""What is asked of a torch model before any host looks at it, and how it is called."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from qft_plugin.data import Call
+from qft_plugin.errors import DataError, ModelError
+
+SAME: Final = 1e-3
+"""Largest relative change of an output by rewriting a network; float32 rounding stays below 1e-5 in 100 layers."""
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is not a plain torch model with finite weights, before anything else is done.
+
+    Raises:
+        ModelError: it says what was found and what to pass instead.
+    """
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            f"The model should be a plain torch.nn.Module. Found {kind}. Pass the module before scripting."
+        )
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"The model should be a torch.nn.Module: QFT trains it. Found {kind}. Quantize the torch model that it was "
+            "converted from, and export the result."
+        )
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ModelError(f"The model should be a plain torch.nn.Module. Found {kind}. Pass its .module.")
+    if hasattr(model, "_orig_mod"):
+        raise ModelError(
+            f"The model should be the module from before torch.compile. Found {kind}. Pass its ._orig_mod."
+        )
+    parameters = list(model.parameters())
+    if any(isinstance(p, nn.parameter.UninitializedParameter) or p.is_meta for p in parameters):
+        raise ModelError(
+            f"The model's parameters should have values. Found uninitialized or meta parameters in {kind}. "
+            "Load its weights, or call a lazy module once."
+        )
+    if not parameters:
+        raise ModelError(f"The model should have parameters. Found none in {kind}.")
+    devices, dtypes = {p.device for p in parameters}, {p.dtype for p in parameters if p.is_floating_point()}
+    if len(devices) != 1 or len(dtypes) != 1:
+        raise ModelError(
+            f"The model's parameters should be on one device and of one floating dtype. Found {devices} and "
+            f"{dtypes}. Move and convert it with model.to(...)."
+        )
+    if dtypes - {torch.float32, torch.float64}:
+        raise ModelError(
+            f"The model should be in float32. Found {dtypes}, too coarse for the scales that are trained. "
+            "Convert it with model.float() and the images with image.float()."
+        )
+
+
+def check_finite(parameters: Mapping[str, Tensor]) -> None:
+    """Refuse NaN and infinity among weights and biases.
+
+    Raises:
+        ModelError: it names the parameter.
+    """
+    for name, parameter in parameters.items():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ModelError(f"Parameter {name}: should be finite. Found NaN or infinity. Load the weights again.")
+
+
+def accepts(model: nn.Module) -> Callable[..., bool]:
+    """Return a function that tells whether the model's forward takes given arguments."""
+    signature = inspect.signature(model.forward)
+
+    def test(*args: Any, **kwargs: Any) -> bool:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError:
+            return False
+        return True
+
+    return test
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Iterate over the tensors of a model's output, whatever it is made of."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for v in value.values():
+            yield from tensors_in(v)
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from tensors_in(v)
+    elif hasattr(value, "__dataclass_fields__"):
+        yield from tensors_in(vars(value))
+
+
+def first_outputs(model: nn.Module, call: Call) -> list[Tensor]:
+    """Run a float model for the first time and list the tensors of its output.
+
+    Raises:
+        DataError: it cannot be run on these images.
+        ModelError: it returns no tensor, or NaN.
+    """
+    args, kwargs = call
+    try:
+        outputs = list(tensors_in(model(*args, **kwargs)))
+    except Exception as error:  # a model may fail in any way on an input that it was not made for
+        shapes = [f"{t.dtype} {list(t.shape)}" for t in (*args, *kwargs.values())]
+        raise DataError(
+            f"The model should run on the dataset's images. Found {type(error).__name__}: {error}, with the first "
+            f"images as input {', '.join(shapes)}. Check shape, dtype and preprocessing against model(image)."
+        ) from error
+    if not outputs:
+        raise ModelError("The model should return tensors. Found none in its output.")
+    for output in outputs:
+        if output.is_floating_point() and not bool(torch.isfinite(output).all()):
+            raise ModelError(
+                "The float model should compute finite numbers. Found NaN or infinity for the first images. "
+                "Check the weights and the preprocessing."
+            )
+    return outputs
+
+
+def largest_change(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """Return the largest change of an output from one network to another, relative to its largest value."""
+    worst = 0.0
+    for e, f in zip(expected, found, strict=True):
+        if e.is_floating_point() and e.numel():
+            error = float((e - f).abs().max()) / max(float(e.abs().max()), 1e-6)
+            worst = error if error != error else max(worst, error)  # NaN stays
+    return worst

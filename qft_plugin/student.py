@@ -1,0 +1,86 @@
+"""What the students of all hosts are made of."""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from qft_plugin.finetune import Prediction
+from qft_plugin.placement import ActivationGrid
+from qft_plugin.quantize import fake_quantize, fake_quantize_composed
+
+logger = logging.getLogger("qft_plugin")
+
+FakeQuantize = Callable[..., Tensor]
+Unfold = tuple[Tensor, Tensor]
+"""The variable of each channel of the compared activation, and the factor that the start has folded into it already;
+both `[channels]`."""
+
+
+class FakeQuantizer(nn.Module):
+    """Stands in for an activation quantizer while the student trains; the scale is put in before each call."""
+
+    def __init__(self, grid: ActivationGrid | None = None, function: FakeQuantize = fake_quantize) -> None:
+        """Set the grid, now or later; until a scale is set, values pass unchanged."""
+        super().__init__()
+        self.scale: Tensor | None = None
+        self.seen: Tensor | None = None
+        if grid is not None:
+            self.set_grid(grid, function)
+
+    def set_grid(self, grid: ActivationGrid, function: FakeQuantize) -> None:
+        """Set the integers that values are quantized to."""
+        self.run = functools.partial(function, low=grid.low, high=grid.high, zero_point=grid.zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize one activation."""
+        if self.scale is None:
+            self.seen = x
+            return x.clone()  # an operation behind may be in place
+        # Function modes (the hooks of NNCF are one) have no business inside a quantizer, and would cost time.
+        with torch._C.DisableTorchFunction():
+            return self.run(x, self.scale)
+
+
+QUANTIZER_OP: Final = "clone"
+"""The operation that a recorded model shows in the place of a `FakeQuantizer` without a scale."""
+
+
+def unfolded(prediction: Prediction, unfold: Unfold | None, factors: Tensor) -> Prediction:
+    """Bring the compared activation of a folded network, x / c, back to the teacher's units.
+
+    Args:
+        prediction: of the folded network.
+        unfold: `None` where no channel is rescaled.
+        factors: trained cross-layer factor of every variable, `[1 + size]`.
+    """
+    if unfold is None:
+        return prediction
+    index, start = unfold
+    c = start * factors.index_select(0, index)
+    (x,) = prediction.features
+    on_axis = c.view(-1, *(1,) * (x.dim() - 2)) if x.dim() > 3 else c
+    return Prediction((x * on_axis,), prediction.logits)
+
+
+@functools.cache
+def compiled_fake_quantize() -> FakeQuantize:
+    """Fuse the fake-quantization, or return the built-in function where the compiler does not work."""
+    fused: FakeQuantize = torch.compile(fake_quantize_composed, dynamic=True)
+    try:
+        x = torch.ones(2, 3, requires_grad=True)
+        torch.autograd.grad(fused(x, torch.ones(()), low=0, high=255, zero_point=0).sum(), x)
+    except Exception as error:  # any of the compiler's own errors, or a missing C++ compiler
+        logger.warning("torch.compile does not work here (%s); the built-in fake-quantization is used", error)
+        return fake_quantize
+    return fused
+
+
+def prediction_of(outputs: list[Tensor], compared: Tensor | None) -> Prediction:
+    """Collect what is compared: one activation, or without one all outputs of the network."""
+    outputs = [t for t in outputs if t.is_floating_point()]
+    logits = outputs[0] if len(outputs) == 1 and outputs[0].dim() == 2 else None
+    return Prediction(tuple(outputs) if compared is None else (compared,), logits)
