@@ -1,6 +1,9 @@
 """Quantize a real network and measure it on test images; the last line is one JSON object.
 
 python benchmarks/accuracy.py --real DIR --host nncf --net resnet20 --weights per-channel --images 1024 --seed 0
+
+Under Brevitas the model that is measured is the folded one; `qonnx_agreement` compares it with QONNX' own executor and
+`qcdq_ir_agreement` with OpenVINO on its QCDQ export.
 """
 
 import argparse
@@ -9,17 +12,15 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nncf
 import numpy as np
-import openvino
 import real_networks
 import torch
 from torch import Tensor
 
-import qft_plugin.nncf
 from qft_plugin import FinetuneConfig, HardwareSpec, QFTConfig
 
 DATASET_BATCH = 128
@@ -29,7 +30,7 @@ def main() -> None:
     """Run one measurement."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--real", type=Path, required=True, help="folder of real networks")
-    parser.add_argument("--host", choices=["nncf"], default="nncf")
+    parser.add_argument("--host", choices=["nncf", "brevitas"], default="nncf")
     parser.add_argument("--net", default="resnet20")
     parser.add_argument("--weights", choices=["per-channel", "per-tensor"], default="per-channel")
     parser.add_argument("--images", type=int, default=1024)
@@ -41,44 +42,87 @@ def main() -> None:
         hardware=HardwareSpec(rescale="channelwise" if args.weights == "per-channel" else "layerwise"),
         finetune=FinetuneConfig(seed=args.seed),
     )
-    dataset = nncf.Dataset(list(real.calibration.split(DATASET_BATCH)))
-    wall, cpu = time.perf_counter(), time.process_time()
-    quantized = nncf.quantize(real.net, dataset, algorithm=config)
-    seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
-
-    with qft_plugin.nncf.without_compiler():
-        found = real_networks.classes(quantized, real.test)
+    measure = under_nncf if args.host == "nncf" else under_brevitas
+    found, facts = measure(real, list(real.calibration.split(DATASET_BATCH)), config)
     expected = real_networks.classes(real.net, real.test)
-    with tempfile.TemporaryDirectory() as folder:
-        report = qft_plugin.nncf.save_openvino(quantized, Path(folder) / "model.xml", real.calibration[:8])
-        ir = ir_classes(report.path, real.test)
+    fp_top1, top1 = (real_networks.percent(c == real.labels) for c in (expected, found))
     line = {
         "net": args.net,
         "host": args.host,
         "weights": args.weights,
         "images": args.images,
         "seed": args.seed,
-        "fp_top1": round(real_networks.percent(expected == real.labels), 2),
-        "top1": round(real_networks.percent(found == real.labels), 2),
-        "drop": round(real_networks.percent(expected == real.labels) - real_networks.percent(found == real.labels), 2),
+        "fp_top1": round(fp_top1, 2),
+        "top1": round(top1, 2),
+        "drop": round(fp_top1 - top1, 2),
         "agreement": round(real_networks.percent(found == expected), 2),
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(cpu_seconds, 1),
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        "ir_agreement": round(real_networks.percent(ir == found), 3),
-        "ir_bytes": report.bytes,
-        "int8_convs": report.int8_convolutions,
-        "convs": len(report.convolutions),
+        **facts,
     }
     sys.stdout.flush()
     print(json.dumps(line), flush=True)
 
 
-def ir_classes(path: Path, images: Tensor) -> Tensor:
-    """Return the class that an IR names for each image, at the precision that its weights ask for."""
+def timed(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """Run something; return its result and its seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = work()
+    seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+    return result, {name: round(value, 1) for name, value in seconds.items()}
+
+
+def under_nncf(real: real_networks.RealNetwork, batches: list[Tensor], config: QFTConfig) -> tuple[Tensor, dict]:
+    """Return the class of each test image and what else was measured."""
+    import nncf
+
+    import qft_plugin.nncf
+
+    quantized, facts = timed(lambda: nncf.quantize(real.net, nncf.Dataset(batches), algorithm=config))
+    with qft_plugin.nncf.without_compiler():
+        found = real_networks.classes(quantized, real.test)
+    with tempfile.TemporaryDirectory() as folder:
+        report = qft_plugin.nncf.save_openvino(quantized, Path(folder) / "model.xml", real.calibration[:8])
+        ir = real_networks.classes(on_openvino(report.path), real.test)
+    return found, {
+        **facts,
+        "ir_agreement": round(real_networks.percent(ir == found), 3),
+        "ir_bytes": report.bytes,
+        "int8_convs": report.int8_convolutions,
+        "convs": len(report.convolutions),
+    }
+
+
+def under_brevitas(real: real_networks.RealNetwork, batches: list[Tensor], config: QFTConfig) -> tuple[Tensor, dict]:
+    """Return the class of each test image and what else was measured."""
+    from qft_plugin import brevitas
+    from qft_plugin.deploy import qonnx
+
+    quantized, facts = timed(lambda: brevitas.quantize(real.net, batches, config=config))
+    folded = brevitas.fold(quantized)
+    found = real_networks.classes(folded, real.test)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "qonnx.onnx"
+        brevitas.save_qonnx(folded, path, real.test[: real_networks.BATCH])
+        file = qonnx.load(path)
+        executed = real_networks.classes(lambda x: qonnx.run(file, [x])[0], real.test)
+        report = brevitas.save_qcdq(folded, Path(folder) / "qcdq.onnx", real.calibration[:8])
+        ir = real_networks.classes(on_openvino(report.path), real.test)
+    return found, {
+        **facts,
+        "qonnx_agreement": round(real_networks.percent(executed == found), 3),
+        "qcdq_ir_agreement": round(real_networks.percent(ir == found), 3),
+        "qcdq_bytes": report.bytes,
+        "int8_convs": report.int8_convolutions,
+        "convs": len(report.convolutions),
+    }
+
+
+def on_openvino(path: Path) -> Callable[[Tensor], Tensor]:
+    """Return a file as a function on the CPU, at the precision that its weights ask for."""
+    import openvino
+
     compiled: Any = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    outputs = [np.asarray(compiled([part.numpy()])[0]) for part in images.split(real_networks.BATCH)]
-    return torch.from_numpy(np.concatenate(outputs)).argmax(1)
+    return lambda x: torch.from_numpy(np.asarray(compiled([x.numpy()])[0]))
 
 
 if __name__ == "__main__":

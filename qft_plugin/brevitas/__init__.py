@@ -22,6 +22,7 @@ from qft_plugin.brevitas.quantizers import (  # noqa: E402
     QFTUint8ActPerTensorFloat,
 )
 from qft_plugin.brevitas.run import finetune, initialize, quantize  # noqa: E402
+from qft_plugin.brevitas.save import save_qcdq, save_qonnx  # noqa: E402
 from qft_plugin.brevitas.write import fold  # noqa: E402
 
 __all__ = [
@@ -44,4 +45,6 @@ __all__ = [
     "link",
     "place",
     "quantize",
+    "save_qcdq",
+    "save_qonnx",
 ]

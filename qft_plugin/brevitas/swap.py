@@ -162,10 +162,12 @@ def _quantize_layers(model: fx.GraphModule, names: list[str], config: QFTConfig)
     """Replace layers by Brevitas' with the bit widths and the granularity of the settings."""
     weights = {f"{name}.weight": model.get_submodule(name).weight for name in names}
     bits = config.weight_bits_of({name: W.numel() for name, W in weights.items() if isinstance(W, Tensor)})
-    per_channel = config.hardware.rescale == "channelwise"
-    quantizer = QFTInt4WeightPerChannelFloat if per_channel else QFTInt4WeightPerTensorFloat
     for name in names:
         layer = model.get_submodule(name)
+        # No exporter has a scale per output channel for a grouped transposed kernel, whose second axis they share.
+        shares = "Transpose" in type(layer).__name__ and layer.groups != 1
+        per_channel = config.hardware.rescale == "channelwise" and not shares
+        quantizer = QFTInt4WeightPerChannelFloat if per_channel else QFTInt4WeightPerTensorFloat
         kind = QUANTIZED[type(layer)]
         taken = {p: getattr(layer, p) for p in inspect.signature(kind).parameters if p != "bias" and hasattr(layer, p)}
         quantized = kind(

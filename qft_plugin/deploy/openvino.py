@@ -3,9 +3,8 @@
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -13,16 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qft_plugin.errors import DeployabilityError, ParityError
+from qft_plugin.deploy.files import checked_path, draft_of
+from qft_plugin.deploy.parity import compare_outputs, find_integers
+from qft_plugin.errors import DeployabilityError
 
 logger = logging.getLogger("qft_plugin")
 
 Storage = Literal["i4", "i4_plain", "i8"]
 STORAGES: Final = ("i4", "i4_plain", "i8")
-
-OUTPUT_TOLERANCE: Final = 0.02
-"""Largest relative L2 difference of an output: runtimes round a few activations the other way, each by one step of 8
-bits; a wrong weight or scale shows as 0.1 and more."""
 
 INT8: Final = frozenset(["i8", "u8"])
 COUNTED: Final = frozenset(["Convolution", "GroupConvolution", "Deconvolution"])
@@ -117,22 +114,17 @@ def save(
     """
     import openvino
 
-    target = Path(path)
     if storage not in STORAGES:
         raise DeployabilityError(f"weights should be one of {STORAGES}. Found {storage!r}.")
-    if target.suffix != ".xml" or not target.parent.is_dir():
-        raise DeployabilityError(f"path should be an .xml file in an existing folder. Found {os.fspath(path)!r}.")
+    target = checked_path(path, ".xml")
     set_weight_storage(model, storage)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".qft_") as folder:
-        draft = Path(folder) / target.name
+    with draft_of(target) as draft:
         # Half-precision constants would round the scales, and the integers would mean something else.
         openvino.save_model(model, draft, compress_to_fp16=False)
         report = inspect_file(draft, integers=integers, inputs=inputs, outputs=outputs)
         os.replace(draft.with_suffix(".bin"), target.with_suffix(".bin"))
         os.replace(draft, target)
-    return OpenVINOReport(
-        target, report.bytes, report.weights, report.relative_error, report.convolutions, report.linear
-    )
+    return replace(report, path=target)
 
 
 def inspect_file(
@@ -151,16 +143,48 @@ def inspect_file(
     """
     import openvino
 
-    core = openvino.Core()
-    model = core.read_model(path)
+    model = openvino.Core().read_model(path)
     if integers is not None:
         _compare_integers(model, integers)
-    # On CPUs with bf16 units the default would round everything that is not quantized.
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    ran = run_on_cpu(model, inputs if integers is not None else ())
     error = math.nan
     if integers is not None and len(inputs):
+        error = compare_outputs(ran.outputs, outputs, runtime="The IR")
+    size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
+    compared = 0 if integers is None else len(integers)
+    return OpenVINOReport(path, size, compared, error, ran.convolutions, ran.linear)
+
+
+@dataclass(frozen=True)
+class CPURun:
+    """How a model ran on OpenVINO's CPU plugin.
+
+    Attributes:
+        outputs: what it computed; empty without inputs.
+        convolutions: runtime precision of every convolution by its runtime name.
+        linear: likewise of every fully connected layer.
+    """
+
+    outputs: tuple[Tensor, ...]
+    convolutions: Mapping[str, str]
+    linear: Mapping[str, str]
+
+
+def run_on_cpu(model: Any, inputs: Sequence[Tensor]) -> CPURun:
+    """Compile an `openvino.Model` for the CPU, run it once, and read back the precision that each layer runs in.
+
+    Args:
+        model: an `openvino.Model`.
+        inputs: one input of the network; nothing is run where there is none.
+    """
+    import openvino
+
+    # On CPUs with bf16 units the default would round everything that is not quantized.
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    outputs: tuple[Tensor, ...] = ()
+    if len(inputs):
         result = compiled([t.detach().cpu().numpy() for t in inputs])
-        error = _compare_outputs([torch.from_numpy(np.asarray(result[o])) for o in compiled.outputs], outputs)
+        outputs = tuple(torch.from_numpy(np.array(result[o])) for o in compiled.outputs)
     precisions: dict[str, dict[str, str]] = {"convolution": {}, "linear": {}}
     for op in compiled.get_runtime_model().get_ops():
         info = op.get_rt_info()
@@ -169,9 +193,7 @@ def inspect_file(
             precisions["convolution"][op.get_friendly_name()] = _text(info, "runtimePrecision")
         elif layer in ("FullyConnected", "MatMul"):
             precisions["linear"][op.get_friendly_name()] = _text(info, "runtimePrecision")
-    size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
-    compared = 0 if integers is None else len(integers)
-    return OpenVINOReport(path, size, compared, error, precisions["convolution"], precisions["linear"])
+    return CPURun(outputs, precisions["convolution"], precisions["linear"])
 
 
 def _text(info: Any, key: str) -> str:
@@ -179,37 +201,12 @@ def _text(info: Any, key: str) -> str:
 
 
 def _compare_integers(model: Any, integers: Mapping[str, Tensor]) -> None:
-    """Find every weight among the constants of the file, equal in every integer.
-
-    OpenVINO renames and reshapes constants, so they are found by their content.
-    """
-    found = [
-        constant_integers(op).reshape(-1)
-        for op in model.get_ops()
-        if op.get_type_name() == "Constant" and op.get_element_type().get_type_name() in ("i4", "i8")
-    ]
-    for name, expected in integers.items():
-        wanted = expected.detach().cpu().to(torch.int64).numpy().reshape(-1)
-        candidates = [c for c in found if c.size == wanted.size]
-        if not any(np.array_equal(c, wanted) for c in candidates):
-            least = min((int((c != wanted).sum()) for c in candidates), default=wanted.size)
-            raise ParityError(
-                f"Weight {name}: its integers should be in the IR. Found {least} of {wanted.size} that differ "
-                "from the closest constant. Please report the model."
-            )
-
-
-def _compare_outputs(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    if len(found) != len(expected):
-        raise ParityError(f"The IR should have the model's {len(expected)} outputs. Found {len(found)}.")
-    worst = 0.0
-    for number, (f, e) in enumerate(zip(found, expected, strict=True)):
-        e = e.detach().cpu()
-        error = float((f - e).norm() / e.norm().clamp(min=1e-12)) if e.is_floating_point() else float((f != e).any())
-        if not error <= OUTPUT_TOLERANCE:
-            raise ParityError(
-                f"Output {number} of the IR should be the model's within {OUTPUT_TOLERANCE} (relative L2, f32). "
-                f"Found {error:.3g}. Please report the model."
-            )
-        worst = max(worst, error)
-    return worst
+    """Find every weight among the constants of the file, equal in every integer."""
+    find_integers(
+        [
+            constant_integers(op).reshape(-1)
+            for op in model.get_ops()
+            if op.get_type_name() == "Constant" and op.get_element_type().get_type_name() in ("i4", "i8")
+        ],
+        integers,
+    )

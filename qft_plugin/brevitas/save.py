@@ -1,0 +1,170 @@
+"""Out of Brevitas: QONNX, and QCDQ that CPUs run in int8."""
+
+import contextlib
+import copy
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from brevitas.export import export_onnx_qcdq, export_qonnx
+from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
+from brevitas.quant_tensor import QuantTensor
+from torch import Tensor, nn
+
+from qft_plugin.data import as_call
+from qft_plugin.deploy import qcdq, qonnx
+from qft_plugin.deploy.files import checked_path, draft_of
+from qft_plugin.errors import DeployabilityError
+from qft_plugin.model import accepts, tensors_in
+
+
+def save_qonnx(
+    model: nn.Module, path: str | os.PathLike[str], example_input: Any, *, check: bool = True
+) -> qonnx.QONNXReport:
+    """Save a Brevitas model as QONNX, and prove by QONNX' own executor that the file computes the same.
+
+    A linked model keeps its scales per channel, a folded one has constant scales per tensor or per output channel.
+
+    Args:
+        model: any Brevitas model.
+        path: of the file, `*.onnx`.
+        example_input: one input, as for the model; the file is for its shape.
+        check: compare integers and outputs before the file takes its place.
+
+    Raises:
+        DeployabilityError: the path cannot be written.
+        ParityError: the file differs from the model; nothing is written.
+    """
+    with _exported(export_qonnx, model, path, example_input, check=check, free_batch=False) as made:
+        report = qonnx.inspect_file(made.draft, integers=made.integers, inputs=made.inputs, outputs=made.outputs)
+    return replace(report, path=made.target)
+
+
+def save_qcdq(
+    model: nn.Module, path: str | os.PathLike[str], example_input: Any, *, check: bool = True
+) -> qcdq.QCDQReport:
+    """Save a Brevitas model as QCDQ in standard ONNX, and prove that ONNX Runtime and OpenVINO compute the same.
+
+    The clips behind the weights, which Brevitas exports and which keep OpenVINO from int8, are removed.
+
+    Args:
+        model: any Brevitas model whose weights have scales per tensor or per output channel, such as `fold` returns.
+        path: of the file, `*.onnx`.
+        example_input: one input, as for the model; its first axis (images) stays free in the file.
+        check: compare integers and outputs before the file takes its place.
+
+    Raises:
+        DeployabilityError: the scale of a weight differs by input channel, which QCDQ cannot express (it names the
+            layers), or the path cannot be written.
+        ParityError: the file differs from the model; nothing is written.
+    """
+    import onnx
+
+    doubly = [name for name, layer in _quantized_layers(model) if _differs_by_input(layer)]
+    if doubly:
+        raise DeployabilityError(
+            "QCDQ should have one scale per tensor or per output channel. Found scales that differ by input channel in "
+            f"the weights of {', '.join(doubly)}. Call qft_plugin.brevitas.fold first; a doubly per-channel quantizer "
+            "can be saved as QONNX only."
+        )
+    with _exported(export_onnx_qcdq, model, path, example_input, check=check, free_batch=True) as made:
+        file = onnx.load(made.draft)
+        qcdq.strip_weight_clips(file)
+        onnx.save(file, made.draft)
+        report = qcdq.inspect_file(made.draft, integers=made.integers, inputs=made.inputs, outputs=made.outputs)
+    return replace(report, path=made.target)
+
+
+@dataclass(frozen=True)
+class _Exported:
+    """A file that was exported but not yet proven, and what it is to be compared with."""
+
+    target: Path
+    draft: Path
+    integers: dict[str, Tensor] | None
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+@contextlib.contextmanager
+def _exported(
+    export: Callable[..., Any],
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_input: Any,
+    *,
+    check: bool,
+    free_batch: bool,
+) -> Iterator[_Exported]:
+    """Export a model to a draft; the draft takes the place of the target where nothing was raised."""
+    target = checked_path(path, ".onnx")
+    args, kwargs = as_call(example_input, accepts=accepts(model))
+    # The exporter takes inputs by position, in the order of the forward's arguments.
+    names = [n for n in inspect.signature(model.forward).parameters if n in kwargs]
+    inputs = (*args, *(kwargs[n] for n in names))
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), draft_of(target) as draft:
+            outputs = tuple(tensors_in(_plain(model(*args, **kwargs))))
+            integers = {f"{name}.weight": _integers(layer) for name, layer in _quantized_layers(model)}
+            axes = {f"input_{i}": {0: "batch"} for i in range(len(inputs))} if free_batch else None
+            # The exporter of torch 2.9 and later keeps weights in float and refuses quantized biases.
+            export(
+                _Exportable(copy.deepcopy(model)),
+                args=inputs,
+                export_path=str(draft),
+                dynamo=False,
+                input_names=[f"input_{i}" for i in range(len(inputs))],
+                dynamic_axes=axes,
+            )
+            yield _Exported(target, draft, integers if check else None, inputs, outputs)
+            os.replace(draft, target)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class _Exportable(nn.Module):
+    """A copy of a model around which exporters may do what they like.
+
+    One that fails leaves its handlers in the model, and torch's takes the `graph` of an fx module for one of its own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any) -> Any:
+        return self.model(*args)
+
+
+def _plain(value: Any) -> Any:
+    """Return the tensor in a `QuantTensor`, which is a tuple too."""
+    return value.value if isinstance(value, QuantTensor) else value
+
+
+def _quantized_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantWeightBiasInputOutputLayer) and module.weight_quant.is_quant_enabled
+    ]
+
+
+def _integers(layer: Any) -> Tensor:
+    """Return the integers of a layer's weight."""
+    quantized = layer.weight_quant(layer.weight)
+    integers: Tensor = (quantized.value / quantized.scale + quantized.zero_point).round()
+    return integers
+
+
+def _differs_by_input(layer: Any) -> bool:
+    """Whether the scale of a weight has more than one value on an axis other than that of the output channels."""
+    scale = layer.weight_quant.scale()
+    out = layer.output_channel_dim
+    return any(size > 1 for axis, size in enumerate(scale.shape) if scale.dim() > 1 and axis != out)
