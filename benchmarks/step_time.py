@@ -1,9 +1,10 @@
 """Time one finetuning step against one plain float finetuning step of the same network, in pairs in one run.
 
-    python benchmarks/step_time.py --real DIR --net resnet20 --batch 32 [--compile]
+    python benchmarks/step_time.py --real DIR --host both --net resnet20 --batch 32 [--compile]
 
 The plain step trains the float network in eval mode (its BatchNorms use their statistics) with the same batch, the
-same optimizer and a squared error on its output. The last line is one JSON object; `ratio` is the median over pairs.
+same optimizer and a squared error on its output. The last line is one JSON object; `ratio` is the median over pairs,
+`brevitas_over_nncf` the quotient of the two hosts' ratios.
 """
 
 import argparse
@@ -11,23 +12,82 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import nncf
 import real_networks
 import torch
+from torch import Tensor, nn
 
-import qft_plugin.nncf  # noqa: F401  (registers the algorithm)
 from qft_plugin import FinetuneConfig, QFTConfig
 from qft_plugin.finetune import Step
 
 WARM_UP = 5
 
 
+class Pairs:
+    """Called after each step: times it, then times a plain step, so that a pair shares the machine's mood."""
+
+    def __init__(self, net: nn.Module, images: Tensor) -> None:
+        """Prepare the plain step.
+
+        Args:
+            net: the float network; it is trained.
+            images: one batch.
+        """
+        self.net = net.to(memory_format=torch.channels_last)
+        self.images = images.contiguous(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0, fused=True)
+        with torch.no_grad():
+            self.target = self.net(self.images)
+        self.times: list[tuple[float, float]] = []
+        self.last = 0.0
+
+    def __call__(self, _: Step) -> None:
+        """Take both times."""
+        now = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
+        (self.net(self.images) - self.target).square().mean().backward()
+        self.optimizer.step()
+        after = time.perf_counter()
+        self.times.append((now - self.last, after - now))
+        self.last = time.perf_counter()
+
+    def line(self) -> dict[str, float]:
+        """Return the medians in milliseconds and the median ratio."""
+        pairs = self.times[WARM_UP:]
+        return {
+            "qft_ms": round(1e3 * statistics.median(q for q, _ in pairs), 2),
+            "plain_ms": round(1e3 * statistics.median(p for _, p in pairs), 2),
+            "ratio": round(statistics.median(q / p for q, p in pairs), 3),
+        }
+
+
+def under_nncf(net: nn.Module, batches: list[Tensor], config: QFTConfig, callback: Callable[[Step], None]) -> Any:
+    """Finetune under NNCF."""
+    import nncf
+
+    import qft_plugin.nncf  # noqa: F401  (registers the algorithm)
+
+    return nncf.quantize(net, nncf.Dataset(batches), algorithm=config, callback=callback)
+
+
+def under_brevitas(net: nn.Module, batches: list[Tensor], config: QFTConfig, callback: Callable[[Step], None]) -> Any:
+    """Finetune under Brevitas."""
+    from qft_plugin.brevitas import quantize
+
+    return quantize(net, batches, config=config, callback=callback)
+
+
+HOSTS = {"nncf": under_nncf, "brevitas": under_brevitas}
+
+
 def main() -> None:
     """Run one measurement."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--real", type=Path, required=True, help="folder of real networks")
+    parser.add_argument("--host", choices=[*HOSTS, "both"], default="nncf")
     parser.add_argument("--net", default="resnet20")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=40)
@@ -35,42 +95,25 @@ def main() -> None:
     args = parser.parse_args()
 
     real = real_networks.load(args.real, args.net, 512)
-    images = real.calibration[: args.batch].contiguous(memory_format=torch.channels_last)
-    plain = real_networks.load(args.real, args.net, 1).net.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(plain.parameters(), lr=0, fused=True)
-    with torch.no_grad():
-        target = plain(images)
-    qft_times: list[float] = []
-    plain_times: list[float] = []
-    last = 0.0
-
-    def after_step(_: Step) -> None:
-        """Time the step that just ended, then a plain one: a pair shares the machine's mood."""
-        nonlocal last
-        now = time.perf_counter()
-        qft_times.append(now - last)
-        optimizer.zero_grad(set_to_none=True)
-        (plain(images) - target).square().mean().backward()
-        optimizer.step()
-        plain_times.append(time.perf_counter() - now)
-        last = time.perf_counter()
-
     total = WARM_UP + args.pairs
     config = QFTConfig(
         finetune=FinetuneConfig(images_fed=total * args.batch, batch_size=args.batch, compile=args.compile)
     )
-    nncf.quantize(real.net, nncf.Dataset(list(real.calibration.split(128))), algorithm=config, callback=after_step)
-    pairs = list(zip(qft_times, plain_times, strict=True))[WARM_UP:]
-    line = {
+    results = {}
+    for host in HOSTS if args.host == "both" else [args.host]:
+        pairs = Pairs(real_networks.load(args.real, args.net, 1).net, real.calibration[: args.batch])
+        HOSTS[host](real.net, list(real.calibration.split(128)), config, pairs)
+        results[host] = pairs.line()
+    line: dict[str, Any] = {
         "net": args.net,
         "batch": args.batch,
         "compile": args.compile,
         "threads": torch.get_num_threads(),
-        "pairs": len(pairs),
-        "qft_ms": round(1e3 * statistics.median(q for q, _ in pairs), 2),
-        "plain_ms": round(1e3 * statistics.median(p for _, p in pairs), 2),
-        "ratio": round(statistics.median(q / p for q, p in pairs), 3),
+        "pairs": args.pairs,
+        **results,
     }
+    if len(results) > 1:
+        line["brevitas_over_nncf"] = round(results["brevitas"]["ratio"] / results["nncf"]["ratio"], 3)
     sys.stdout.flush()
     print(json.dumps(line), flush=True)
 

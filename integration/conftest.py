@@ -6,18 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import nets
-import nncf
 import pytest
 import torch
-from nncf.torch.function_hook import get_hook_storage
-from nncf.torch.function_hook.hook_storage import decode_hook_name
 from torch import Tensor, nn
 
-import qft_plugin.nncf as host
 from qft_plugin import FinetuneConfig, QFTConfig
 from qft_plugin.model import tensors_in
-from qft_plugin.nncf.write import without_compiler
 from qft_plugin.pipeline import Job
+
+# The tests of one host run where the other is not installed: NNCF is imported by what needs it.
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,10 @@ def four_bits(**settings: Any) -> QFTConfig:
 @functools.cache
 def quantized_once(name: str) -> Quantized:
     """Quantize a network of the collection to 4 bits; the same objects at every call."""
+    import nncf
+
+    import qft_plugin.nncf as host
+
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, items = nets.build(name), nets.items(name)
@@ -62,6 +63,7 @@ def quantized() -> Callable[[str], Quantized]:
 @pytest.fixture
 def outputs() -> Callable[[nn.Module, Any], list[Tensor]]:
     """Return a function that runs a network on one item without a compiler and lists its tensors."""
+    from qft_plugin.nncf.write import without_compiler
 
     def run(model: nn.Module, item: Any) -> list[Tensor]:
         with torch.no_grad(), without_compiler():
@@ -77,6 +79,9 @@ def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
 
 def weight_quantizers(job: Job) -> list[tuple[str, Any]]:
     """List the quantized weights of a result: the name of each with its quantizer, once for each call."""
+    from nncf.torch.function_hook import get_hook_storage
+    from nncf.torch.function_hook.hook_storage import decode_hook_name
+
     # layer_norm(input, shape, weight, bias) has its weight one place later than convolutions and linear layers.
     weights = {
         (call, 2 if layer.kind == "layer_norm" else 1): layer.weight
@@ -93,6 +98,8 @@ def weight_quantizers(job: Job) -> list[tuple[str, Any]]:
 
 def activation_quantizers(job: Job) -> dict[str, nn.Module]:
     """List the activation quantizers of a result by the name of their first hook."""
+    from nncf.torch.function_hook import get_hook_storage
+
     weights = {id(hook) for _, hook in weight_quantizers(job)}
     hooks = get_hook_storage(job.model).named_hooks()
     return {name: hook for name, hook in hooks if hasattr(hook, "num_bits") and id(hook) not in weights}

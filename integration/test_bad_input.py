@@ -3,15 +3,17 @@
 import importlib.metadata
 import warnings
 
-import nets
-import nncf
 import numpy as np
 import openvino
 import pytest
 import torch
-from conftest import few_steps, four_bits, quantized_once
 from torch import nn
 
+pytest.importorskip("nncf", reason="these tests are about NNCF")
+
+import nets
+import nncf
+from conftest import few_steps, four_bits, quantized_once
 from qft_plugin import (
     ConfigError,
     DataError,

@@ -2,14 +2,16 @@
 
 import io
 
+import pytest
+import torch
+
+pytest.importorskip("nncf", reason="these tests are about NNCF")
+
 import nets
 import nncf
 import nncf.torch
-import pytest
-import torch
 from conftest import few_steps, four_bits, relative_error, weight_quantizers
 from nncf.torch.quantization.layers import SymmetricQuantizer
-
 import qft_plugin.nncf as host
 from qft_plugin import HardwareSpec, QFTConfig
 from qft_plugin.data import read_inputs

@@ -1,15 +1,17 @@
 """The written OpenVINO files: what is stored, what runs, and what a failed save leaves behind."""
 
-import nets
-import nncf
-import nncf.torch
 import numpy as np
 import openvino
 import pytest
 import torch
+
+pytest.importorskip("nncf", reason="these tests are about NNCF")
+
+import nets
+import nncf
+import nncf.torch
 from conftest import four_bits, quantized_once, weight_quantizers
 from nncf.torch.quantization.extensions import QuantizedFunctionsCPU
-
 import qft_plugin.nncf as host
 from qft_plugin import DeployabilityError, ParityError
 from qft_plugin.deploy.openvino import INT8, inspect_file, save, set_weight_storage

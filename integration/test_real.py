@@ -4,12 +4,14 @@ import importlib.util
 import os
 from pathlib import Path
 
-import nncf
 import numpy as np
 import openvino
 import pytest
 import torch
 
+pytest.importorskip("nncf", reason="these tests are about NNCF")
+
+import nncf
 import qft_plugin.nncf as host
 from qft_plugin import FinetuneConfig, HardwareSpec, QFTConfig
 

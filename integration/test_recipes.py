@@ -13,20 +13,29 @@ import run
 TOX = Path(run.HERE).parent / "tox.ini"
 
 
+PACKAGES = {"NNCF": "nncf", "Brevitas": "brevitas[export]"}
+
+
 def pinned():
     """Read from tox.ini which versions of host and torch each environment of a host installs."""
     tox = configparser.ConfigParser(interpolation=None)
     tox.read(TOX)
-    section = next(name for name in tox.sections() if name.startswith("testenv:nncf{"))
-    names = [f"nncf{number}" for number in re.search(r"\{(.*)\}", section)[1].split(",")]
-    deps = tox[section]["deps"]
-    torch = re.search(r"torch==(\S+)", deps)[1]
-    return {name: (re.search(rf"{name}: nncf==(\S+)", deps)[1], torch) for name in names}
+    found = {}
+    for host, package in PACKAGES.items():
+        short = host.lower()
+        section = next(name for name in tox.sections() if name.startswith(f"testenv:{short}{{"))
+        deps = tox[section]["deps"]
+        torch = re.search(r"torch==(\S+)", deps)[1]
+        for number in re.search(r"\{(.*)\}", section)[1].split(","):
+            name = f"{short}{number}"
+            version = re.search(rf"^{name}: {re.escape(package)}==(\S+)", deps, re.M)[1]
+            found[name] = (host, version, torch)
+    return found
 
 
 def test_every_environment_has_its_recipe():
     """Each tox environment of a host has one recipe with the versions that it installs, and none is left over."""
-    recipes = {name: (recipe["version"], recipe["torch"]) for name, recipe in run.recipes().items()}
+    recipes = {name: (r["host"], r["version"], r["torch"]) for name, r in run.recipes().items()}
     assert recipes == pinned()
 
 

@@ -1,9 +1,12 @@
 """The settings of NNCF and of the algorithm, each with its effect on the result."""
 
-import nets
-import nncf
 import pytest
 import torch
+
+pytest.importorskip("nncf", reason="these tests are about NNCF")
+
+import nets
+import nncf
 from conftest import activation_quantizers, few_steps, four_bits, relative_error, weight_quantizers
 from nncf.common.quantization.structs import QuantizationScheme
 from nncf.quantization.advanced_parameters import (
@@ -14,7 +17,6 @@ from nncf.quantization.advanced_parameters import (
 )
 from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 from nncf.torch.quantization.layers import AsymmetricQuantizer, SymmetricQuantizer
-
 import qft_plugin.nncf as host
 from qft_plugin import ConfigError, HostError, ModelError, QFTConfig
 

@@ -111,7 +111,7 @@ def as_call(sample: Any, *, accepts: Callable[..., bool]) -> Call:
     """Turn one item of a dataset into arguments of the model, the way NNCF and plain torch loops do.
 
     Args:
-        sample: a tensor, a tuple of positional inputs, or a dict of inputs by keyword.
+        sample: a tensor, alone or in a list, a tuple of positional inputs, or a dict of inputs by keyword.
         accepts: whether the model's signature takes these arguments.
 
     Raises:
@@ -119,6 +119,8 @@ def as_call(sample: Any, *, accepts: Callable[..., bool]) -> Call:
     """
     if isinstance(sample, Tensor):
         return (sample,), {}
+    if isinstance(sample, list) and len(sample) == 1 and isinstance(sample[0], Tensor):
+        return (sample[0],), {}  # what a DataLoader makes of a dataset of single tensors
     values = list(sample.values()) if isinstance(sample, dict) else sample
     if isinstance(values, (list, tuple)) and values and all(isinstance(v, Tensor) for v in values):
         args: tuple[Tensor, ...] = () if isinstance(sample, dict) else tuple(values)
@@ -128,8 +130,8 @@ def as_call(sample: Any, *, accepts: Callable[..., bool]) -> Call:
         kinds = ", ".join(_words(v) for v in values)
         raise DataError(
             f"Dataset: an item should hold the model's inputs only. Found a {type(sample).__name__} of ({kinds}), "
-            "which the model does not take; labels are not needed. Pass a function that picks the inputs, for example "
-            "nncf.Dataset(loader, lambda batch: batch[0])."
+            "which the model does not take; labels are not needed. Pass a function that picks the inputs, or the "
+            "inputs alone: batch[0] of each batch of a loader."
         )
     raise DataError(
         f"Dataset: an item should be a tensor, a tuple of tensors or a dict of tensors. Found {type(sample).__name__}. "

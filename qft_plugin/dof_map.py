@@ -60,7 +60,7 @@ def _tie_vector(solver: Solver, group: tuple[str, ...]) -> int:
     """A quantizer with a scale per channel has one vector for all tensors that it reads; returns its axis."""
     shadows = [solver.shadows[name] for name in group]
     candidates = [1, -1] if all(s.dim() > 2 for s in shadows) else [-1]
-    axis = next((a for a in candidates if all(_is_uniform(rows_of(s, a)) for s in shadows)), candidates[0])
+    axis = min(candidates, key=lambda a: max(_variety(rows_of(s, a)) for s in shadows))
     if len({(s.dim(), s.shape[axis]) for s in shadows}) > 1:
         for shadow in shadows:
             solver.pin(shadow, "one quantizer reads activations of different shapes")
@@ -69,6 +69,13 @@ def _tie_vector(solver: Solver, group: tuple[str, ...]) -> int:
     for shadow in shadows[1:]:
         solver.tie(solver.per_channel(shadow, axis), first)
     return axis
+
+
+def _variety(rows: Tensor) -> int:
+    """Count the variables that would be tied to each other in the channel that has most of them; 0 fits all."""
+    ids = rows.sort(1).values
+    first = ids[:, :1] != FREE_ZERO
+    return int(torch.cat([first, (ids[:, 1:] != ids[:, :-1])], dim=1).sum(1).amax())
 
 
 def _is_uniform(rows: Tensor) -> bool:

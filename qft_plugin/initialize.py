@@ -176,12 +176,12 @@ def equalize(
 def apq(X: Tensor, *, high: int, iterations: int = 10) -> tuple[Tensor, Tensor]:
     """Find MMSE scales of rows and columns together by alternating projection (APQ, Algorithm 2).
 
-    Minimises  || X - S T^T * Q ||^2,  Q = clip(round(X / (S T^T)), -high, high),  over S and T (Eq. 15), starting from
-    the scales of the rows alone and T = 1.
+    Minimises  || X - S T^T * Q ||^2,  Q = clip(round(X / (S T^T)), -high, high),  over S and T (Eq. 15), starting once
+    from the scales of the rows alone, T = 1, and once from those of the columns; the better end is kept.
 
     Departure: Algorithm 2 as printed projects X / S, which minimises the error of X / S. The half-steps here are the
-    exact minima of Eq. 15 for fixed integers,  T_j = sum_i S_i Q_ij X_ij / sum_i (S_i Q_ij)^2,  and the best iterate
-    is kept, because a change of the integers may raise the error again.
+    exact minima of Eq. 15 for fixed integers,  T_j = sum_i S_i Q_ij X_ij / sum_i (S_i Q_ij)^2,  so that no step raises
+    the error. They end in a local minimum, which is often far better behind the second start.
 
     Args:
         X: `[rows, columns, elements]`, real units.
@@ -191,20 +191,24 @@ def apq(X: Tensor, *, high: int, iterations: int = 10) -> tuple[Tensor, Tensor]:
     Returns:
         S, `[rows]`, and T, `[columns]`, both greater than 0; the geometric mean of T is 1.
     """
-    S, T = ppq(X.flatten(1), high=high), X.new_ones(X.shape[1])
-    best_S, best_T, least = S, T, torch.tensor(torch.inf, dtype=X.dtype, device=X.device)
-    for _ in range(iterations + 1):
-        scale = (S[:, None] * T).unsqueeze(2)
-        Q = (X / scale).round_().clamp_(-high, high)
-        error = (X - Q * scale).square().sum()
-        if error < least:
-            best_S, best_T, least = S, T, error
-        SQ = Q * S[:, None, None]
-        T = _projection(SQ, X, (0, 2), T)
+    columns = _relative_scales(X.transpose(0, 1).flatten(1), high=high, whole=ppq(X.reshape(1, -1), high=high))
+    ends = [_alternate(X, T, high, iterations) for T in (torch.ones_like(columns), columns)]
+    S, T, _ = min(ends, key=lambda end: float(end[2]))
+    shift = T.log().mean().exp()
+    return S * shift, T / shift
+
+
+def _alternate(X: Tensor, T: Tensor, high: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return S and T after the half-steps that begin with the best S for a given T, and the error of Eq. 15."""
+    S = ppq((X / T[:, None]).flatten(1), high=high)
+    for _ in range(iterations):
+        Q = (X / (S[:, None] * T).unsqueeze(2)).round_().clamp_(-high, high)
+        T = _projection(Q * S[:, None, None], X, (0, 2), T)
         QT = (X / (S[:, None] * T).unsqueeze(2)).round_().clamp_(-high, high) * T[:, None]
         S = _projection(QT, X, (1, 2), S)
-    shift = best_T.log().mean().exp()
-    return best_S * shift, best_T / shift
+    scale = (S[:, None] * T).unsqueeze(2)
+    Q = (X / scale).round_().clamp_(-high, high)
+    return S, T, (X - Q * scale).square().sum()
 
 
 def _projection(basis: Tensor, X: Tensor, dims: tuple[int, int], before: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What is asked of a torch model before any host looks at it, and how it is called."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -92,8 +93,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for v in value:
             yield from tensors_in(v)
-    elif hasattr(value, "__dataclass_fields__"):
-        yield from tensors_in(vars(value))
+    elif dataclasses.is_dataclass(value):
+        for f in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, f.name, None))
 
 
 def first_outputs(model: nn.Module, call: Call) -> list[Tensor]:
@@ -101,17 +103,25 @@ def first_outputs(model: nn.Module, call: Call) -> list[Tensor]:
 
     Raises:
         DataError: it cannot be run on these images.
-        ModelError: it returns no tensor, or NaN.
+        ModelError: it returns no tensor, or NaN, or changes its input.
     """
     args, kwargs = call
+    inputs = (*args, *kwargs.values())
+    versions = [_version(t) for t in inputs]
     try:
         outputs = list(tensors_in(model(*args, **kwargs)))
     except Exception as error:  # a model may fail in any way on an input that it was not made for
-        shapes = [f"{t.dtype} {list(t.shape)}" for t in (*args, *kwargs.values())]
+        shapes = [f"{t.dtype} {list(t.shape)}" for t in inputs]
         raise DataError(
             f"The model should run on the dataset's images. Found {type(error).__name__}: {error}, with the first "
             f"images as input {', '.join(shapes)}. Check shape, dtype and preprocessing against model(image)."
         ) from error
+    if [_version(t) for t in inputs] != versions:
+        # The dataset's images are used again and again, and a batch may be a view of them.
+        raise ModelError(
+            "The model should leave its inputs as they are. Found that its forward changes one of them in place. Use "
+            "operations that are not in place there (x - mean instead of x.sub_(mean)), or start with x = x.clone()."
+        )
     if not outputs:
         raise ModelError("The model should return tensors. Found none in its output.")
     for output in outputs:
@@ -131,3 +141,8 @@ def largest_change(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float
             error = float((e - f).abs().max()) / max(float(e.abs().max()), 1e-6)
             worst = error if error != error else max(worst, error)  # NaN stays
     return worst
+
+
+def _version(t: Tensor) -> int:
+    """Return how often a tensor was changed in place; tensors of the inference mode are not counted."""
+    return 0 if t.is_inference() else t._version

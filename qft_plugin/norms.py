@@ -1,5 +1,6 @@
 """Folding a BatchNorm, as it is in eval mode, into the layer before it."""
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -20,10 +21,19 @@ def kind_of(layer: nn.Module) -> str:
     return f"{'conv_transpose' if isinstance(layer, TRANSPOSED) else 'conv'}{layer.weight.dim() - 2}d"
 
 
-def can_fold(layer: nn.Module, norm: nn.Module) -> bool:
-    """Whether `norm` is an affine function of each channel that `layer` can absorb."""
-    plain = isinstance(layer, (*CONVOLUTIONS, nn.Linear)) and isinstance(norm, NORMS)
-    return plain and norm.running_mean is not None and not norm.training
+def can_fold(layer: nn.Module, norm: nn.Module, shape: Sequence[int]) -> bool:
+    """Whether `norm` is an affine function of each channel that `layer` can absorb.
+
+    A norm counts its channels along axis 1, a linear layer along the last one: on tokens they are different axes.
+
+    Args:
+        layer: what makes the activation.
+        norm: what reads it.
+        shape: of the activation.
+    """
+    if not isinstance(layer, (*CONVOLUTIONS, nn.Linear)) or not isinstance(norm, NORMS):
+        return False
+    return len(shape) == layer.weight.dim() and norm.running_mean is not None and not norm.training
 
 
 def folded_norm(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -112,11 +112,18 @@ class Placement:
     weights: Mapping[str, WeightPlace]
 
 
-def quantizer_before(graph: LayerGraph, placement: Placement, layer: Layer) -> str | None:
-    """Find the quantizer of a layer's input edge, looking back through operations that keep the grid."""
-    op, index = layer.calls[0], 0
+def quantizer_before(graph: LayerGraph, placement: Placement, layer: Layer, *, call: int = 0) -> str | None:
+    """Find the quantizer of a layer's input edge, looking back through operations that keep the grid.
+
+    Args:
+        graph: the network.
+        placement: its quantizers.
+        layer: the layer.
+        call: which of its calls.
+    """
+    op, index = layer.calls[call], 0
     makers = {name: made_by for made_by in graph.ops for name in made_by.outputs}
-    tensor: str | None = layer.inputs[0]
+    tensor: str | None = layer.inputs[call]
     while tensor is not None:
         found = placement.on_input.get((op, index)) or placement.on_tensor.get(tensor)
         if found is not None:

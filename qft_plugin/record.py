@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,11 @@ from qft_plugin.graph import Const, LayerGraph, Op, Ref
 from qft_plugin.model import tensors_in
 
 Watcher = Callable[[Tensor], None]
+
+READS_VALUES: Final = frozenset(
+    ["item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__complex__", "__index__"]
+)
+"""Hand values of a tensor to what is not torch."""
 
 
 def function_name(function: Any) -> str:
@@ -50,6 +55,7 @@ class _Recorder(_Counted):
         self.inputs = tuple(self.shapes)
         self.ops: list[Op] = []
         self.path: list[str] = []
+        self.left: list[str] = []
         self._alive: list[Any] = [call]  # an id is unique only while its tensor lives
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -60,6 +66,8 @@ class _Recorder(_Counted):
         changed = args[0] if key.startswith("__setitem__/") else result
         made = [t for t in (changed if isinstance(changed, (tuple, list)) else [changed]) if isinstance(t, Tensor)]
         if not made:
+            if function_name(func) in READS_VALUES:
+                self.left += inputs
             return result
         name = "/".join([*(p for p in self.path[-1:] if p), key])
         outputs = (name, *(f"{name}:{i}" for i in range(1, len(made))))
@@ -79,7 +87,8 @@ class _Recorder(_Counted):
         if isinstance(value, dict):
             return {k: self._replaced(v, inputs) for k, v in value.items()}
         if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-            return type(value)(self._replaced(v, inputs) for v in value)
+            parts = [self._replaced(v, inputs) for v in value]
+            return parts if isinstance(value, list) else tuple(parts)
         return value
 
 
@@ -107,7 +116,7 @@ def record(model: nn.Module, call: Call) -> LayerGraph:
     # Global hooks, so that nothing is put onto the model; the modes of other threads do not record.
     handles = [
         nn.modules.module.register_module_forward_pre_hook(enter),
-        nn.modules.module.register_module_forward_hook(leave),
+        nn.modules.module.register_module_forward_hook(leave, always_call=True),
     ]
     try:
         with recorder:
@@ -119,8 +128,10 @@ def record(model: nn.Module, call: Call) -> LayerGraph:
     used = {name for op in recorder.ops for name in op.inputs}
     # What nothing reads leaves the network as far as can be seen.
     unread = [op for op in recorder.ops if not used.intersection(op.outputs)]
-    loose = tuple(name for op in unread for name in op.outputs if name not in outputs)
-    return LayerGraph(tuple(recorder.ops), recorder.shapes, recorder.inputs, outputs + loose)
+    loose = dict.fromkeys([*recorder.left, *(name for op in unread for name in op.outputs)])
+    return LayerGraph(
+        tuple(recorder.ops), recorder.shapes, recorder.inputs, outputs + tuple(n for n in loose if n not in outputs)
+    )
 
 
 class Tap(_Counted):
@@ -143,17 +154,18 @@ class Tap(_Counted):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         watcher = self._watchers.get(self.key(func))
         if watcher is not None:
-            show, (index, part) = watcher
-            value = args[index]
+            show, (key, part) = watcher
+            value = args[key] if isinstance(key, int) else kwargs[key]
             show(value if part is None else value[part])
         return func(*args, **(kwargs or {}))
 
 
-def _first_position(op: Op) -> tuple[int, int | None]:
-    """Find the first activation among the positional arguments: its place, and its place in a list there."""
-    for index, value in enumerate(op.args):
+def _first_position(op: Op) -> tuple[int | str, int | None]:
+    """Find the first activation among the arguments: its place or keyword, and its place in a list there."""
+    places: list[tuple[int | str, Any]] = [*enumerate(op.args), *(op.kwargs or {}).items()]
+    for key, value in places:
         if value == Ref(0):
-            return index, None
+            return key, None
         if isinstance(value, (list, tuple)) and Ref(0) in value:
-            return index, list(value).index(Ref(0))
+            return key, list(value).index(Ref(0))
     raise KeyError(op.name)

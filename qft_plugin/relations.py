@@ -78,7 +78,7 @@ class Solver:
         """Give tensor `name` a shadow that can never be rescaled."""
         variable = self.new(1)
         self.pin(variable, reason)
-        self.shadows[name] = variable.expand(self.graph.shapes[name])
+        self.shadows[name] = variable[0].expand(self.graph.shapes[name])
 
     def per_channel(self, shadow: Tensor, axis: int) -> Tensor:
         """Return one variable per channel after forcing each channel to have one over all other axes."""

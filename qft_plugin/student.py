@@ -69,8 +69,8 @@ def unfolded(prediction: Prediction, unfold: Unfold | None, factors: Tensor) -> 
 @functools.cache
 def compiled_fake_quantize() -> FakeQuantize:
     """Fuse the fake-quantization, or return the built-in function where the compiler does not work."""
-    fused: FakeQuantize = torch.compile(fake_quantize_composed, dynamic=True)
     try:
+        fused: FakeQuantize = torch.compile(fake_quantize_composed, dynamic=True)
         x = torch.ones(2, 3, requires_grad=True)
         torch.autograd.grad(fused(x, torch.ones(()), low=0, high=255, zero_point=0).sum(), x)
     except Exception as error:  # any of the compiler's own errors, or a missing C++ compiler

@@ -70,6 +70,28 @@ def transposed_weight_integers(
     return W_int
 
 
+def kernel_steps(
+    shape: tuple[int, ...], S_wR: np.ndarray, S_wL: np.ndarray, groups: int, *, transposed: bool
+) -> np.ndarray:
+    """Eq. (5):  the step of the element between input channel i and output channel o is S_wR[o] * S_wL[i].
+
+    A kernel is `[out, in/groups, *k]`, that of a transposed convolution `[in, out/groups, *k]`.
+    """
+    steps = np.empty(shape)
+    per_group = shape[0] // groups
+    for at in np.ndindex(shape):
+        first = at[0]
+        second = (at[0] // per_group) * shape[1] + at[1]
+        o, i = (second, first) if transposed else (first, second)
+        steps[at] = S_wR[o] * S_wL[i]
+    return steps
+
+
+def doubly_squared_error(X: np.ndarray, S: np.ndarray, T: np.ndarray, high: int) -> float:
+    """Eq. (15):  sum of (X[i, j, k] - S[i] T[j] * clip(round(X[i, j, k] / (S[i] T[j])), -high, high))^2."""
+    return sum(squared_error(X[i, j], S[i] * T[j], high) for i, j in np.ndindex(X.shape[:2]))
+
+
 def squared_error(row: np.ndarray, scale: float, high: int) -> float:
     """|| x - S * clip(round(x / S), -high, high) ||^2  of one slice."""
     return float(sum((x - scale * integer_of(x, scale, -high, high)) ** 2 for x in row))

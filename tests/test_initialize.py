@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from models import chained, image
 from torch import Tensor
 
 from qft_plugin.dof_map import map_dof
-from qft_plugin.graph import DofMap, Op, Ref
+from qft_plugin.graph import DofMap, Layer, Op, Ref
 from qft_plugin.initialize import (
     SMALLEST_SCALE,
+    apq,
+    doubly_scales,
     equalization_factor,
     equalize,
     in_slices,
@@ -189,6 +192,195 @@ def test_weight_scale_is_ppq_of_its_slices(per_channel: bool) -> None:
         torch.testing.assert_close(S, expected)
     else:
         torch.testing.assert_close(S, ppq(W.reshape(1, -1), high=7)[0])
+
+
+RANDOM_KERNELS = st.tuples(
+    st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 5), st.integers(1, 9), st.sampled_from([1, 3, 7, 127])
+)
+
+
+def kernel(seed: int, count: int, columns: int, size: int) -> Tensor:
+    """Return a random kernel `[rows, columns, elements]` whose columns differ in size."""
+    generator = torch.Generator().manual_seed(seed)
+    skew = torch.exp(torch.randn(columns, 1, generator=generator, dtype=torch.float64))
+    return rows(seed, count, columns * size).view(count, columns, size) * skew
+
+
+@given(RANDOM_KERNELS)
+def test_apq_is_never_worse_than_its_rows_alone(case: tuple[int, int, int, int, int]) -> None:
+    """The error of Eq. 15 is at most that of PPQ's scales of the rows with T = 1, where it starts."""
+    *shape, high = case
+    X = kernel(*shape)
+    S, T = apq(X, high=high)
+    alone = reference.doubly_squared_error(X.numpy(), ppq(X.flatten(1), high=high).numpy(), np.ones(X.shape[1]), high)
+    floor = EXACT * float(X.square().sum())
+    assert reference.doubly_squared_error(X.numpy(), S.numpy(), T.numpy(), high) <= alone + floor
+
+
+@given(RANDOM_KERNELS)
+def test_apq_only_gets_better(case: tuple[int, int, int, int, int]) -> None:
+    """No further iteration raises the error."""
+    *shape, high = case
+    X = kernel(*shape)
+    found = [apq(X, high=high, iterations=n) for n in range(6)]
+    errors = [reference.doubly_squared_error(X.numpy(), S.numpy(), T.numpy(), high) for S, T in found]
+    floor = EXACT * float(X.square().sum())
+    assert all(after <= before + floor for before, after in pairwise(errors))
+
+
+def test_apq_is_better_where_the_columns_differ() -> None:
+    """With columns that differ by a factor of ten, scales of the columns take at least a third of the error away, and
+    larger columns get larger scales.
+    """
+    size = torch.logspace(-0.5, 0.5, 12, dtype=torch.float64)
+    X = torch.randn(12, 12, 9, dtype=torch.float64) * size[:, None]
+    S, T = apq(X, high=7)
+    found = reference.doubly_squared_error(X.numpy(), S.numpy(), T.numpy(), 7)
+    alone = reference.doubly_squared_error(X.numpy(), ppq(X.flatten(1), high=7).numpy(), np.ones(12), 7)
+    assert found < 2 / 3 * alone
+    assert float(torch.corrcoef(torch.stack([T, size]))[0, 1]) > 0.9
+
+
+@pytest.mark.parametrize("columns", [True, False], ids=["columns", "rows"])
+def test_apq_ends_where_no_single_scale_is_better(columns: bool) -> None:
+    """After many iterations, changing one scale a little either way does not lower the error: a local minimum."""
+    X = kernel(1, 4, 5, 6)
+    S, T = (t.numpy() for t in apq(X, high=7, iterations=100))
+    least = reference.doubly_squared_error(X.numpy(), S, T, 7)
+    for i, factor in ((i, f) for i in range(len(T if columns else S)) for f in (1 - 1e-4, 1 + 1e-4)):
+        moved = (T if columns else S).copy()
+        moved[i] *= factor
+        S_moved, T_moved = (S, moved) if columns else (moved, T)
+        assert reference.doubly_squared_error(X.numpy(), S_moved, T_moved, 7) > least
+
+
+@given(case=RANDOM_KERNELS, power=st.integers(-12, 12))
+def test_apq_follows_the_unit_of_the_weights(case: tuple[int, int, int, int, int], power: int) -> None:
+    """APQ(c X) = (c S, T), exactly for powers of two: the unit is in S alone; the sign does not matter."""
+    *shape, high = case
+    X = kernel(*shape)
+    S, T = apq(X, high=high)
+    for other, unit in ((2.0**power * X, 2.0**power), (-X, 1.0)):
+        S_other, T_other = apq(other, high=high)
+        assert torch.equal(S_other, unit * S)
+        assert torch.equal(T_other, T)
+
+
+@given(RANDOM_KERNELS)
+def test_apq_treats_rows_columns_and_elements_alike(case: tuple[int, int, int, int, int]) -> None:
+    """Permuting rows permutes S, permuting columns permutes T, and the order of the elements changes nothing."""
+    *shape, high = case
+    X = kernel(*shape)
+    S, T = apq(X, high=high)
+    generator = torch.Generator().manual_seed(case[0])
+    i, j, k = (torch.randperm(n, generator=generator) for n in X.shape)
+    S_moved, T_moved = apq(X[i][:, j][:, :, k], high=high)
+    torch.testing.assert_close(S_moved, S[i], rtol=1e3 * EXACT, atol=0)
+    torch.testing.assert_close(T_moved, T[j], rtol=1e3 * EXACT, atol=0)
+
+
+@given(case=RANDOM_KERNELS, empty=st.sampled_from(["row", "column", "both", "all"]))
+def test_apq_of_zeros_is_positive(case: tuple[int, int, int, int, int], empty: str) -> None:
+    """Whatever is zero, every scale is finite and greater than 0, and the geometric mean of T is 1."""
+    *shape, high = case
+    X = kernel(*shape)
+    if empty in ("row", "both", "all"):
+        X[0] = 0
+    if empty in ("column", "both"):
+        X[:, -1] = 0
+    if empty == "all":
+        X.zero_()
+    for scale in (pair := apq(X, high=high)):
+        assert bool(torch.isfinite(scale).all())
+        assert bool((scale > 0).all())
+    assert float(pair[1].log().mean().exp()) == pytest.approx(1, rel=EXACT)
+
+
+def test_apq_ignores_a_row_of_zeros() -> None:
+    """A row of zeros has no say in the scales of the columns, nor a column of zeros in those of the rows."""
+    X = kernel(3, 4, 5, 6)
+    S, T = apq(X, high=7)
+    S_more, T_more = apq(torch.cat([X, torch.zeros_like(X[:1])]), high=7)
+    torch.testing.assert_close(S_more[:4], S, rtol=EXACT, atol=0)
+    torch.testing.assert_close(T_more, T, rtol=EXACT, atol=0)
+    S_more, T_more = apq(torch.cat([X, torch.zeros_like(X[:, :1])], dim=1), high=7)
+    # The geometric mean of T is over all columns, so a common factor moves from one side to the other.
+    torch.testing.assert_close(S_more[:, None] * T_more[:5], S[:, None] * T, rtol=EXACT, atol=0)
+
+
+def codes(*shape: int) -> Tensor:
+    """Return all 15 integers of 4 bits along the last axis, in an order of its own at every place."""
+    order = torch.rand(*shape, 15).argsort(-1)
+    return order.double() - 7
+
+
+def test_apq_recovers_a_grid() -> None:
+    """A kernel that is on a grid of rank one already, near enough to that of its rows alone for the first integers to
+    be right, gets the steps of the grid and no error.
+    """
+    S, T = torch.tensor([0.1, 3.0, 1e-4, 1.0]).double(), 1 + 0.04 * torch.linspace(-1, 1, 6).double()
+    T = T / T.log().mean().exp()
+    X = codes(4, 6) * S[:, None, None] * T[:, None]
+    found_S, found_T = apq(X, high=7)
+    torch.testing.assert_close(found_S, S, rtol=EXACT, atol=0)
+    torch.testing.assert_close(found_T, T, rtol=EXACT, atol=0)
+    error = reference.doubly_squared_error(X.numpy(), found_S.numpy(), found_T.numpy(), 7)
+    assert error < EXACT**2 * float(X.square().sum())
+
+
+LAYOUTS = {
+    "linear": ("linear", 1, 6, 4, False),
+    "conv": ("conv2d", 1, 6, 4, True),
+    "grouped": ("conv1d", 2, 6, 4, True),
+    "depthwise": ("conv2d", 6, 6, 6, True),
+    "depthwise with two outputs each": ("conv2d", 3, 3, 6, True),
+    "transposed": ("conv_transpose3d", 1, 6, 4, True),
+    "grouped transposed": ("conv_transpose2d", 2, 6, 4, True),
+    "depthwise transposed": ("conv_transpose1d", 6, 6, 6, True),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_doubly_scales_belong_to_their_channels(name: str) -> None:
+    """For every kind of layer there is one scale per output and one per input channel, in the order of the channels:
+    those that a kernel on a grid was made with, up to one common factor in each group.
+    """
+    kind, groups, ins, outs, has_elements = LAYOUTS[name]
+    transposed = "transpose" in kind
+    first, second = (ins, outs // groups) if transposed else (outs, ins // groups)
+    size = {"1": (15,), "2": (3, 5), "3": (1, 3, 5)}.get(kind[-2], ())
+    S, T = torch.exp(torch.randn(outs)).double(), 1 + 0.04 * torch.rand(ins).double()
+    steps = reference.kernel_steps((first, second, *size), S.numpy(), T.numpy(), groups, transposed=transposed)
+    if has_elements:
+        Q = codes(first, second).view(first, second, *size)
+    else:
+        # Without elements the columns stand in for them; each row has the end code.
+        Q = torch.tensor([7.0, -7.0, 7.0, -7.0, 7.0, -7.0]).double().expand(first, second)
+    W = Q * torch.from_numpy(steps)
+    layer = Layer("w", None, kind, groups, (), (), (), torch.zeros(ins).long(), torch.zeros(outs).long())
+    found_S, found_T = doubly_scales(W, layer, bits=4)
+    assert found_S.shape == (outs,)
+    assert found_T.shape == (ins,)
+    found_steps = reference.kernel_steps(W.shape, found_S.numpy(), found_T.numpy(), groups, transposed=transposed)
+    np.testing.assert_allclose(found_steps, steps, rtol=EXACT)
+    for g in range(groups):
+        factor = found_S.view(groups, -1)[g] / S.view(groups, -1)[g]
+        torch.testing.assert_close(factor, factor[:1].expand_as(factor), rtol=EXACT, atol=0)
+        factor = found_T.view(groups, -1)[g] / T.view(groups, -1)[g]
+        torch.testing.assert_close(factor, factor[:1].expand_as(factor), rtol=EXACT, atol=0)
+        assert float(found_T.view(groups, -1)[g].log().mean()) == pytest.approx(0, abs=EXACT)
+
+
+def test_doubly_scales_depend_on_bits() -> None:
+    """The largest integer is that of the narrow grid: a kernel of the values -1, 0 and 1 alone has step 1 at 2 bits."""
+    layer = Layer("w", None, "linear", 1, (), (), (), torch.zeros(3).long(), torch.zeros(2).long())
+    W = torch.tensor([[1.0, -1.0, 0.0], [0.0, 1.0, 1.0]]).double()
+    for bits, step in ((2, 1.0), (3, 1 / 3)):
+        S, T = doubly_scales(W, layer, bits=bits)
+        integers = (W / (S[:, None] * T)).round()
+        assert float(integers.abs().max()) <= 2 ** (bits - 1) - 1
+        torch.testing.assert_close(integers * S[:, None] * T, W, rtol=EXACT, atol=EXACT)
+        assert float(S.min()) >= step * (1 - EXACT)
 
 
 @given(seed=st.integers(0, 10**6), beta=st.floats(0, 1))

@@ -11,14 +11,16 @@ from models import BLOCKS, CHANNELS, chained, conv, image
 from torch import Tensor, nn
 
 from qft_plugin.dof_map import map_dof
-from qft_plugin.graph import DofMap
+from qft_plugin.graph import DofMap, Layer
 from qft_plugin.offline import (
     Dof,
     WeightGrid,
     deployed_weights,
     fold,
     fold_network,
+    folded_tensors,
     names_of,
+    on_weight,
     solve,
     weight_scales,
     weight_steps,
@@ -121,7 +123,7 @@ KINDS = ["conv", "grouped", "depthwise", "transposed", "grouped transposed"]
 ACTIVATIONS = {"a": ActivationGrid(0.05, 0, 255), "b": ActivationGrid(0.3, 0, 255)}
 
 
-def make_dof(model: nn.Module, x: Tensor, *, bits: int = 4, channelwise: bool = True) -> Dof:
+def make_dof(model: nn.Module, x: Tensor, *, bits: int = 4, channelwise: bool = True, doubly: bool = False) -> Dof:
     """Return random degrees of freedom of `two_layers`, whose middle layer reads grid `a` and feeds grid `b`."""
     dof_map = mapped(model, x)
     edges = {"0.weight": (None, "a"), "2.weight": ("a", "b"), "4.weight": ("b", None)}
@@ -130,16 +132,21 @@ def make_dof(model: nn.Module, x: Tensor, *, bits: int = 4, channelwise: bool = 
         size = (len(layer.out_index),) if channelwise else ()
         spread = parameters_of(model)[layer.weight].std()
         scale = spread * (0.15 + 0.15 * torch.rand(size, dtype=torch.float64))
-        grids[layer.weight] = WeightGrid(bits, scale, *edges[layer.weight])
+        left = torch.exp(0.3 * torch.randn(len(layer.in_index), dtype=torch.float64)) if doubly else None
+        grids[layer.weight] = WeightGrid(bits, scale, *edges[layer.weight], left)
     dof = Dof(dof_map, parameters_of(model), grids, ACTIVATIONS)
     with torch.no_grad():
-        for p in [dof.log_c, *dof.log_s, *(layer.log_F for layer in dof.layers)]:
+        left_scales = [layer.log_L for layer in dof.layers if layer.log_L is not None]
+        for p in [dof.log_c, *dof.log_s, *(layer.log_F for layer in dof.layers), *left_scales]:
             p.add_(0.3 * torch.randn_like(p))
     return dof
 
 
 def unfolded_integers(dof: Dof, weight: str, W: Tensor) -> np.ndarray:
-    """Integers of a weight before folding, from S_a = s * c on both sides and F, by the loops of the reference."""
+    """Integers of a weight before folding, from S_a = s * c on both sides and F, by the loops of the reference.
+
+    The left scale of a doubly per-channel kernel is 1 / S_a(in) times one of its own.
+    """
     layer, grid = dof.map.layer(weight), dof.weight_grids[weight]
     module = next(m for m in dof.layers if m.layer.weight == weight)
     c = dof.factors().detach()
@@ -147,17 +154,20 @@ def unfolded_integers(dof: Dof, weight: str, W: Tensor) -> np.ndarray:
     s_out = 1.0 if grid.s_out is None else dof.activation_scale(grid.s_out).detach()
     S_a_in, S_a_out = s_in * c[layer.in_index], s_out * c[layer.out_index]
     F = module.log_F.detach().exp().expand(len(S_a_out))
+    if module.log_L is not None:
+        S_a_in = S_a_in / module.log_L.detach().exp()
     loops = reference.transposed_weight_integers if "transpose" in layer.kind else reference.conv_weight_integers
     high = 2 ** (grid.bits - 1) - 1
     return loops(W.numpy(), S_a_in.numpy(), S_a_out.numpy(), F.numpy(), high, layer.groups)
 
 
+@pytest.mark.parametrize("doubly", [False, True], ids=["", "doubly"])
 @pytest.mark.parametrize("channelwise", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_integers_are_those_before_folding(kind: str, channelwise: bool) -> None:
+def test_integers_are_those_before_folding(kind: str, channelwise: bool, doubly: bool) -> None:
     """W / (S_wR outer S_wL) of Eq. (2) rounds to the integers that are deployed from the folded weight."""
     model, x = two_layers(kind)
-    dof = make_dof(model, x, channelwise=channelwise)
+    dof = make_dof(model, x, channelwise=channelwise, doubly=doubly)
     deployed = deployed_weights(dof)
     assert set(deployed) == {"0.weight", "2.weight", "4.weight"}
     for name, found in deployed.items():
@@ -166,21 +176,59 @@ def test_integers_are_those_before_folding(kind: str, channelwise: bool) -> None
         assert len(found.integers.unique()) > 3
 
 
+@pytest.mark.parametrize("doubly", [False, True], ids=["", "doubly"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_student_computes_with_the_deployed_integers(kind: str) -> None:
+def test_the_student_computes_with_the_deployed_integers(kind: str, doubly: bool) -> None:
     """Each fake-quantized weight is the deployed integers times the deployed step, bit for bit."""
-    dof = make_dof(*two_layers(kind))
+    dof = make_dof(*two_layers(kind), doubly=doubly)
     solution = solve(dof)
     for name, found in deployed_weights(dof).items():
         layer = dof.map.layer(name)
-        shape = (-1, 1, 1, 1) if "transpose" not in layer.kind else (1, -1, 1, 1)
-        step = found.step
-        if "transpose" in layer.kind and layer.groups > 1:
-            step = step.view(layer.groups, 1, -1).expand(-1, len(layer.in_index) // layer.groups, -1)
-            step = step.reshape(len(layer.in_index), -1, 1, 1)
-        else:
-            step = step.view(shape)
-        assert torch.equal(solution.tensors[name], found.integers * step)
+        left = np.ones(len(layer.in_index)) if found.step_in is None else found.step_in.numpy()
+        assert (found.step_in is not None) == doubly
+        steps = reference.kernel_steps(
+            tuple(found.integers.shape), found.step.numpy(), left, layer.groups, transposed="transpose" in layer.kind
+        )
+        np.testing.assert_array_equal(solution.tensors[name].detach().numpy(), found.integers.numpy() * steps)
+
+
+LAYOUTS = [
+    ("linear", (4, 6), 1, 6, 4),
+    ("conv2d", (4, 3, 2, 2), 2, 6, 4),
+    ("conv1d", (6, 1, 3), 6, 6, 6),
+    ("conv_transpose2d", (6, 2, 2, 2), 2, 6, 4),
+    ("conv_transpose1d", (6, 4, 2), 1, 6, 4),
+    ("conv_transpose3d", (6, 1, 1, 2, 1), 6, 6, 6),
+]
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("doubly", [True, False])
+@pytest.mark.parametrize(("kind", "shape", "groups", "ins", "outs"), LAYOUTS)
+def test_scales_stand_on_the_axes_of_their_channels(
+    kind: str, shape: tuple[int, ...], groups: int, ins: int, outs: int, doubly: bool, per_channel: bool
+) -> None:
+    """Broadcast against the weight, the step of each element is that of the loops over channels (Eq. 5)."""
+    layer = Layer("w", None, kind, groups, (), (), (), torch.zeros(ins).long(), torch.zeros(outs).long())
+    S = torch.rand((outs,) if per_channel else (), dtype=torch.float64) + 0.5
+    T = torch.rand(ins, dtype=torch.float64) + 0.5
+    W = torch.zeros(shape, dtype=torch.float64)
+    found = on_weight(S, T if doubly else None, W, layer).expand_as(W)
+    left = T.numpy() if doubly else np.ones(ins)
+    right = S.expand(outs).numpy()
+    expected = reference.kernel_steps(shape, right, left, groups, transposed="transpose" in kind)
+    np.testing.assert_array_equal(found.numpy(), expected)
+
+
+@pytest.mark.parametrize(("kind", "shape", "groups", "ins", "outs"), LAYOUTS)
+def test_scales_on_the_axes_are_differentiable(
+    kind: str, shape: tuple[int, ...], groups: int, ins: int, outs: int
+) -> None:
+    """The gradient of both scales is that of their product."""
+    layer = Layer("w", None, kind, groups, (), (), (), torch.zeros(ins).long(), torch.zeros(outs).long())
+    S, T = (torch.rand(n, dtype=torch.float64).add(0.5).requires_grad_() for n in (outs, ins))
+    W = torch.zeros(shape, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda S, T: on_weight(S, T, W, layer), (S, T))
 
 
 def test_weight_scales_is_equation_2() -> None:
@@ -207,6 +255,95 @@ def test_training_starts_at_the_given_values() -> None:
         torch.testing.assert_close(solution.tensors[name], tensors[name], rtol=EXACT, atol=EXACT)
     for name, grid in ACTIVATIONS.items():
         assert solution.activation_scales[name].item() == pytest.approx(grid.scale, rel=EXACT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_doubly_per_channel_training_starts_at_the_given_scales(kind: str) -> None:
+    """Untrained, both scales are those given and the weight before rounding is the float one, for any left scale; it is
+    stored in units of its own step.
+    """
+    model, x = two_layers(kind)
+    tensors, dof_map = parameters_of(model), mapped(model, x)
+    layer = dof_map.layer("2.weight")
+    S, T = (torch.rand(len(index), dtype=torch.float64) + 0.1 for index in (layer.out_index, layer.in_index))
+    dof = Dof(dof_map, tensors, {"2.weight": WeightGrid(4, S, "a", "b", T)}, ACTIVATIONS)
+    found = deployed_weights(dof)["2.weight"]
+    torch.testing.assert_close(found.step, S, rtol=EXACT, atol=0)
+    torch.testing.assert_close(found.step_in, T, rtol=EXACT, atol=0)
+    for name, t in folded_tensors(dof).items():
+        torch.testing.assert_close(t, tensors[name], rtol=EXACT, atol=EXACT)
+    steps = on_weight(S, T, tensors["2.weight"], layer)
+    torch.testing.assert_close(
+        dof.trained_weight("2.weight").W.detach(), tensors["2.weight"] / steps, rtol=EXACT, atol=0
+    )
+
+
+@pytest.mark.parametrize("doubly", [False, True], ids=["", "doubly"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_folded_tensors_are_the_folded_network(kind: str, doubly: bool) -> None:
+    """What is given back unrounded is the float network with the trained factors folded in, whatever the scales."""
+    model, x = two_layers(kind)
+    dof = make_dof(model, x, doubly=doubly)
+    tensors = folded_tensors(dof)
+    expected = fold_network(dof.map, dof.log_c.detach(), parameters_of(model))
+    assert set(tensors) == set(expected)
+    for name, t in tensors.items():
+        assert not t.requires_grad
+        torch.testing.assert_close(t, expected[name], rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_of_the_left_scale(kind: str) -> None:
+    """By the loops of the reference: dL/dlog L_i is the sum of dL/dstep * step over what input channel i touches."""
+    dof = make_dof(*two_layers(kind), doubly=True)
+    layer, module = dof.map.layer("2.weight"), dof.trained_weight("2.weight")
+    tensor = solve(dof).tensors["2.weight"]
+    g = torch.randn_like(tensor)
+    tensor.backward(g)
+    found = deployed_weights(dof)["2.weight"]
+    transposed = "transpose" in layer.kind
+    shape = tuple(tensor.shape)
+    steps = reference.kernel_steps(
+        shape, found.step.numpy(), found.step_in.numpy(), layer.groups, transposed=transposed
+    )
+    W = folded_tensors(dof)["2.weight"].numpy()
+    _, of_steps = reference.fake_quantize_gradients(W, steps, g.numpy(), -7, 7)
+    expected = np.zeros(len(layer.in_index))
+    for i in range(len(expected)):
+        alone = np.zeros(len(expected))
+        alone[i] = 1
+        touched = reference.kernel_steps(shape, found.step.numpy(), alone, layer.groups, transposed=transposed)
+        expected[i] = (of_steps * (touched > 0) * steps).sum()
+    assert module.log_L is not None
+    np.testing.assert_allclose(module.log_L.grad.numpy(), expected, rtol=1e3 * EXACT, atol=1e3 * EXACT)
+    assert np.abs(expected).min() > 0
+
+
+def test_the_left_scale_is_trained_with_the_other_scales() -> None:
+    """It is given to the optimizer once, at the learning rate of scales, and a kernel without one has none."""
+    model, x = two_layers("grouped")
+    dof = make_dof(model, x, doubly=True)
+    values, scales = dof.parameter_groups(learning_rate=1, scale_learning_rate=2)
+    left = [dof.trained_weight(name).log_L for name in dof.weight_grids]
+    assert len(left) == 3
+    assert all(sum(p is q for q in scales["params"]) == 1 for p in left)
+    assert not any(p is q for p in left for q in values["params"])
+    assert all(module.log_L is None and module.scale_in is None for module in make_dof(model, x).layers)
+
+
+def test_both_scales_of_a_kernel_have_one_common_factor_too_many() -> None:
+    """Moving a factor from the left scale to the rescale factor changes no integer and no weight."""
+    dof = make_dof(*two_layers("conv"), doubly=True)
+    before = deployed_weights(dof)
+    with torch.no_grad():
+        for module in dof.layers:
+            module.log_L.add_(1.5)
+            module.log_F.sub_(1.5)
+    for name, after in deployed_weights(dof).items():
+        assert torch.equal(after.integers, before[name].integers)
+        torch.testing.assert_close(
+            after.step, before[name].step * torch.tensor(-1.5).double().exp(), rtol=EXACT, atol=0
+        )
 
 
 def test_a_layer_that_is_not_quantized_is_folded_but_not_trained() -> None:
@@ -256,10 +393,11 @@ def test_folding_of_the_degrees_of_freedom_is_differentiable(kind: str) -> None:
     assert torch.autograd.gradcheck(lambda c: layer.folded(c), (c,))
 
 
+@pytest.mark.parametrize("doubly", [False, True], ids=["", "doubly"])
 @pytest.mark.parametrize("channelwise", [True, False])
-def test_every_degree_of_freedom_gets_a_gradient(channelwise: bool) -> None:
-    """Weights, biases, rescale factors, activation steps and cross-layer factors all reach the loss."""
-    dof = make_dof(*two_layers("conv"), channelwise=channelwise)
+def test_every_degree_of_freedom_gets_a_gradient(channelwise: bool, doubly: bool) -> None:
+    """Weights, biases, rescale factors, left scales, activation steps and cross-layer factors all reach the loss."""
+    dof = make_dof(*two_layers("conv"), channelwise=channelwise, doubly=doubly)
     solution = solve(dof)
     loss = sum(t.square().sum() for t in solution.tensors.values())
     loss.backward()

@@ -5,8 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qft_plugin.brevitas.quantizers import ActivationScaling, CrossLayerFactors, Neighbours, WeightScaling
-from qft_plugin.brevitas.read import Source, check, merge_norms, read
+from qft_plugin.brevitas.quantizers import (
+    ActivationScaling,
+    CrossLayerFactors,
+    Neighbours,
+    WeightScaling,
+    adopt,
+    take_plain_inputs,
+)
+from qft_plugin.brevitas.read import Source, check, check_unshared, merge_norms, read
 from qft_plugin.brevitas.twin import make_twin, weight_scaling
 from qft_plugin.brevitas.version import check_version
 from qft_plugin.data import Call, as_call
@@ -67,12 +74,21 @@ def shared_factors(model: nn.Module) -> CrossLayerFactors | None:
 @torch.no_grad()
 def link_on(model: nn.Module, call: Call) -> Source:
     """Do what `link` does on a model that was checked; returns what was read."""
+    check_unshared(model)
+    adopt(model)
     twin = make_twin(model)
+    first_outputs(twin, call)  # a clear error where the example does not fit
     merge_norms(model, twin, record(twin, call))
     _wake(model, call)
     source = read(model, call)
+    for scaling in source.activations.values():
+        if not scaling.ready:  # 0 everywhere on the example, as behind a dead ReLU
+            scaling.start(torch.ones_like(scaling.log_s) / scaling.high)
     dof_map = proven_map(source, call)
     _share(source, dof_map)
+    for name, weight in source.weights.items():
+        if weight.in_index is not None:
+            take_plain_inputs(model.get_submodule(name.rpartition(".")[0]))
     return source
 
 
@@ -129,8 +145,13 @@ def _weight_links(source: Source, dof_map: DofMap) -> list[Link]:
     links: list[Link] = []
     for layer in dof_map.layers:
         if layer.weight in source.weights:
-            around = [find(source.graph, placement, layer) for find in (quantizer_before, quantizer_after)]
-            neighbours = Neighbours(*(None if name is None else source.activations[name] for name in around))
+            names = [quantizer_before(source.graph, placement, layer, call=i) for i in range(len(layer.calls))]
+            before, after = names[0], quantizer_after(source.graph, placement, layer)
+            neighbours = Neighbours(
+                None if before is None else source.activations[before],
+                None if after is None else source.activations[after],
+                one_input=len(set(names)) == 1,
+            )
             indices = _free(layer.in_index), _free(layer.out_index)
             links.append((source.weights[layer.weight], (*indices, neighbours)))
     return links

@@ -15,9 +15,11 @@ from brevitas import config as brevitas_config
 from brevitas.core.function_wrapper import TensorClamp
 from brevitas.inject import value
 from brevitas.inject.enum import RestrictValueType, ScalingImplType, ScalingPerOutputType
+from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
 from brevitas.quant.base import IntQuant, NarrowIntQuant, UintQuant
 from brevitas.quant.solver.act import ActQuantSolver
 from brevitas.quant.solver.weight import WeightQuantSolver
+from brevitas.quant_tensor import QuantTensor
 from torch import Tensor, nn
 
 from qft_plugin.errors import ConfigError
@@ -39,6 +41,14 @@ class CrossLayerFactors(nn.Module):
         super().__init__()
         self.log_c = nn.Parameter(log_c)
         self.dof_map = dof_map
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        before = len(missing)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        if brevitas_config.IGNORE_MISSING_KEYS:
+            del missing[before:]
 
     def forward(self) -> Tensor:
         """Return the factor of every variable, `[1 + size]`; the first is that of pinned channels, 1."""
@@ -164,7 +174,8 @@ class ActivationScaling(_Scaling):
         """Return the scale, `[]` or on the axis of the channels, real per step."""
         if not self.ready:
             self._observe(x)
-        s = self.log_s.exp()
+        # Where only 0 has been seen any scale is right, and the next batch chooses it.
+        s = self.log_s.exp() if self.ready else torch.ones_like(self.log_s)
         c = self.channel_factors()
         return s if c is None else s * c
 
@@ -202,10 +213,17 @@ class ZeroPoint(nn.Module):
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The activation scalings around a weight, `None` where an edge is not quantized."""
+    """The activation scalings around a weight, `None` where an edge is not quantized.
+
+    Attributes:
+        before: of its input edge, at its first call.
+        after: of its output edge, likewise.
+        one_input: whether all its calls read the same quantizer.
+    """
 
     before: ActivationScaling | None
     after: ActivationScaling | None
+    one_input: bool = True
 
 
 class WeightScaling(_Scaling):
@@ -330,10 +348,61 @@ def _kept(proxy: nn.Module, make: Callable[[], _Scaling]) -> _Scaling:
     scaling: _Scaling | None = proxy.__dict__.get(KEPT)
     if scaling is None or scaling.is_meta:
         scaling = make()
-        proxy.__dict__[KEPT] = scaling
-        # A bound method is copied with its object: the copy of a model builds its quantizers for itself.
-        proxy.__dict__["init_tensor_quant"] = types.MethodType(_build_for_itself, proxy)
+        _keep(proxy, scaling)
     return scaling
+
+
+def _keep(proxy: nn.Module, scaling: _Scaling) -> None:
+    proxy.__dict__[KEPT] = scaling
+    # A bound method is copied with its object: the copy of a model builds its quantizers for itself.
+    proxy.__dict__["init_tensor_quant"] = types.MethodType(_build_for_itself, proxy)
+
+
+def adopt(model: nn.Module) -> None:
+    """Keep the scalings that Brevitas has put into other quantizers, to give several activations one scale.
+
+    Its `align_input_quant` hands the scaling of one quantizer to the injector of another, where it would be lost in a
+    copy of the model.
+    """
+    for proxy in model.modules():
+        if isinstance(proxy, ActQuantProxyFromInjectorBase) and KEPT not in proxy.__dict__:
+            scaling = next((m for m in proxy.modules() if isinstance(m, ActivationScaling)), None)
+            if scaling is not None:
+                _keep(proxy, scaling)
+                proxy.quant_injector = proxy.quant_injector.let(scaling_impl=value(_kept_by))
+
+
+def _kept_by(proxy_module: Any) -> Any:
+    return proxy_module.__dict__[KEPT]
+
+
+def take_plain_inputs(layer: Any) -> None:
+    """Let a layer read plain tensors where it would read a `QuantTensor`; does nothing where it does already.
+
+    From quantized inputs and weights Brevitas computes the scale of the accumulator, and takes the scale of the weight
+    for one per output channel (0.13.1 to 0.13.4). One that differs by input channel has no accumulator scale.
+    """
+    if _plain_input not in layer._forward_pre_hooks.values():
+        layer.register_forward_pre_hook(_plain_input)
+        layer.input_quant.register_forward_hook(_plain_output)
+
+
+def take_any_inputs(layer: Any) -> None:
+    """Undo `take_plain_inputs`."""
+    for hooks in (layer._forward_pre_hooks, layer.input_quant._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if hook in (_plain_input, _plain_output):
+                del hooks[key]
+
+
+def _plain_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.value if isinstance(a, QuantTensor) else a for a in args)
+
+
+def _plain_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    # Brevitas asks a quantizer for its scale by calling it with a number.
+    asks = isinstance(args[0], Tensor) and args[0].dim() == 0
+    return output.value if isinstance(output, QuantTensor) and not asks else output
 
 
 def _build_for_itself(proxy: Any, *args: Any, **kwargs: Any) -> None:
@@ -372,6 +441,8 @@ class _QFTWeight(NarrowIntQuant, WeightQuantSolver):
                 "weight_narrow_range should be True: the grid of a weight is symmetric (Eq. 1). Found False."
             )
         first = module[0] if isinstance(module, tuple) else module
+        if scaling_per_input_channel:
+            take_plain_inputs(first)
         high = 2 ** (int(bit_width) - 1) - 1
         return _kept(
             proxy_module,
@@ -412,7 +483,14 @@ class _QFTAct(ActQuantSolver):
     tensor_clamp_impl = TensorClamp
 
     @value
-    def scaling_impl(proxy_module: Any, bit_width: Any, signed: bool, narrow_range: bool, asymmetric: bool) -> _Scaling:
+    def scaling_impl(
+        proxy_module: Any, bit_width: Any, signed: bool, narrow_range: bool, asymmetric: bool, act_impl: Any
+    ) -> _Scaling:
+        if isinstance(act_impl, nn.Hardtanh):
+            raise ConfigError(
+                "QuantHardTanh leaves its clip to its quantizer's range, which is trained here. "
+                "Use torch's Hardtanh and a QuantIdentity behind it."
+            )
         low, high = integer_range(int(bit_width), signed=signed, narrow=narrow_range)
         return _kept(proxy_module, lambda: ActivationScaling(low=low, high=high, asymmetric=asymmetric))
 

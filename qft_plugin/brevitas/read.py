@@ -56,6 +56,26 @@ def check(model: nn.Module) -> None:
     check_finite(tensors)
 
 
+def check_unshared(model: nn.Module) -> None:
+    """Refuse one weight, or one weight quantizer, in two layers: it would have the scales of both.
+
+    Raises:
+        ModelError: it names the layers.
+    """
+    first: dict[int, str] = {}
+    for name, module in model.named_modules():
+        scaling = weight_scaling(module)
+        if scaling is None:
+            continue
+        for what, value in (("weight", module.weight), ("weight quantizer", scaling)):
+            other = first.setdefault(id(value), name)
+            if other != name:
+                raise ModelError(
+                    f"Layers {other} and {name}: each should have a {what} of its own. Found the same object in both. "
+                    "Call one layer twice, or give each its own."
+                )
+
+
 def read(model: nn.Module, call: Call) -> Source:
     """Describe a model; it is copied, never changed.
 
@@ -116,9 +136,9 @@ def merge_norms(model: nn.Module, twin: nn.Module, graph: LayerGraph) -> None:
         twin: a float copy with the same names; the same model where it is a float one.
         graph: what `record` returned for the twin.
     """
-    for layer_name, norm_name in _norms_behind_layers(graph):
+    for layer_name, norm_name, between in _norms_behind_layers(graph):
         layer, norm = model.get_submodule(layer_name), twin.get_submodule(norm_name)
-        if not can_fold(layer, norm):
+        if not can_fold(layer, norm, graph.shapes[between]):
             continue
         assert isinstance(layer.weight, Tensor)
         W, shift = folded_norm(layer, norm)
@@ -134,8 +154,11 @@ def merge_norms(model: nn.Module, twin: nn.Module, graph: LayerGraph) -> None:
         model.set_submodule(norm_name, nn.Identity())
 
 
-def _norms_behind_layers(graph: LayerGraph) -> list[tuple[str, str]]:
-    """List layer and BatchNorm of each pair of which nothing else uses a part, by the names of their modules."""
+def _norms_behind_layers(graph: LayerGraph) -> list[tuple[str, str, str]]:
+    """List layer and BatchNorm of each pair of which nothing else uses a part, by the names of their modules.
+
+    The third name is that of the activation between them.
+    """
     makers = {name: op for op in graph.ops for name in op.outputs}
     pairs = []
     for op in graph.ops:
@@ -149,5 +172,5 @@ def _norms_behind_layers(graph: LayerGraph) -> list[tuple[str, str]]:
         uses = [o for o in graph.ops if weight in (*o.args, *(o.kwargs or {}).values())]
         norms = [o for o in graph.ops if o.argument(1, "running_mean") == mean]
         if len(uses) == len(norms) == 1 and op.inputs[0] not in graph.outputs:
-            pairs.append((weight.name.rpartition(".")[0], mean.name.rpartition(".")[0]))
+            pairs.append((weight.name.rpartition(".")[0], mean.name.rpartition(".")[0], op.inputs[0]))
     return pairs

@@ -7,10 +7,9 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
-from brevitas.export import export_onnx_qcdq, export_qonnx
 from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from brevitas.quant_tensor import QuantTensor
 from torch import Tensor, nn
@@ -20,6 +19,9 @@ from qft_plugin.deploy import qcdq, qonnx
 from qft_plugin.deploy.files import checked_path, draft_of
 from qft_plugin.errors import DeployabilityError
 from qft_plugin.model import accepts, tensors_in
+
+OPSET: Final = 13
+"""The first with quantization per channel, and what Brevitas' exporters are made for."""
 
 
 def save_qonnx(
@@ -39,6 +41,9 @@ def save_qonnx(
         DeployabilityError: the path cannot be written.
         ParityError: the file differs from the model; nothing is written.
     """
+    # Imported late: exporting needs packages that training does not, and warns of some that are missing.
+    from brevitas.export import export_qonnx
+
     with _exported(export_qonnx, model, path, example_input, check=check, free_batch=False) as made:
         report = qonnx.inspect_file(made.draft, integers=made.integers, inputs=made.inputs, outputs=made.outputs)
     return replace(report, path=made.target)
@@ -63,6 +68,7 @@ def save_qcdq(
         ParityError: the file differs from the model; nothing is written.
     """
     import onnx
+    from brevitas.export import export_onnx_qcdq
 
     doubly = [name for name, layer in _quantized_layers(model) if _differs_by_input(layer)]
     if doubly:
@@ -111,7 +117,7 @@ def _exported(
     try:
         with torch.no_grad(), draft_of(target) as draft:
             outputs = tuple(tensors_in(_plain(model(*args, **kwargs))))
-            integers = {f"{name}.weight": _integers(layer) for name, layer in _quantized_layers(model)}
+            integers = weight_integers(model)
             axes = {f"input_{i}": {0: "batch"} for i in range(len(inputs))} if free_batch else None
             # The exporter of torch 2.9 and later keeps weights in float and refuses quantized biases.
             export(
@@ -119,6 +125,7 @@ def _exported(
                 args=inputs,
                 export_path=str(draft),
                 dynamo=False,
+                opset_version=OPSET,
                 input_names=[f"input_{i}" for i in range(len(inputs))],
                 dynamic_axes=axes,
             )
@@ -127,6 +134,16 @@ def _exported(
     finally:
         for module, training in modes:
             module.training = training
+
+
+@torch.no_grad()
+def weight_integers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the integers of every weight that a Brevitas model quantizes, held in float, by name of the weight."""
+    integers = {}
+    for name, layer in _quantized_layers(model):
+        quantized = layer.weight_quant(layer.weight)
+        integers[f"{name}.weight"] = (quantized.value / quantized.scale + quantized.zero_point).round()
+    return integers
 
 
 class _Exportable(nn.Module):
@@ -154,13 +171,6 @@ def _quantized_layers(model: nn.Module) -> list[tuple[str, Any]]:
         for name, module in model.named_modules()
         if isinstance(module, QuantWeightBiasInputOutputLayer) and module.weight_quant.is_quant_enabled
     ]
-
-
-def _integers(layer: Any) -> Tensor:
-    """Return the integers of a layer's weight."""
-    quantized = layer.weight_quant(layer.weight)
-    integers: Tensor = (quantized.value / quantized.scale + quantized.zero_point).round()
-    return integers
 
 
 def _differs_by_input(layer: Any) -> bool:

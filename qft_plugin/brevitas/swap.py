@@ -70,7 +70,7 @@ def swap(model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig) -> nn.
     signs = _Signs(graph_model)
     for args, kwargs in inputs.batches(RANGE_BATCH, at_most=RANGE_IMAGES):
         signs.run(*_positional(graph_model, args, kwargs))
-    sources = dict.fromkeys(_quantized_node(graph_model, node.args[0]) for node in layers)
+    sources = dict.fromkeys(_quantized_node(graph_model, node.all_input_nodes[0]) for node in layers)
     for number, node in enumerate(sources):
         _quantize_activation(graph_model, node, number, signed=node in signs.negative)
     graph_model.delete_all_unused_submodules()
@@ -141,7 +141,7 @@ def _quantize_activation(model: fx.GraphModule, node: fx.Node, number: int, *, s
     with model.graph.inserting_after(node):
         if _is_relu(model, node):
             model.add_submodule(name, qnn.QuantReLU(act_quant=quantizer))
-            quantized = model.graph.call_module(name, (node.args[0],))
+            quantized = model.graph.call_module(name, (node.all_input_nodes[0],))
         else:
             model.add_submodule(name, qnn.QuantIdentity(act_quant=quantizer))
             quantized = model.graph.call_module(name, (node,))

@@ -76,9 +76,8 @@ def _replacement(name: str, module: nn.Module, quantizers: dict[int, FakeQuantiz
         return _Foreign(module)
 
     def stand_in(proxy: Any) -> FakeQuantizer | None:
-        if activation_scaling(proxy) is None:
-            return None
-        return quantizers.setdefault(id(proxy), FakeQuantizer())
+        scaling = activation_scaling(proxy)
+        return None if scaling is None else quantizers.setdefault(id(scaling), FakeQuantizer())
 
     its_own = type(module).forward.__module__.startswith("brevitas.nn")
     if not its_own or getattr(module, "is_same_padded_strided", False):

@@ -14,7 +14,7 @@ from brevitas.quant.solver.weight import WeightQuantSolver
 from torch import Tensor, nn
 
 from qft_plugin.brevitas.link import dof_map_of, shared_factors
-from qft_plugin.brevitas.quantizers import ActivationScaling, WeightScaling
+from qft_plugin.brevitas.quantizers import ActivationScaling, WeightScaling, take_any_inputs
 from qft_plugin.brevitas.read import Source
 from qft_plugin.brevitas.twin import activation_scaling, weight_scaling
 from qft_plugin.errors import DeployabilityError
@@ -132,7 +132,7 @@ def fold(model: nn.Module, *, bias_bits: int | None = None) -> nn.Module:
             scaling = activation_scaling(proxy) if isinstance(proxy, nn.Module) else None
             if scaling is not None:
                 setattr(module, attribute, _fixed_activation(module, proxy, scaling, proxies))
-    return folded
+    return folded.eval()  # new quantizers start in train mode
 
 
 def _integers(layer: Any) -> Tensor:
@@ -145,6 +145,8 @@ def _integers(layer: Any) -> Tensor:
 def _fix_weight(layer: Any, scaling: WeightScaling, integers: Tensor, proxies: dict[int, Any]) -> None:
     """Give a layer a stock quantizer, and exactly the weight that its integers stand for."""
     left = None if scaling.log_L is None else scaling.log_L.exp()
+    if left is None:
+        take_any_inputs(layer)
     step = on_weight(scaling.folded_step(), left, layer.weight, scaling.layer)
     injector = FoldedWeight.let(
         bit_width=scaling.bits,
@@ -159,8 +161,13 @@ def _fix_weight(layer: Any, scaling: WeightScaling, integers: Tensor, proxies: d
 def _fix_bias(name: str, layer: Any, scaling: WeightScaling, bits: int) -> None:
     """Quantize a bias with the scale of the accumulator,  S_acc = s_in * S_w  (Eq. 8)."""
     before = scaling.neighbours.before
-    if before is None or scaling.log_L is not None:
-        why = "its input is not quantized" if before is None else "the scale of its weight differs by input channel"
+    problems = {
+        "its input is not quantized": before is None,
+        "the scale of its weight differs by input channel": scaling.log_L is not None,
+        "it is called on activations of several quantizers": not scaling.neighbours.one_input,
+    }
+    why = ", ".join(words for words, holds in problems.items() if holds)
+    if before is None or why:
         raise DeployabilityError(
             f"Layer {name}: its bias should have the scale of the accumulator. Found none: {why}. "
             "Call fold without bias_bits."

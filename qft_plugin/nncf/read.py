@@ -195,7 +195,8 @@ def _fold_norms(model: nn.Module, graph: Any) -> tuple[FoldedNorm, ...]:
 
 
 def _foldable(model: nn.Module, graph: Any, node: Any, users: Mapping[str, list[Any]]) -> FoldedNorm | None:
-    edges = {e.input_port_id: e.from_node for e in graph.get_input_edges(node)}
+    incoming = graph.get_input_edges(node)
+    edges = {e.input_port_id: e.from_node for e in incoming}
     constants = [n.node_name for n in edges.values() if n.node_type == "nncf_model_const"]
     before = edges.get(0)
     if before is None or not constants or len(users.get(before.node_name, ())) != 1:
@@ -208,7 +209,8 @@ def _foldable(model: nn.Module, graph: Any, node: Any, users: Mapping[str, list[
     if not weights or any(len(users[name]) != 1 for name in [*weights, *constants]):
         return None
     layer, norm = _module_of(model, weights[0]), _module_of(model, constants[0])
-    if not can_fold(layer, norm):
+    shape = next(e.tensor_shape for e in incoming if e.input_port_id == 0)
+    if not can_fold(layer, norm, shape):
         return None
     layer_name, norm_name = weights[0].rpartition(".")[0], constants[0].rpartition(".")[0]
     if norm.bias is not None:

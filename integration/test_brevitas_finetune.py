@@ -1,0 +1,424 @@
+"""Initialize, finetune and quantize on the real Brevitas."""
+
+import copy
+
+import pytest
+
+pytest.importorskip("brevitas", reason="Brevitas is not installed")
+
+import nets
+import torch
+from brevitas_models import (
+    MODELS,
+    Residual,
+    assert_same_state,
+    build,
+    images,
+    integers,
+    relative,
+    run,
+    state_of,
+    weight_scalings,
+)
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from qft_plugin import ConfigError, DataError, FinetuneConfig, HardwareSpec, ModelError, QFTConfig, QFTError
+from qft_plugin.brevitas import QFTInt4WeightDoublyPerChannelFloat, finetune, fold, initialize, link, quantize
+from qft_plugin.finetune import normalised_l2
+from qft_plugin.model import tensors_in
+
+CLOSE = 0.15
+"""Error of 8-bit weights and activations, relative to what differs between images; a wrong bound shows as 0.4."""
+
+LOSS_AGAIN = 0.01
+"""Relative difference of a loss computed by Brevitas' quantizers: a few activations round the other way."""
+
+
+def few_steps(**settings):
+    """Make a finetune of 4 steps."""
+    return FinetuneConfig(**{"images_fed": 64, "batch_size": 16, **settings})
+
+
+def few(**settings):
+    """Make settings for a model that has its quantizers."""
+    return QFTConfig(**{"finetune": few_steps(), **settings})
+
+
+class Teacher(nn.Module):
+    """The float network of `brevitas_models.Residual`, another class with other names."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.stem, self.a, self.b, self.c = (
+            nn.Conv2d(c.in_channels, c.out_channels, 3, padding=1)
+            for c in (student.c1, student.c2, student.c3, student.c4)
+        )
+        self.head = nn.Linear(12, 4)
+        pairs = [(self.stem, student.c1), (self.a, student.c2), (self.b, student.c3), (self.c, student.c4),
+                 (self.head, student.fc)]  # fmt: skip
+        for mine, its in pairs:
+            mine.load_state_dict({"weight": its.weight.detach().clone(), "bias": its.bias.detach().clone()})
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = (self.b(self.a(x).relu()) + x).relu()
+        return self.head(self.c(x).relu().mean((2, 3)))
+
+
+def problem(**settings):
+    """Make a student, its teacher, and 64 images in 4 batches."""
+    model = build("residual", **settings)
+    return model, Teacher(model).eval(), [images("residual", 16) for _ in range(4)]
+
+
+@pytest.mark.parametrize("weight", [None, QFTInt4WeightDoublyPerChannelFloat], ids=["channel", "doubly"])
+def test_initialize_and_finetune(weight):
+    """A linked model comes closer to a teacher of another class, and its own quantizers compute the loss reported."""
+    model, teacher, data = problem(**({} if weight is None else {"weight": weight}))
+    link(model, data[0])
+    exact = run(teacher, torch.cat(data))
+    fresh = relative(run(model, torch.cat(data)), exact)
+    initialize(model, data, few())
+    assert relative(run(model, torch.cat(data)), exact) < 1.2 * fresh
+    initialize(model, data, few(compensate=False))  # further from the best state
+    started = relative(run(model, torch.cat(data)), exact)
+    settings = few_steps(images_fed=640)
+    result = finetune(model, teacher, data, few(finetune=settings))
+    assert result.steps == len(result.losses) == 40
+    # Scales of both sides leave a network of eight channels little to gain; the start is kept where nothing is.
+    assert result.final_loss <= (0.99 if weight is None else 1) * result.start_loss
+    assert relative(run(model, torch.cat(data)), exact) < 1.1 * started
+
+
+def test_the_reported_loss_is_that_of_the_model():
+    """Compared at the same place, Brevitas' own quantizers give the loss that the finetune reports."""
+    model, teacher, data = problem()
+    initialize(model, data, few())
+    at = few_steps(images_fed=320, loss_at=None)
+    result = finetune(model, teacher, data, few(finetune=at))
+    # The compared place is the input of the global pool; its mean is compared here, which is smaller.
+    seen = {}
+    hooks = [model.r4.register_forward_hook(lambda _, __, y: seen.update(student=y)),
+             teacher.c.register_forward_hook(lambda _, __, y: seen.update(teacher=y.relu()))]  # fmt: skip
+    x = torch.cat(data)
+    run(model, x), run(teacher, x)
+    for hook in hooks:
+        hook.remove()
+    found = normalised_l2(seen["student"], seen["teacher"]).item()
+    assert found == pytest.approx(result.final_loss, rel=LOSS_AGAIN)
+    assert result.final_loss <= result.start_loss
+
+
+def test_an_unlinked_model_is_linked_first():
+    """Both entry points link a model that is not; without an initialization training starts from what it has."""
+    model, teacher, data = problem()
+    initialize(model, data, few())
+    assert all(s.linked for s in weight_scalings(model).values())
+    other = build("residual")
+    result = finetune(other, teacher, data, few())
+    assert all(s.linked for s in weight_scalings(other).values())
+    assert result.final_loss <= result.start_loss
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_interruption_changes_nothing(error):
+    """What the callback raises comes through and leaves every bit of the model; so does the training before it."""
+    model, teacher, data = problem()
+    initialize(model, data, few(compensate=False))
+    before, modes = state_of(model), [m.training for m in model.modules()]
+    taught = state_of(teacher)
+    seen = []
+
+    def stop(step):
+        assert_same_state(model, before)
+        seen.append(step.number)
+        if step.number == 3:
+            raise error
+
+    with pytest.raises(error):
+        finetune(model, teacher, data, few(), callback=stop)
+    assert seen == [1, 2, 3]
+    assert_same_state(model, before)
+    assert_same_state(teacher, taught)
+    assert [m.training for m in model.modules()] == modes
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters())
+    finetune(model, teacher, data, few(finetune=few_steps(images_fed=320)))
+    changed = [n for n, t in model.state_dict().items() if not torch.equal(t, before[n])]
+    assert any(n.endswith("log_c") for n in changed)
+    assert any(n.endswith("log_F") for n in changed)
+    assert any(n.endswith("log_s") for n in changed)
+    assert "c1.weight" in changed
+    assert_same_state(teacher, taught)
+
+
+def test_the_result_is_reproducible():
+    """Two runs give the same bits whatever the global random state is; another seed gives others."""
+    start, teacher, data = problem()
+    initialize(start, data, few(compensate=False))
+
+    def once(seed, number):
+        model = copy.deepcopy(start)
+        torch.manual_seed(number)
+        finetune(model, teacher, data, few(finetune=few_steps(seed=seed, images_fed=320)))
+        return model.state_dict()
+
+    first, second, other = once(0, 1), once(0, 2), once(1, 1)
+    assert all(torch.equal(t, second[n]) for n, t in first.items())
+    assert any(not torch.equal(t, other[n]) for n, t in first.items())
+
+
+def test_the_global_random_state_stays():
+    """Neither entry point moves torch's global random state."""
+    model, teacher, data = problem()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    initialize(model, data, few())
+    finetune(model, teacher, data, few())
+    assert torch.equal(torch.rand(3), expected)
+
+
+FORMS = {
+    "list": lambda data: data,
+    "tuples": lambda data: [(x,) for x in data],
+    "dicts": lambda data: [{"x": x} for x in data],
+    "generator": lambda data: (x for x in data),
+    "loader": lambda data: DataLoader(torch.cat(data), batch_size=20),
+    "picked": lambda data: DataLoader(
+        TensorDataset(torch.cat(data), torch.zeros(64)),
+        batch_size=16,
+        collate_fn=lambda rows: torch.stack([r[0] for r in rows]),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_data(form):
+    """The same images in another form give the same bits."""
+    start, teacher, data = problem()
+    reference = copy.deepcopy(start)
+    finetune(reference, teacher, data, few())
+    finetune(start, teacher, FORMS[form](data), few())
+    assert_same_state(start, state_of(reference))
+
+
+@pytest.mark.parametrize("call", ["finetune", "quantize"])
+@pytest.mark.parametrize(("spoil", "words"), [
+    (lambda data: [(x, torch.zeros(16, dtype=torch.int64)) for x in data], "labels are not needed"),
+    (lambda data: DataLoader(TensorDataset(torch.cat(data), torch.zeros(64)), batch_size=8), "labels are not needed"),
+    (lambda _: [], "at least one batch"),
+    (lambda data: [data[0][:, :, 0, 0] * torch.nan], "should be finite"),
+    (lambda data: [x.double() for x in data], "dtype torch.float32"),
+    (lambda _: ["image"], "Found str"),
+], ids=["labels", "loader", "empty", "nan", "double", "text"])  # fmt: skip
+def test_wrong_data(call, spoil, words):
+    """Data that cannot be used is refused before the first step, and the model stays."""
+    model, teacher, data = problem()
+    link(model, data[0])
+    before, wrong, steps = state_of(model), spoil(data), []
+    run_it = {
+        "finetune": lambda: finetune(model, teacher, wrong, few(), callback=steps.append),
+        "quantize": lambda: quantize(teacher, wrong, config=few(), callback=steps.append),
+    }[call]
+    with pytest.raises(DataError, match=words) as caught:
+        run_it()
+    assert steps == []
+    assert "nncf" not in str(caught.value).lower()
+    assert_same_state(model, before)
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("weight_bits", 8), ("small_layer_bits", 4), ("small_layer_share", 0.5), ("layer_bits", {"c1.weight": 8}),
+    ("hardware", HardwareSpec(rescale="layerwise")),
+])  # fmt: skip
+@pytest.mark.parametrize("call", ["initialize", "finetune"])
+def test_settings_that_quantizers_decide(call, name, value):
+    """Bit widths and granularity are those of the model's quantizers: the settings for them are refused by name."""
+    model, teacher, data = problem()
+    with pytest.raises(ConfigError, match=rf"QFTConfig\.{name} should be left at its default"):
+        initialize(model, data, few(**{name: value})) if call == "initialize" else finetune(
+            model, teacher, data, few(**{name: value})
+        )
+    assert not any(s.ready or s.linked for s in weight_scalings(model).values())
+
+
+def test_a_finetune_without_settings():
+    """Without a finetune in the settings there is nothing to do, which is said."""
+    model, teacher, data = problem()
+    with pytest.raises(ConfigError, match=r"QFTConfig\.finetune.*Found None"):
+        finetune(model, teacher, data, few(finetune=None))
+
+
+def test_a_teacher_that_does_not_fit():
+    """A teacher whose compared activation has another shape is refused with both shapes."""
+    model, _, data = problem()
+    with pytest.raises(ConfigError, match=r"one shape where they are compared.*in the teacher.*in the student"):
+        finetune(model, nets.build("residual"), data, few())
+    with pytest.raises(ModelError, match=r"torch\.nn\.Module"):
+        finetune(model, lambda x: x, data, few())
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if n != "residual"])
+def test_every_model_finetunes(name):
+    """Each network of layers finetunes against itself in float, to a loss that is no larger, and folds."""
+    model, data = build(name), [images(name) for _ in range(4)]
+    float_model = copy.deepcopy(model)
+    for module in float_model.modules():
+        for proxy in ("weight_quant", "input_quant", "output_quant", "act_quant"):
+            if hasattr(module, proxy):
+                getattr(module, proxy).disable_quant = True
+    initialize(model, data, few())
+    start = relative(run(model, torch.cat(data)), run(float_model, torch.cat(data)))
+    result = finetune(model, float_model, data, few())
+    assert 0 < result.final_loss <= result.start_loss < 1
+    assert start < 1
+    assert relative(run(fold(model), data[0]), run(model, data[0])) < 0.05
+
+
+RUNS = tuple(nets.NETS)
+"""Networks that must not be refused: all of the collection."""
+
+
+@pytest.mark.parametrize("name", nets.NETS)
+def test_quantize(name):
+    """A float network comes back quantized, linked and close to itself, or is refused; it is never changed."""
+    model, data = nets.build(name), nets.items(name)
+    model.train()
+    before, modules = state_of(model), [(n, type(m)) for n, m in model.named_modules()]
+    steps = []
+    try:
+        result = quantize(model, data, config=few(small_layer_share=0), callback=steps.append)
+    except ModelError:
+        assert name not in RUNS
+        return
+    finally:
+        assert_same_state(model, before)
+        assert all(m.training for m in model.modules())
+        assert [(n, type(m)) for n, m in model.named_modules()] == modules
+    assert len(steps) == 4
+    found = weight_scalings(result)
+    layers = [m for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
+    assert len(found) == len(layers)
+    for layer in found:
+        assert integers(result.get_submodule(layer)).abs().max() <= 7
+    model.eval()
+    with torch.no_grad():
+        expected, got = (list(tensors_in(nets.call(m, data[0]))) for m in (model, result))
+    for e, f in zip(expected, got, strict=True):
+        assert float((f - e).norm() / e.norm()) < 0.3
+    folded = fold(result)
+    with torch.no_grad():
+        again = list(tensors_in(nets.call(folded, data[0])))
+    for f, g in zip(got, again, strict=True):
+        assert float((g - f).norm() / f.norm()) < 0.05
+
+
+@pytest.mark.parametrize("name", ["inverted", "residual", "bias_and_norm", "squeeze_excite"])
+def test_eight_bits_are_close(name):
+    """With 8-bit weights the result is close to the float network: ReLU6 and all other functions stay exact."""
+    model, data = nets.build(name), nets.items(name)
+    if name == "inverted":
+        with torch.no_grad():
+            model.stem[1].weight.mul_(6)  # so that the bound of 6 matters
+            model.expand[1].weight.mul_(3)
+    result = quantize(model, data, config=few(weight_bits=8, finetune=None))
+    x = torch.cat(data)
+    assert relative(run(result, x), run(model, x)) < CLOSE
+    if name == "inverted":
+        unbounded = copy.deepcopy(model)
+        unbounded.stem[2], unbounded.expand[2] = nn.ReLU(), nn.ReLU()
+        assert relative(run(unbounded, x), run(model, x)) > 2 * CLOSE
+
+
+def test_bits_of_quantize():
+    """`quantize` takes what `finetune` leaves to the quantizers: bits by layer, and the granularity of the weights."""
+    model, data = nets.build("residual"), nets.items("residual")
+    config = few(
+        finetune=None, small_layer_share=0, layer_bits={"conv2.weight": 6}, hardware=HardwareSpec(rescale="layerwise")
+    )
+    found = weight_scalings(quantize(model, data, config=config))
+    assert {name: s.bits for name, s in found.items()} == dict.fromkeys(found, 4) | {"conv2": 6}
+    assert not any(s.per_channel for s in found.values())
+    found = weight_scalings(quantize(model, data, config=few(finetune=None, small_layer_share=0.05)))
+    assert all(s.per_channel for s in found.values())
+    assert found["fc"].bits == 8  # the smallest layer
+
+
+class ByKeyword(nn.Module):
+    """Calls its layers and activations by keyword."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x):
+        if self.what == "layer":
+            return self.conv2(input=torch.relu(self.conv1(input=x)))
+        return self.conv2(torch.relu(input=self.conv1(x)))
+
+
+@pytest.mark.parametrize("what", ["layer", "activation"])
+def test_calls_by_keyword(what):
+    """A layer or a ReLU whose input is given by keyword is quantized like any other, or refused."""
+    model, data = ByKeyword(what).eval(), [torch.randn(16, 3, 8, 8)]
+    try:
+        result = quantize(model, data, config=few(weight_bits=8))
+    except QFTError:
+        return
+    assert relative(run(result, data[0]), run(model, data[0])) < CLOSE
+
+
+class Branching(nn.Module):
+    """Decides by a value, which torch.fx cannot follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if x.sum() > 0 else self.conv(-x)
+
+
+def test_what_cannot_be_traced():
+    """A model that torch.fx cannot follow is refused with the way around."""
+    with pytest.raises(ModelError, match=r"traceable by torch\.fx.*brevitas\.nn"):
+        quantize(Branching(), [torch.randn(16, 3, 8, 8)], config=few())
+    with pytest.raises(ModelError, match="at least one convolution or linear layer"):
+        quantize(nn.PReLU(), [torch.randn(16, 3, 8, 8)], config=few())
+
+
+def test_a_dead_channel_of_the_first_images():
+    """A ReLU that gives only 0 on the first images does not keep a network from being quantized."""
+    model, data = nets.build("squeeze_excite"), nets.items("squeeze_excite")
+    nn.init.constant_(model.down.bias, -100.0)
+    result = quantize(model, data, config=few())
+    assert torch.isfinite(run(result, data[0])).all()
+
+
+def test_a_model_without_quantizers():
+    """A float model is refused where a quantized one is asked for, with `quantize` as the way."""
+    model = nets.build("residual")
+    with pytest.raises(ModelError, match="or use quantize"):
+        initialize(model, nets.items("residual"), few())
+
+
+def test_inside_inference_mode():
+    """Called inside `torch.inference_mode` the finetune still trains."""
+    model, teacher, data = problem()
+    with torch.inference_mode():
+        result = finetune(model, teacher, data, few())
+    assert result.steps == 4
+    assert torch.isfinite(run(model, data[0])).all()
+
+
+def test_double_precision():
+    """A float64 model is initialized and finetuned in float64."""
+    model, teacher, data = Residual().eval().double(), None, [images("residual").double() for _ in range(4)]
+    teacher = Teacher(model).double().eval()
+    initialize(model, data, few())
+    result = finetune(model, teacher, data, few())
+    assert result.final_loss <= result.start_loss < 1
+    assert {p.dtype for p in model.parameters()} == {torch.float64}

@@ -1,0 +1,485 @@
+"""Linking: what layers share, and that it survives everything that Brevitas and torch do to a model."""
+
+import copy
+
+import pytest
+
+pytest.importorskip("brevitas", reason="Brevitas is not installed")
+
+import brevitas.config
+import brevitas.nn as qnn
+import torch
+from brevitas.graph.quantize import preprocess_for_quantize, quantize
+from brevitas.quant import Int32Bias
+from brevitas_models import (
+    MODELS,
+    LinearOnly,
+    Residual,
+    activation_scalings,
+    assert_same_state,
+    build,
+    conv,
+    identity,
+    images,
+    integers,
+    relative,
+    relu,
+    run,
+    scramble,
+    shared_log_c,
+    state_of,
+    weight_scalings,
+)
+from torch import nn
+
+from qft_plugin import DataError, ModelError
+from qft_plugin.brevitas import (
+    QFTInt4Weight,
+    QFTInt4WeightDoublyPerChannelFloat,
+    QFTInt4WeightPerTensorFloat,
+    QFTInt8Act,
+    QFTUint8Act,
+    dof_map_of,
+    link,
+)
+
+SAME = 1e-5
+"""Relative L2 difference of outputs whose scales were computed another way in float32."""
+
+EXACT_64 = 1e-12
+"""Likewise in float64."""
+
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def linked(name, **settings):
+    """Build a network, let its quantizers see 16 images, and link it."""
+    model, x = build(name, **settings), images(name)
+    run(model, x)
+    link(model, x[:2])
+    return model, x
+
+
+@every_model
+def test_the_function_stays(name):
+    """Linking alone changes no scale, so the outputs stay; BatchNorms are folded on the way."""
+    model, x = build(name), images(name)
+    before = run(model, x)
+    dof_map = link(model, x[:2])
+    assert (dof_map.size > 0) == MODELS[name].rescales
+    assert relative(run(model, x), before) < SAME
+
+
+@every_model
+def test_the_map_is_printable(name):
+    """Printed, the map has a line for each edge, and a reason for each that is not wholly free."""
+    dof_map = link(*linked(name))
+    lines = str(dof_map).splitlines()
+    assert lines[0].split()[:2] == ["edge", "made"]
+    assert len(lines) == len(dof_map.edges) + 1
+    for edge, line in zip(dof_map.edges, lines[1:], strict=True):
+        assert edge.name in line
+        assert bool(edge.reason) == (edge.free < edge.channels)
+        assert edge.reason in line
+    reasons = {edge.reason for edge in dof_map.edges}
+    assert "input of the network" in reasons
+    assert "output of the network" in reasons
+
+
+@pytest.mark.parametrize(("name", "reason"), [
+    ("depthwise", "hardtanh has a bound"), ("foreign", "foreign_quantizer is not homogeneous"),
+    ("normed", "batch_norm is not homogeneous"),
+])  # fmt: skip
+def test_the_reason_of_a_barrier(name, reason):
+    """What cannot be rescaled through is named."""
+    model, x = linked(name)
+    assert reason in str(link(model, x))
+
+
+@every_model
+def test_each_degree_of_freedom_once(name):
+    """A state dict holds each trained tensor once, and the cross-layer factors of all layers in one."""
+    model, _ = linked(name)
+    state = model.state_dict()
+    names = [n for n in state if "log_" in n]
+    assert len({state[n].data_ptr() for n in names if state[n].numel()}) == len([n for n in names if state[n].numel()])
+    assert sum(n.endswith("log_c") for n in names) == 1
+    assert sum(n.endswith("log_F") for n in names) == len(weight_scalings(model))
+    assert sum(n.endswith("log_s") for n in names) == len(activation_scalings(model))
+    assert {n for n in state if "log_" in n} == {n for n, _ in model.named_parameters() if "log_" in n}
+    assert shared_log_c(model).numel() == dof_map_of(model).size
+
+
+@every_model
+def test_a_second_link_changes_nothing(name):
+    """Linking again, with factors that have been trained, keeps every bit and every parameter object."""
+    model, x = linked(name)
+    scramble(model)
+    before, objects = state_of(model), [id(p) for p in model.parameters()]
+    expected = run(model, x)
+    link(model, images(name))
+    assert_same_state(model, before)
+    assert [id(p) for p in model.parameters()] == objects
+    assert torch.equal(run(model, x), expected)
+
+
+@every_model
+def test_the_modes_stay(name):
+    """Linking a model in train mode leaves the mode of every module."""
+    model = build(name)
+    model.train()
+    next(model.children()).eval()
+    before = {n: m.training for n, m in model.named_modules()}
+    link(model, images(name))
+    assert {n: m.training for n, m in model.named_modules() if n in before} == before
+
+
+@pytest.mark.parametrize("name", [n for n, net in MODELS.items() if net.rescales])
+def test_scales_follow_the_factors(name):
+    """A shared factor moves the scale of an activation and, the other way, those of the weights around it."""
+    model, x = linked(name)
+    dof_map = dof_map_of(model)
+    layers = [layer for layer in dof_map.layers if bool((layer.out_index > 0).any())]
+    layer = model.get_submodule(layers[0].weight.removesuffix(".weight"))
+    before = layer.weight_quant.scale().clone()
+    with torch.no_grad():
+        shared_log_c(model).fill_(0.5)
+    ratio = (layer.weight_quant.scale() / before).flatten(1)[:, 0]
+    moved = torch.where(layers[0].out_index > 0, 0.5, 0.0).exp()
+    if not bool((layers[0].in_index > 0).any()) and layers[0].kind in ("conv1d", "conv2d", "linear"):
+        assert torch.allclose(ratio, moved, rtol=1e-5)
+    assert any(s.channel_factors() is not None and s.channel_factors().max() > 1.5
+               for s in activation_scalings(model).values())  # fmt: skip
+    assert torch.isfinite(run(model, x)).all()
+
+
+@every_model
+@pytest.mark.parametrize("weight", [QFTInt4Weight, QFTInt4WeightPerTensorFloat], ids=["channel", "tensor"])
+def test_the_state_goes_into_a_fresh_linked_model(name, weight):
+    """A trained state dict in a fresh linked model, whatever its values were, gives the same outputs bit by bit."""
+    model, x = linked(name, weight=weight)
+    scramble(model)
+    expected = run(model, x)
+    fresh, other = linked(name, weight=weight)
+    scramble(fresh)
+    assert not torch.equal(run(fresh, x), expected)
+    fresh.load_state_dict(model.state_dict())
+    assert_same_state(fresh, state_of(model))
+    assert torch.equal(run(fresh, x), expected)
+    link(fresh, other)
+    assert torch.equal(run(fresh, x), expected)
+
+
+def test_doubly_per_channel_state():
+    """The left scales of a doubly per-channel weight are in the state dict and survive linking and loading."""
+    model, x = linked("residual", weight=QFTInt4WeightDoublyPerChannelFloat)
+    scramble(model)
+    fresh, _ = linked("residual", weight=QFTInt4WeightDoublyPerChannelFloat)
+    fresh.load_state_dict(model.state_dict())
+    assert sum(n.endswith("log_L") for n in model.state_dict()) == len(weight_scalings(model))
+    assert torch.equal(run(fresh, x), run(model, x))
+
+
+def test_a_linked_state_in_an_unlinked_model():
+    """Loading what was linked into what was not says to link first."""
+    model, _ = linked("residual")
+    with pytest.raises(RuntimeError, match=r"comes from a linked model.*link\(model, example_input\)"):
+        build("residual").load_state_dict(model.state_dict())
+
+
+def test_an_unlinked_state_in_a_linked_model():
+    """Loading what was not linked into what was names what is missing."""
+    plain = build("residual")
+    run(plain, images("residual"))
+    with pytest.raises(RuntimeError, match="log_c"):
+        linked("residual")[0].load_state_dict(plain.state_dict())
+
+
+@pytest.mark.parametrize("changed", ["copy", "original"])
+@pytest.mark.parametrize("name", ["residual", "on_layers", "shared_activation", "added", "foreign"])
+def test_a_copy_is_on_its_own(name, changed):
+    """After a deepcopy, loading into one of the two models changes it alone, and it computes what was loaded."""
+    model, x = linked(name)
+    scramble(model)
+    source = copy.deepcopy(model)
+    scramble(source)
+    wanted, state = run(source, x), state_of(source)
+    copied = copy.deepcopy(model)
+    target, other = (copied, model) if changed == "copy" else (model, copied)
+    before, expected = state_of(other), run(other, x)
+    target.load_state_dict(state)
+    assert_same_state(target, state)
+    assert torch.equal(run(target, x), wanted)
+    assert_same_state(other, before)
+    assert torch.equal(run(other, x), expected)
+    assert not {id(p) for p in target.parameters()} & {id(p) for p in other.parameters()}
+    # And what is trained afterwards is what is used.
+    with torch.no_grad():
+        for scaling in weight_scalings(target).values():
+            scaling.log_F.add_(0.5)
+    assert not torch.equal(run(target, x), wanted)
+    assert torch.equal(run(other, x), expected)
+    link(target, x)
+    assert {id(s.factors) for s in weight_scalings(target).values() if s.linked} == {
+        id(s.factors) for s in activation_scalings(target).values() if s.linked
+    }
+
+
+def test_a_copy_of_an_unlinked_model_is_on_its_own():
+    """The same before linking: the copy builds its quantizers for its own layers, and links on its own."""
+    model, x = build("residual"), images("residual")
+    expected = run(model, x)
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(model.state_dict())
+    link(copied, x)
+    scramble(copied)
+    assert not any(s.linked for s in weight_scalings(model).values())
+    assert torch.equal(run(model, x), expected)
+    assert not torch.equal(run(copied, x), expected)
+
+
+@pytest.mark.parametrize("on_copy", [False, True], ids=["original", "copy"])
+def test_assigned_weights(on_copy):
+    """Assigning a weight rebuilds the quantizer with the scales and links that it had, in a copy too."""
+    original, x = linked("residual")
+    scramble(original)
+    model = copy.deepcopy(original) if on_copy else original
+    scales = {n: model.get_submodule(n).weight_quant.scale().clone() for n in weight_scalings(model)}
+    before = state_of(original)
+    expected = run(model, x)
+    model.c2.weight = nn.Parameter(model.c2.weight.detach().clone())
+    assert torch.equal(run(model, x), expected)
+    model.c2.weight = nn.Parameter(model.c2.weight.detach() * 0.5)
+    assert all(torch.equal(model.get_submodule(n).weight_quant.scale(), s) for n, s in scales.items())
+    assert not torch.equal(run(model, x), expected)
+    if on_copy:
+        assert_same_state(original, before)
+    link(model, x)
+    with torch.no_grad():
+        shared_log_c(model).add_(0.3)
+    assert not torch.equal(model.c2.weight_quant.scale(), scales["c2"])
+
+
+def test_double_precision():
+    """A linked model moves to float64 as a whole; there its function differs by float32 rounding alone."""
+    model, x = linked("residual")
+    scramble(model)
+    whole = {n: integers(model.get_submodule(n)) for n in weight_scalings(model)}
+    scales = {n: model.get_submodule(n).weight_quant.scale().clone() for n in whole}
+    model.to(torch.float64)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    for name in whole:
+        assert torch.allclose(model.get_submodule(name).weight_quant.scale(), scales[name].double(), rtol=1e-6)
+        assert (integers(model.get_submodule(name)) != whole[name]).double().mean() < 0.01
+    before = run(model, x.double())
+    assert before.dtype == torch.float64
+    link(model, x.double())
+    assert torch.equal(run(model, x.double()), before)
+
+
+def test_linking_in_double_precision():
+    """Linked in float64, the function stays to float64 rounding."""
+    model, x = build("residual").double(), images("residual").double()
+    before = run(model, x)
+    link(model, x)
+    assert relative(run(model, x), before) < EXACT_64
+
+
+@pytest.mark.parametrize("linked_before", [False, True], ids=["unlinked", "linked"])
+def test_a_float_checkpoint(linked_before, monkeypatch):
+    """With Brevitas' IGNORE_MISSING_KEYS float weights load, and weight scales are chosen anew from them."""
+    monkeypatch.setattr(brevitas.config, "IGNORE_MISSING_KEYS", True)
+    model, x = build("residual"), images("residual")
+    run(model, x)
+    if linked_before:
+        link(model, x)
+    steps = {n: model.get_submodule(n).weight_quant.scale().clone() for n in weight_scalings(model)}
+    ranges = {n: s.log_s.item() for n, s in activation_scalings(model).items()}
+    floats = {n: 8 * t for n, t in model.state_dict().items() if n.endswith((".weight", ".bias"))}
+    model.load_state_dict(floats)
+    run(model, x)
+    for name, step in steps.items():
+        layer = model.get_submodule(name)
+        assert torch.equal(layer.weight, floats[f"{name}.weight"])
+        assert torch.allclose(layer.weight_quant.scale(), 8 * step, rtol=1e-4)
+    assert {n: s.log_s.item() for n, s in activation_scalings(model).items()} == ranges
+
+
+def test_batch_norms_are_folded():
+    """A BatchNorm behind a layer goes into it and leaves an Identity; one behind a pool stays, and is a barrier."""
+    model, x = build("normed"), images("normed")
+    exact = nn.functional.conv2d(x, model.c1.weight, padding=1)
+    exact = model.bn1(exact).detach()
+    dof_map = link(model, x)
+    assert isinstance(model.bn1, nn.Identity)
+    assert isinstance(model.bn2, nn.Identity)
+    assert isinstance(model.last, nn.BatchNorm1d)
+    folded = nn.functional.conv2d(x, model.c1.weight, model.c1.bias, padding=1)
+    assert torch.allclose(folded, exact, atol=1e-5)
+    assert not {"batch_norm"} & {e.function for e in dof_map.edges if e.name.startswith(("bn1", "bn2"))}
+    assert integers(model.c1).abs().max() == 7
+
+
+def test_a_foreign_quantizer_is_a_barrier():
+    """Brevitas' own quantizers are left as they are: no factor passes, nothing of theirs changes."""
+    model, _ = linked("foreign")
+    dof_map = dof_map_of(model)
+    free = {layer.weight: (bool((layer.in_index > 0).any()), bool((layer.out_index > 0).any()))
+            for layer in dof_map.layers}  # fmt: skip
+    assert "stock.weight" not in free
+    assert free["c1.weight"] == (False, True)
+    assert free["c2.weight"] == (True, False)
+    assert free["c3.weight"] == (False, True)
+    before = model.stock.quant_weight().scale.clone(), model.stock_act(torch.ones(1))
+    with torch.no_grad():
+        shared_log_c(model).normal_()
+    after = model.stock.quant_weight().scale, model.stock_act(torch.ones(1))
+    assert all(torch.equal(b, a) for b, a in zip(before, after, strict=True))
+
+
+def test_a_shared_activation_ties_its_channels():
+    """What passes one quantizer has one scale per channel: the layers around it have the same variables."""
+    model, _ = linked("shared_activation")
+    layers = {layer.weight: layer for layer in dof_map_of(model).layers}
+    index = layers["c1.weight"].out_index
+    assert sorted(index.tolist()) == list(range(1, 9))
+    for name in ("c2.weight", "c3.weight"):
+        assert torch.equal(layers[name].in_index, index)
+        assert torch.equal(layers[name].out_index, index)
+    assert torch.equal(layers["fc.weight"].in_index, index)
+
+
+def test_the_inputs_of_an_addition_are_tied():
+    """Brevitas' addition quantizes both addends with one scale, so that their channels share their factors."""
+    model, _ = linked("added")
+    layers = {layer.weight: layer for layer in dof_map_of(model).layers}
+    assert bool((layers["left.weight"].out_index > 0).all())
+    assert torch.equal(layers["left.weight"].out_index, layers["right.weight"].out_index)
+
+
+def test_a_quantized_bias_is_refused():
+    """A bias quantizer is refused by the name of its layer."""
+    model = build("residual")
+    model.c2 = conv(8, 8, bias_quant=Int32Bias, input_quant=QFTUint8Act)
+    with pytest.raises(ModelError, match=r"Layer c2: its bias should not be quantized"):
+        link(model, images("residual"))
+
+
+def test_no_quantizer_of_ours():
+    """A model without a quantizer of this plugin is refused with what to do."""
+    with pytest.raises(ModelError, match="weight_quant=QFTInt4Weight"):
+        link(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.randn(1, 3, 8, 8))
+
+
+class OneWeight(nn.Module):
+    """Two layers with one weight, or with one weight quantizer."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.inp, self.c1, self.r1, self.r2 = identity(), conv(8, 8), relu(), relu()
+        self.c2 = conv(8, 8, weight=self.c1.weight_quant if what == "quantizer" else QFTInt4Weight)
+        if what == "weight":
+            self.c2.weight = self.c1.weight
+
+    def forward(self, x):
+        return self.r2(self.c2(self.r1(self.c1(self.inp(x)))))
+
+
+@pytest.mark.parametrize("what", ["weight", "quantizer"])
+def test_two_layers_with_one_weight(what):
+    """One weight, or one weight quantizer, in two layers has two scales to be: it is refused by their names."""
+    with pytest.raises(ModelError, match=r"c1.*c2"):
+        link(OneWeight(what).eval(), torch.randn(2, 8, 6, 6))
+
+
+def test_a_dead_activation():
+    """An activation that is 0 on the example, as behind a dead ReLU, does not keep a model from being linked."""
+    model, x = build("residual"), images("residual")
+    nn.init.constant_(model.c2.bias, -100.0)
+    link(model, x)
+    assert torch.isfinite(run(model, x)).all()
+
+
+def test_an_unused_layer():
+    """A layer that the forward never calls keeps its quantizers, outside the links."""
+
+    class Unused(LinearOnly):
+        def __init__(self):
+            super().__init__()
+            self.extra = qnn.QuantLinear(3, 3, weight_quant=QFTInt4Weight, input_quant=QFTInt8Act)
+
+    model, x = Unused().eval(), images("linear_only")
+    link(model, x)
+    before = state_of(model)
+    link(model, x)
+    assert_same_state(model, before)
+    assert not weight_scalings(model)["extra"].linked
+    assert torch.isfinite(run(model.extra, torch.randn(2, 3))).all()
+
+
+def test_an_example_that_does_not_fit():
+    """An example that the model cannot be run on leaves the modes of the model as they were."""
+    model = build("residual").train()
+    with pytest.raises(DataError, match="should run on"):
+        link(model, torch.randn(1, 5, 8, 8))
+    assert all(m.training for m in model.modules())
+
+
+class Plain(nn.Module):
+    """A float network for Brevitas' own passes."""
+
+    def __init__(self, adds):
+        super().__init__()
+        self.adds = adds
+        self.c1, self.bn, self.c2 = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.relu1, self.relu2, self.fc = nn.ReLU(), nn.ReLU(), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.relu1(self.bn(self.c1(x)))
+        y = self.relu2(self.c2(x))
+        return self.fc((x + y if self.adds else y).mean((2, 3)))
+
+
+@pytest.mark.parametrize("adds", [False, True], ids=["chain", "residual"])
+def test_a_model_that_brevitas_rebuilds(adds):
+    """Brevitas' own pass, which builds layers on the meta device, takes these quantizers, and the result links.
+
+    The quantizers that it aligns before an addition share one scale, and so one factor per channel.
+    """
+    model, x = Plain(adds).eval(), torch.randn(16, 3, 8, 8)
+    exact = run(model, x)
+    eight_bits = {"weight_quant": QFTInt4Weight, "weight_bit_width": 8}
+    rebuilt = quantize(
+        preprocess_for_quantize(model),
+        compute_layer_map={nn.Conv2d: (qnn.QuantConv2d, eight_bits), nn.Linear: (qnn.QuantLinear, eight_bits)},
+        quant_act_map={nn.ReLU: (qnn.QuantReLU, {"act_quant": QFTUint8Act})},
+        quant_identity_map={
+            "signed": (qnn.QuantIdentity, {"act_quant": QFTInt8Act}),
+            "unsigned": (qnn.QuantIdentity, {"act_quant": QFTUint8Act}),
+        },
+    )
+    found = weight_scalings(rebuilt)
+    assert len(found) == 3
+    assert not any(s.is_meta for s in (*found.values(), *activation_scalings(rebuilt).values()))
+    before = run(rebuilt, x)
+    assert relative(before, exact) < 0.1
+    dof_map = link(rebuilt, x[:2])
+    assert relative(run(rebuilt, x), before) < SAME
+    scramble(rebuilt)
+    copied = copy.deepcopy(rebuilt)
+    # Brevitas leaves a module behind that its graph does not call, and fx copies only what the graph calls.
+    called = copied.state_dict()
+    copied.load_state_dict({name: t for name, t in rebuilt.state_dict().items() if name in called})
+    assert torch.equal(run(copied, x), run(rebuilt, x))
+    scramble(copied)
+    assert not torch.equal(run(copied, x), run(rebuilt, x))
+    assert dof_map.size == (8 if adds else 16)
+
+
+def test_links_of_another_example():
+    """Linking with an image of another size finds the same links."""
+    model = Residual().eval()
+    link(model, torch.randn(1, 3, 8, 8))
+    before = state_of(model)
+    link(model, torch.randn(3, 3, 12, 12))
+    assert_same_state(model, before)
