@@ -14,6 +14,7 @@ pytest.importorskip("nncf", reason="these tests are about NNCF")
 import nets
 import nncf
 from conftest import few_steps, four_bits, quantized_once
+
 from qft_plugin import (
     ConfigError,
     DataError,

@@ -12,6 +12,7 @@ pytest.importorskip("nncf", reason="these tests are about NNCF")
 import nets
 import nncf
 from conftest import few_steps, four_bits, relative_error
+
 import qft_plugin.nncf as host
 from qft_plugin import ConfigError, QFTConfig
 from qft_plugin.nncf.register import MARK, PLACES

@@ -12,6 +12,7 @@ import nncf
 import nncf.torch
 from conftest import few_steps, four_bits, relative_error, weight_quantizers
 from nncf.torch.quantization.layers import SymmetricQuantizer
+
 import qft_plugin.nncf as host
 from qft_plugin import HardwareSpec, QFTConfig
 from qft_plugin.data import read_inputs

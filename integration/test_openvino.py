@@ -12,6 +12,7 @@ import nncf
 import nncf.torch
 from conftest import four_bits, quantized_once, weight_quantizers
 from nncf.torch.quantization.extensions import QuantizedFunctionsCPU
+
 import qft_plugin.nncf as host
 from qft_plugin import DeployabilityError, ParityError
 from qft_plugin.deploy.openvino import INT8, inspect_file, save, set_weight_storage

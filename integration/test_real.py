@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("nncf", reason="these tests are about NNCF")
 
 import nncf
+
 import qft_plugin.nncf as host
 from qft_plugin import FinetuneConfig, HardwareSpec, QFTConfig
 

@@ -17,6 +17,7 @@ from nncf.quantization.advanced_parameters import (
 )
 from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 from nncf.torch.quantization.layers import AsymmetricQuantizer, SymmetricQuantizer
+
 import qft_plugin.nncf as host
 from qft_plugin import ConfigError, HostError, ModelError, QFTConfig
 
