@@ -127,6 +127,11 @@ class Student:
             unfold: what brings the activation there back to the teacher's units.
             compiled: fuse the fake-quantization with `torch.compile`.
         """
+        if at is not None and at.op.rsplit("/", 2)[0].replace("/", ".") in source.activations:
+            raise ConfigError(
+                f"FinetuneConfig.loss_at should name what reads an activation. Found {at.asked!r}, a quantizer, whose "
+                "input the hardware never has. Name the module behind it."
+            )
         function = compiled_fake_quantize() if compiled else fake_quantize
         self._twin = copy.deepcopy(source.model)
         self._graph = source.graph
