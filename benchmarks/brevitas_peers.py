@@ -93,7 +93,7 @@ def learned_round(net: nn.Module, batches: Batches, granularity: str) -> nn.Modu
 
     model = prepared(net, batches, granularity, method="mse")
     settings = SimpleNamespace(
-        learned_round="hard_sigmoid_round",
+        learned_round="hard_sigmoid",
         learned_round_mode="layerwise",
         learned_round_loss="regularised_mse",
         learned_round_lr_scheduler=None,

@@ -21,8 +21,6 @@ from qft_plugin.student import FakeQuantizer, Unfold, compiled_fake_quantize, pr
 
 CALIBRATION_BATCH = 64
 CALIBRATION_IMAGES = 256
-PERCENTILE = 99.999
-"""Share of the values that a range covers, in percent: Brevitas' own default for activations."""
 
 
 @dataclass(frozen=True)
@@ -79,28 +77,26 @@ def place(source: Source, tensors: Mapping[str, Tensor], request: Request, input
 
 
 def _calibrated(source: Source, tensors: Mapping[str, Tensor], inputs: Inputs) -> dict[str, ActivationGrid]:
-    """Choose the range of each activation as Brevitas does: a high percentile of each batch, averaged."""
+    """Choose the range of each activation: from the mean of the batches' minima to the mean of their maxima.
+
+    Departure: Brevitas' default is the 99.999th percentile. After the same finetune, on images that neither saw, it was
+    worse than ranges that clip less by 0.3 to 0.4 points of agreement (ResNet-20, weights per tensor, one seed).
+    """
     twin = copy.deepcopy(source.model)
     stand_ins = _stand_ins(twin, source)
-    ranges: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    extremes: dict[str, list[Tensor]] = {}
     for args, kwargs in inputs.batches(CALIBRATION_BATCH, at_most=CALIBRATION_IMAGES):
         torch.func.functional_call(twin, dict(tensors), args, kwargs)
         for name, module in stand_ins.items():
             if module.seen is not None:
-                ranges.setdefault(name, []).append(_percentiles(module.seen.flatten()))
+                extremes.setdefault(name, []).append(torch.stack([module.seen.amin(), module.seen.amax()]))
                 module.seen = None
     grids = {}
     for name, scaling in source.activations.items():
-        seen = torch.stack([torch.stack(pair) for pair in ranges[name]]).mean(0)
+        seen = torch.stack(extremes[name]).mean(0)
         scale, zero_point = activation_range(seen, low=scaling.low, high=scaling.high, asymmetric=scaling.asymmetric)
         grids[name] = ActivationGrid(float(scale), scaling.low, scaling.high, zero_point)
     return grids
-
-
-def _percentiles(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the low and the high percentile of values, `[]` each."""
-    outside = max(1, round(x.numel() * (1 - PERCENTILE / 100)))
-    return x.topk(outside, largest=False).values[-1], x.topk(outside).values[-1]
 
 
 def _stand_ins(twin: nn.Module, source: Source) -> dict[str, FakeQuantizer]:

@@ -1,6 +1,5 @@
 """What a user of Brevitas calls: initialize, finetune, quantize."""
 
-import copy
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -120,7 +119,7 @@ def quantize(
         quantized = swap(model, call, inputs, config)
         _initialize(quantized, inputs, config)
         if config.finetune is not None:
-            _finetune(quantized, copy.deepcopy(model), inputs, config, callback)
+            _finetune(quantized, model, inputs, config, callback)
     return quantized
 
 
