@@ -71,7 +71,7 @@ def _replacement(name: str, module: nn.Module, quantizers: dict[int, FakeQuantiz
         if any(p.__dict__.get(KEPT) for p in proxies) and _quantizes_bias(module):
             raise ModelError(
                 f"Layer {name}: its bias should not be quantized while its scales are trained. Found a bias_quant. "
-                "Build it with bias_quant=None and pass bias_quant to fold."
+                "Build it with bias_quant=None and pass bias_bits to fold."
             )
         return _Foreign(module)
 
