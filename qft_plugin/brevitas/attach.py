@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qft_plugin.brevitas.quantizers import activation_range
 from qft_plugin.brevitas.read import Source
+from qft_plugin.brevitas.scalings import activation_range
 from qft_plugin.data import Call, Inputs
 from qft_plugin.errors import ConfigError
 from qft_plugin.finetune import Prediction

@@ -5,15 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qft_plugin.brevitas.quantizers import (
-    ActivationScaling,
-    CrossLayerFactors,
-    Neighbours,
-    WeightScaling,
-    adopt,
-    take_plain_inputs,
-)
+from qft_plugin.brevitas.quantizers import adopt, take_plain_inputs
 from qft_plugin.brevitas.read import Source, check, check_unshared, merge_norms, read
+from qft_plugin.brevitas.scalings import ActivationScaling, CrossLayerFactors, Neighbours, WeightScaling
 from qft_plugin.brevitas.twin import make_twin, weight_scaling
 from qft_plugin.brevitas.version import check_version
 from qft_plugin.data import Call, as_call

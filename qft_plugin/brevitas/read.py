@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from qft_plugin.brevitas.quantizers import ActivationScaling, WeightScaling
+from qft_plugin.brevitas.scalings import ActivationScaling, WeightScaling
 from qft_plugin.brevitas.twin import PLAIN, activation_scaling, make_twin, weight_scaling
 from qft_plugin.data import Call
 from qft_plugin.errors import DataError, ModelError

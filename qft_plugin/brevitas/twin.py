@@ -15,7 +15,8 @@ from brevitas.proxy.quant_proxy import QuantProxyFromInjector
 from torch import Tensor, nn
 from torch.overrides import wrap_torch_function
 
-from qft_plugin.brevitas.quantizers import KEPT, ActivationScaling, WeightScaling
+from qft_plugin.brevitas.quantizers import KEPT
+from qft_plugin.brevitas.scalings import ActivationScaling, WeightScaling
 from qft_plugin.errors import ModelError
 from qft_plugin.norms import CONVOLUTIONS
 from qft_plugin.student import FakeQuantizer

@@ -14,8 +14,9 @@ from brevitas.quant.solver.weight import WeightQuantSolver
 from torch import Tensor, nn
 
 from qft_plugin.brevitas.link import dof_map_of, shared_factors
-from qft_plugin.brevitas.quantizers import ActivationScaling, WeightScaling, take_any_inputs
+from qft_plugin.brevitas.quantizers import take_any_inputs
 from qft_plugin.brevitas.read import Source
+from qft_plugin.brevitas.scalings import ActivationScaling, WeightScaling
 from qft_plugin.brevitas.twin import activation_scaling, weight_scaling
 from qft_plugin.errors import DeployabilityError
 from qft_plugin.offline import deployed_weights, fold_network, folded_tensors, on_weight
