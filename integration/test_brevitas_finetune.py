@@ -422,3 +422,22 @@ def test_double_precision():
     result = finetune(model, teacher, data, few())
     assert result.final_loss <= result.start_loss < 1
     assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+class _OldName(nn.Module):
+    """Changes an activation in place and goes on with the name from before, which a quantized ReLU would not change."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        y = torch.relu_(x)
+        return self.fc(self.conv2(y).relu().mean((2, 3)) + x.mean((2, 3)))
+
+
+def test_a_model_that_swapping_would_change():
+    """A model that would compute something else with quantizers in it is refused, not quantized wrongly."""
+    with pytest.raises(ModelError, match="in place"):
+        quantize(_OldName(), [torch.randn(16, 3, 8, 8)], config=few())

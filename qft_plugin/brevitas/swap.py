@@ -15,8 +15,10 @@ from qft_plugin.brevitas.quantizers import (
     QFTUint8ActPerTensorFloat,
 )
 from qft_plugin.brevitas.read import merge_norms
+from qft_plugin.brevitas.twin import make_twin
 from qft_plugin.data import Call, Inputs
 from qft_plugin.errors import ModelError
+from qft_plugin.model import SAME, first_outputs, largest_change
 from qft_plugin.placement import KEEPS_GRID
 from qft_plugin.record import function_name, record
 from qft_plugin.spec import QFTConfig
@@ -61,7 +63,9 @@ def swap(model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig) -> nn.
     Raises:
         ModelError: the model cannot be traced, or holds nothing to quantize.
     """
-    graph_model = _preprocessed(model, call)
+    copied = copy.deepcopy(model).eval()
+    expected = first_outputs(copied, call)
+    graph_model = _preprocessed(copied, call)
     layers = _layers(graph_model)
     if not layers:
         raise ModelError(
@@ -76,13 +80,20 @@ def swap(model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig) -> nn.
     graph_model.delete_all_unused_submodules()
     graph_model.recompile()
     _quantize_layers(graph_model, list(dict.fromkeys(str(node.target) for node in layers)), config)
+    change = largest_change(expected, first_outputs(make_twin(graph_model), call))
+    if not change <= SAME:
+        raise ModelError(
+            "Without rounding, the swapped model should compute what the float model computes. Found a relative "
+            f"difference of {change:.3g}. It may change an activation in place and go on with the old name, or branch "
+            "on values: build it from the layers of brevitas.nn instead, then call link and finetune."
+        )
     return graph_model.eval()
 
 
 def _preprocessed(model: nn.Module, call: Call) -> fx.GraphModule:
-    """Trace a copy of a model and fold its BatchNorms."""
+    """Trace a model and fold its BatchNorms; it is changed."""
     try:
-        traced = fx.symbolic_trace(copy.deepcopy(model).eval())
+        traced = fx.symbolic_trace(model)
     except Exception as error:  # a forward may use anything that torch.fx cannot follow
         raise ModelError(
             f"The model should be traceable by torch.fx. Found {type(error).__name__}: {error}. Build it from the "
