@@ -149,7 +149,7 @@ def inspect_file(
     ran = run_on_cpu(model, inputs if integers is not None else ())
     error = math.nan
     if integers is not None and len(inputs):
-        error = compare_outputs(ran.outputs, outputs, runtime="The IR")
+        error = compare_outputs(ran.outputs, outputs, runtime="the IR")
     size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
     compared = 0 if integers is None else len(integers)
     return OpenVINOReport(path, size, compared, error, ran.convolutions, ran.linear)

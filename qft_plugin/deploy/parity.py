@@ -52,14 +52,14 @@ def compare_outputs(
         ParityError: an output differs by more, or their number differs.
     """
     if len(found) != len(expected):
-        raise ParityError(f"{runtime} should have the model's {len(expected)} outputs. Found {len(found)}.")
+        raise ParityError(f"The outputs of {runtime} should be the model's {len(expected)}. Found {len(found)}.")
     worst = 0.0
     for number, (f, e) in enumerate(zip(found, expected, strict=True)):
         e = e.detach().cpu()
         error = float((f - e).norm() / e.norm().clamp(min=1e-12)) if e.is_floating_point() else float((f != e).any())
         if not error <= tolerance:
             raise ParityError(
-                f"Output {number} of {runtime[0].lower()}{runtime[1:]} should be the model's within {tolerance} "
+                f"Output {number} of {runtime} should be the model's within {tolerance} "
                 f"(relative L2, f32). Found {error:.3g}. Please report the model."
             )
         worst = max(worst, error)

@@ -74,7 +74,7 @@ def inspect_file(
     error = float("nan")
     if integers is not None:
         find_integers(constants, integers)
-        error = compare_outputs(run(model, inputs), outputs, runtime="The QONNX file")
+        error = compare_outputs(run(model, inputs), outputs, runtime="the QONNX file")
     return QONNXReport(path, path.stat().st_size, widths, len(integers or ()), error)
 
 

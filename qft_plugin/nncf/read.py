@@ -69,14 +69,15 @@ def check_model(model: Any) -> None:
     Raises:
         ModelError: it says what was found and what to pass instead.
     """
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
     if isinstance(model, torch.fx.GraphModule):
         raise ModelError(
-            f"The model should be the original torch.nn.Module. Found {type(model).__qualname__}, which has lost the "
+            f"The model should be the original torch.nn.Module. Found {kind}, which has lost the "
             "modules that training needs. Pass the module that it was traced or exported from."
         )
     if not isinstance(model, nn.Module):
         raise ModelError(
-            f"The model should be a torch.nn.Module: QFT trains it. Found {type(model).__qualname__}. Quantize the "
+            f"The model should be a torch.nn.Module: QFT trains it. Found {kind}. Quantize the "
             "torch model that it was converted from, and convert the result with qft_plugin.nncf.save_openvino."
         )
     if HOOKS_ATTRIBUTE in dict(model.named_children()):
@@ -86,7 +87,7 @@ def check_model(model: Any) -> None:
         )
     if isinstance(model, nn.Sequential):
         raise ModelError(
-            f"The model should be a torch.nn.Module with a forward of its own. Found {type(model).__qualname__}: NNCF "
+            f"The model should be a torch.nn.Module with a forward of its own. Found {kind}: NNCF "
             "keeps its quantizers in a child module, which a Sequential would call. Make the Sequential a child of a "
             "module that calls it."
         )

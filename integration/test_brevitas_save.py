@@ -1,0 +1,190 @@
+"""What the exported files hold, where they run, and what is refused."""
+
+import copy
+
+import nets
+import pytest
+import torch
+from conftest import four_bits
+
+pytest.importorskip("brevitas", reason="these tests are about Brevitas")
+
+import brevitas.nn as qnn
+import onnx
+import openvino
+from brevitas.export import export_onnx_qcdq
+from torch import nn
+
+from qft_plugin import DeployabilityError, ParityError
+from qft_plugin.brevitas import (
+    QFTInt4WeightDoublyPerChannelFloat,
+    QFTUint8Act,
+    fold,
+    link,
+    quantize,
+    save_qcdq,
+    save_qonnx,
+)
+from qft_plugin.brevitas.save import weight_integers
+from qft_plugin.deploy import parity, qcdq, qonnx
+from qft_plugin.deploy.openvino import INT8, run_on_cpu
+
+EXACT = 1e-5
+"""Relative L2: float32 sums in another order; one activation that rounds the other way is at 1e-4 and more."""
+
+ROUNDED = 2e-3
+"""A few activations that round the other way in OpenVINO's kernels, each by one step of 8 bits."""
+
+NETS = ["residual", "in_place", "inverted", "branches", "grouped", "transposed", "twice", "one_d", "linear_only"]
+
+
+@pytest.fixture(scope="module")
+def folded():
+    """Return a function that quantizes and folds a network of the collection once."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model, items = nets.build(name), nets.items(name)
+            linked = quantize(model, items, config=four_bits())
+            made[name] = linked, fold(linked), items[0]
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_qonnx_computes_what_torch_computes(name, folded, tmp_path):
+    """Folded and unfolded models equal their QONNX files in every integer and to 1e-5 in their outputs."""
+    linked, model, item = folded(name)
+    for number, exported in enumerate((linked, model)):
+        report = save_qonnx(exported, tmp_path / f"{number}.onnx", item)
+        assert report.relative_error < EXACT
+        assert report.weights == len(weight_integers(exported)) > 0
+        assert report.quantizers[4] >= report.weights
+        assert report.bytes == report.path.stat().st_size
+
+
+# The repeated layer of "twice" reads two quantizers, so that its bias has no one accumulator scale: `fold` refuses it.
+@pytest.mark.parametrize(("name", "bias_bits"), [*((n, None) for n in NETS), *((n, 32) for n in NETS if n != "twice")])
+def test_qcdq_runs_in_int8(name, bias_bits, folded, tmp_path):
+    """Every convolution of a folded model runs in int8 in OpenVINO, and ONNX Runtime computes what torch computes."""
+    linked, _, item = folded(name)
+    report = save_qcdq(fold(linked, bias_bits=bias_bits), tmp_path / "model.onnx", item)
+    assert report.relative_error < EXACT
+    assert report.openvino_error < ROUNDED
+    net = nets.NETS[name]
+    assert len(report.convolutions) == net.convolutions
+    assert report.int8_convolutions == net.convolutions - net.not_int8
+    if name != "transposed":  # has no linear layer
+        assert set(report.linear.values()) <= INT8
+
+
+def test_the_clips_keep_openvino_from_int8(folded, tmp_path):
+    """As Brevitas exports it, the model runs in floating point; without the clips of its weights in int8."""
+    _, model, item = folded("residual")
+    path = tmp_path / "model.onnx"
+    # Around a module of another kind: torch takes the graph of an fx module for one of its own.
+    export_onnx_qcdq(
+        nn.Sequential(copy.deepcopy(model)), args=item, export_path=str(path), dynamo=False, opset_version=13
+    )
+    file = onnx.load(path)
+    before = run_on_cpu(openvino.Core().read_model(path), [item])
+    clips = sum(node.op_type == "Clip" for node in file.graph.node)
+    assert qcdq.strip_weight_clips(file) == 5 <= clips
+    assert qcdq.strip_weight_clips(file) == 0
+    onnx.save(file, path)
+    after = run_on_cpu(openvino.Core().read_model(path), [item])
+    assert not set(before.convolutions.values()) & INT8
+    assert set(after.convolutions.values()) <= INT8
+    assert float((before.outputs[0] - after.outputs[0]).norm() / before.outputs[0].norm()) < ROUNDED
+
+
+def test_the_batch_of_a_qcdq_file_is_free(folded, tmp_path):
+    """A file that was exported with 16 images computes 3."""
+    _, model, item = folded("residual")
+    save_qcdq(model, tmp_path / "model.onnx", item)
+    with torch.no_grad():
+        expected = model(item[:3])
+    torch.testing.assert_close(qcdq.run(tmp_path / "model.onnx", [item[:3]])[0], expected, rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("name", ["features", "two_inputs", "keywords"])
+def test_several_inputs_and_outputs(name, folded, tmp_path):
+    """Inputs by position or by keyword and a dictionary of outputs come through both exports."""
+    _, model, item = folded(name)
+    assert save_qonnx(model, tmp_path / "qonnx.onnx", item).relative_error < EXACT
+    assert save_qcdq(model, tmp_path / "qcdq.onnx", item).relative_error < EXACT
+
+
+class Doubly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = qnn.QuantConv2d(3, 8, 3, weight_quant=QFTInt4WeightDoublyPerChannelFloat)
+        self.act = qnn.QuantReLU(act_quant=QFTUint8Act)
+        self.second = qnn.QuantConv2d(8, 4, 3, weight_quant=QFTInt4WeightDoublyPerChannelFloat)
+
+    def forward(self, x):
+        return self.second(self.act(self.first(x)))
+
+
+def test_doubly_per_channel_is_for_qonnx(tmp_path):
+    """Its scales are in the QONNX file as they are, and QCDQ refuses them by the names of the layers."""
+    model, x = Doubly().eval(), torch.randn(4, 3, 8, 8)
+    link(model, x)
+    report = save_qonnx(fold(model), tmp_path / "model.onnx", x)
+    assert report.relative_error < EXACT
+    file = qonnx.load(report.path)
+    shapes = [tuple(file.get_initializer(n.input[1]).shape) for n in file.graph.node if n.op_type == "Quant"]
+    assert (8, 3, 1, 1) in shapes
+    assert (4, 8, 1, 1) in shapes
+    with pytest.raises(DeployabilityError, match=r"first, second"):
+        save_qcdq(fold(model), tmp_path / "qcdq.onnx", x)
+    assert not (tmp_path / "qcdq.onnx").exists()
+
+
+def test_qcdq_refuses_what_is_not_folded(folded, tmp_path):
+    """A linked model has scales by input channel; the error names the layers and says to fold."""
+    linked, _, item = folded("residual")
+    with pytest.raises(DeployabilityError, match=r"conv1.*fold"):
+        save_qcdq(linked, tmp_path / "model.onnx", item)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("save", [save_qonnx, save_qcdq])
+@pytest.mark.parametrize("path", ["missing/model.onnx", "model.xml"])
+def test_where_a_file_cannot_go(save, path, folded, tmp_path):
+    """A folder that does not exist and another suffix are refused."""
+    _, model, item = folded("residual")
+    with pytest.raises(DeployabilityError, match=r"\.onnx file in an existing folder"):
+        save(model, tmp_path / path, item)
+
+
+@pytest.mark.parametrize("save", [save_qonnx, save_qcdq])
+def test_a_wrong_file_is_not_written(save, folded, tmp_path, monkeypatch):
+    """Where the proof fails, the file that was there stays and nothing else is left; the model is as before."""
+    _, model, item = folded("residual")
+    model.train()
+    target = tmp_path / "model.onnx"
+    target.write_text("what was there")
+    wrong = {"conv1.weight": torch.zeros(8, 8, 3, 3)}
+    monkeypatch.setattr("qft_plugin.brevitas.save.weight_integers", lambda _: wrong)
+    with pytest.raises(ParityError, match=r"conv1\.weight"):
+        save(model, target, item)
+    monkeypatch.undo()
+    assert target.read_text() == "what was there"
+    assert list(tmp_path.iterdir()) == [target]
+    assert all(module.training for module in model.modules())
+    model.eval()
+    assert save(model, target, item).relative_error < EXACT
+
+
+def test_outputs_that_differ():
+    """A difference beyond the tolerance, NaN, and a missing output are errors that name the runtime."""
+    x = torch.ones(4)
+    assert parity.compare_outputs([x * 1.001], [x], runtime="OpenVINO") == pytest.approx(1e-3, rel=1e-3)
+    for found in ([x * 1.1], [x * torch.nan], []):
+        with pytest.raises(ParityError, match="OpenVINO"):
+            parity.compare_outputs(found, [x], runtime="OpenVINO")
