@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 
 import pytest
 
@@ -30,7 +31,7 @@ from brevitas_models import (
 )
 from torch import nn
 
-from qft_plugin import DeployabilityError, ModelError
+from qft_plugin import ConfigError, DeployabilityError, ModelError
 from qft_plugin.brevitas import (
     QFTInt4Weight,
     QFTInt4WeightDoublyPerChannelFloat,
@@ -38,6 +39,7 @@ from qft_plugin.brevitas import (
     QFTInt8Act,
     QFTShiftedUint8Act,
     fold,
+    initialize,
     link,
 )
 from qft_plugin.brevitas.quantizers import KEPT
@@ -336,3 +338,33 @@ def test_folding_twice():
     model, _ = trained("residual")
     with pytest.raises(ModelError, match="should be linked"):
         fold(fold(model))
+
+
+@pytest.mark.parametrize("bits", [1, 33, 8.0, True, "8"])
+def test_no_width_of_a_bias(bits):
+    """What is no bit width is refused before anything is done."""
+    with pytest.raises(ConfigError, match="bias_bits"):
+        fold(build("residual"), bias_bits=bits)
+
+
+def test_a_bias_that_does_not_fit():
+    """A bias is never clipped: the error says how many bits it needs."""
+    model, x = build("residual"), images("residual", 8)
+    link(model, x)
+    with pytest.raises(DeployabilityError, match=r"Pass bias_bits=\d+") as caught:
+        fold(model, bias_bits=2)
+    assert 2 < int(re.findall(r"bias_bits=(\d+)", str(caught.value))[-1]) < 32
+
+
+def test_every_call_of_a_quantizer_is_calibrated():
+    """A quantizer that is called several times gets a range that covers all it reads, not only its last input."""
+    model, data = build("shared_activation"), [images("shared_activation") for _ in range(4)]
+    peaks = []
+    shared = next(m for n, m in model.named_modules() if isinstance(m, qnn.QuantReLU))
+    handle = shared.register_forward_pre_hook(lambda _, args: peaks.append(float(args[0].max())))
+    run(model, data[0])
+    handle.remove()
+    assert len(peaks) > 1
+    initialize(model, data)
+    scaling = next(s for s in activation_scalings(model).values() if s.low == 0)
+    assert float(scaling.log_s.detach().exp()) * 255 > 0.5 * max(peaks)

@@ -181,6 +181,21 @@ def test_a_wrong_file_is_not_written(save, folded, tmp_path, monkeypatch):
     assert save(model, target, item).relative_error < EXACT
 
 
+class Auxiliary(Doubly):
+    def __init__(self):
+        super().__init__()
+        self.unused = qnn.QuantConv2d(8, 4, 3, weight_quant=QFTInt4WeightDoublyPerChannelFloat)
+
+
+def test_a_layer_that_is_not_called(caplog, tmp_path):
+    """A head for training alone is named by link, and not looked for in the file."""
+    model, x = Auxiliary().eval(), torch.randn(4, 3, 8, 8)
+    with caplog.at_level("WARNING", logger="qft_plugin"):
+        link(model, x)
+    assert "unused.weight" in caplog.text
+    assert save_qonnx(fold(model), tmp_path / "model.onnx", x).weights == 2
+
+
 def test_outputs_that_differ():
     """A difference beyond the tolerance, NaN, and a missing output are errors that name the runtime."""
     x = torch.ones(4)

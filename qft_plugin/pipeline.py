@@ -376,12 +376,12 @@ def _weight_grids(
     """Choose the bit width and the initial scales of every weight that the host quantized."""
     layers = [layer for layer in dof_map.layers if layer.weight in placement.weights]
     if not layers:
-        raise ModelError("At least one layer should be quantized. Found none: look at ignored_scope and target_device.")
+        raise ModelError("At least one layer should be quantized. Found none: look at which layers the host quantizes.")
     bits = _bits(source, {layer.weight: tensors[layer.weight] for layer in layers}, config)
     grids = {}
     for layer in layers:
         place = placement.weights[layer.weight]
-        # No kernel multiplies by the weight of a normalisation in 4 bits, and it is small: it keeps NNCF's 8.
+        # No kernel multiplies by the weight of a normalisation in 4 bits, and it is small: 8 bits.
         width = 8 if layer.kind == "layer_norm" else bits[layer.weight]
         W, scale, scale_in = tensors[layer.weight], place.scale, place.scale_in
         if scale is None and place.doubly:

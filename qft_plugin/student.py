@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import torch
@@ -27,7 +27,7 @@ class FakeQuantizer(nn.Module):
         """Set the grid, now or later; until a scale is set, values pass unchanged."""
         super().__init__()
         self.scale: Tensor | None = None
-        self.seen: Tensor | None = None
+        self.seen: list[Tensor] | None = None
         if grid is not None:
             self.set_grid(grid, function)
 
@@ -38,11 +38,30 @@ class FakeQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize one activation."""
         if self.scale is None:
-            self.seen = x
+            if self.seen is not None:
+                self.seen.append(x)
             return x.clone()  # an operation behind may be in place
         # Function modes (the hooks of NNCF are one) have no business inside a quantizer, and would cost time.
         with torch._C.DisableTorchFunction():
             return self.run(x, self.scale)
+
+
+def observed(quantizers: Mapping[str, FakeQuantizer], run: Callable[[], object]) -> dict[str, Tensor]:
+    """Run a network with float activations and return what each quantizer would have had as its input, flat.
+
+    A quantizer that is called several times has seen all of it.
+
+    Args:
+        quantizers: those of the network, by name.
+        run: runs the network.
+    """
+    for module in quantizers.values():
+        module.scale, module.seen = None, []
+    run()
+    values = {name: torch.cat([t.flatten() for t in m.seen]) for name, m in quantizers.items() if m.seen}
+    for module in quantizers.values():
+        module.seen = None
+    return values
 
 
 QUANTIZER_OP: Final = "clone"

@@ -15,7 +15,7 @@ from qft_plugin.finetune import Prediction
 from qft_plugin.offline import fold_network
 from qft_plugin.placement import ActivationGrid
 from qft_plugin.quantize import fake_quantize, fake_quantize_composed
-from qft_plugin.student import QUANTIZER_OP, FakeQuantizer, compiled_fake_quantize, prediction_of, unfolded
+from qft_plugin.student import QUANTIZER_OP, FakeQuantizer, compiled_fake_quantize, observed, prediction_of, unfolded
 
 EXACT = 1e-10
 """float64: a dozen layers with factors up to e^2 on either side, then one product."""
@@ -24,14 +24,24 @@ GRID = ActivationGrid(0.1, 0, 15, 3)
 
 
 def test_without_a_scale_values_pass_and_are_seen() -> None:
-    """The output is equal to the input, whose values can be looked at, also after an operation in place behind."""
-    quantizer, x = FakeQuantizer(GRID), torch.randn(2, 3)
-    before = x.clone()
-    y = quantizer(x)
-    assert torch.equal(y, x)
-    y.add_(1)
-    assert torch.equal(x, before)
-    assert torch.equal(quantizer.seen, before)
+    """The output is equal to the input, whose values of all calls are seen, also after an operation in place behind."""
+    quantizer, idle = FakeQuantizer(GRID), FakeQuantizer(GRID)
+    quantizer.scale = torch.ones(())
+    inputs = [torch.randn(2, 3), torch.randn(4)]
+    before = [x.clone() for x in inputs]
+
+    def run() -> None:
+        for x in inputs:
+            y = quantizer(x)
+            assert torch.equal(y, x)
+            y.add_(1)
+
+    for _ in range(2):
+        seen = observed({"a": quantizer, "idle": idle}, run)
+        assert list(seen) == ["a"]
+        assert torch.equal(seen["a"], torch.cat([x.flatten() for x in before]))
+    assert quantizer.seen is None
+    assert all(torch.equal(x, b) for x, b in zip(inputs, before, strict=True))
 
 
 def test_without_a_grid_values_pass() -> None:

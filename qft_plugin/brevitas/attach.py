@@ -1,6 +1,7 @@
 """The student of a Brevitas model: its float twin, run with tensors and scales from the offline subgraph."""
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from qft_plugin.offline import Solution
 from qft_plugin.placement import ActivationGrid, ComparedInput, Placement, WeightPlace, backbone_output
 from qft_plugin.quantize import fake_quantize
 from qft_plugin.record import Tap, record
-from qft_plugin.student import FakeQuantizer, Unfold, compiled_fake_quantize, prediction_of, unfolded
+from qft_plugin.student import FakeQuantizer, Unfold, compiled_fake_quantize, observed, prediction_of, unfolded
 
 CALIBRATION_BATCH = 64
 CALIBRATION_IMAGES = 256
@@ -86,11 +87,9 @@ def _calibrated(source: Source, tensors: Mapping[str, Tensor], inputs: Inputs) -
     stand_ins = _stand_ins(twin, source)
     extremes: dict[str, list[Tensor]] = {}
     for args, kwargs in inputs.batches(CALIBRATION_BATCH, at_most=CALIBRATION_IMAGES):
-        torch.func.functional_call(twin, dict(tensors), args, kwargs)
-        for name, module in stand_ins.items():
-            if module.seen is not None:
-                extremes.setdefault(name, []).append(torch.stack([module.seen.amin(), module.seen.amax()]))
-                module.seen = None
+        run = functools.partial(torch.func.functional_call, twin, dict(tensors), args, kwargs)
+        for name, values in observed(stand_ins, run).items():
+            extremes.setdefault(name, []).append(torch.stack(values.aminmax()))
     grids = {}
     for name, scaling in source.activations.items():
         seen = torch.stack(extremes[name]).mean(0)
@@ -148,8 +147,7 @@ class Student:
 
     def observe(self, tensors: Mapping[str, Tensor], call: Call) -> dict[str, Tensor]:
         """Run with float activations and return what each activation quantizer would have had as its input."""
-        self.watch(tensors, call, {})
-        return {name: m.seen for name, m in self._quantizers.items() if m.seen is not None}
+        return observed(self._quantizers, lambda: self._run(tensors, call, {}))
 
     def watch(
         self, tensors: Mapping[str, Tensor], call: Call, watchers: Mapping[str, Callable[[Tensor], None]]

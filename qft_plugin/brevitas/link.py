@@ -1,14 +1,15 @@
 """Sharing the degrees of freedom between the layers of a Brevitas model."""
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qft_plugin.brevitas.quantizers import adopt, take_plain_inputs
-from qft_plugin.brevitas.read import Source, check, check_unshared, merge_norms, read
+from qft_plugin.brevitas.read import Source, check, check_unshared, merge_norms, read, runnable_twin
 from qft_plugin.brevitas.scalings import ActivationScaling, CrossLayerFactors, Neighbours, WeightScaling
-from qft_plugin.brevitas.twin import make_twin, weight_scaling
+from qft_plugin.brevitas.twin import weight_scaling
 from qft_plugin.brevitas.version import check_version
 from qft_plugin.data import Call, as_call
 from qft_plugin.errors import ModelError
@@ -17,6 +18,8 @@ from qft_plugin.model import accepts, first_outputs
 from qft_plugin.pipeline import proven_map
 from qft_plugin.placement import Placement, quantizer_after, quantizer_before
 from qft_plugin.record import record
+
+logger = logging.getLogger("qft_plugin")
 
 
 def link(model: nn.Module, example_input: Any) -> DofMap:
@@ -70,8 +73,8 @@ def link_on(model: nn.Module, call: Call) -> Source:
     """Do what `link` does on a model that was checked; returns what was read."""
     check_unshared(model)
     adopt(model)
-    twin = make_twin(model)
-    first_outputs(twin, call)  # a clear error where the example does not fit
+    _wake(model, call)  # a clear error where the example does not fit
+    twin = runnable_twin(model, call)
     merge_norms(model, twin, record(twin, call))
     _wake(model, call)
     source = read(model, call)
@@ -79,11 +82,33 @@ def link_on(model: nn.Module, call: Call) -> Source:
         if not scaling.ready:  # 0 everywhere on the example, as behind a dead ReLU
             scaling.start(torch.ones_like(scaling.log_s) / scaling.high)
     dof_map = proven_map(source, call)
+    _check_trained(source, dof_map)
     _share(source, dof_map)
     for name, weight in source.weights.items():
         if weight.in_index is not None:
             take_plain_inputs(model.get_submodule(name.rpartition(".")[0]))
     return source
+
+
+def _check_trained(source: Source, dof_map: DofMap) -> None:
+    """Say which weights no degree of freedom reaches; refuse a model where that is all of them.
+
+    Raises:
+        ModelError: nothing would be trained.
+    """
+    reached = {layer.weight for layer in dof_map.layers}
+    left = sorted(name for name in source.weights if name not in reached)
+    why = (
+        "Such a layer is not called, has an input_quant or output_quant of another kind, a forward of its own, or "
+        "padding_type 'same' with strides."
+    )
+    if len(left) == len(source.weights):
+        raise ModelError(
+            f"At least one weight of a QFT quantizer should be trainable. Found none among {', '.join(left)}. {why} "
+            "Use the activation quantizers of qft_plugin.brevitas around it."
+        )
+    if left:
+        logger.warning("not trained: %s. %s", ", ".join(left), why)
 
 
 def _wake(model: nn.Module, call: Call) -> None:
@@ -103,8 +128,6 @@ def _share(source: Source, dof_map: DofMap) -> None:
     The factors belong to the first weight of the network, so that a state dict holds them once.
     """
     links = _activation_links(source, dof_map) + _weight_links(source, dof_map)
-    if not links:
-        return
     if all(scaling.is_linked(*link) for scaling, link in links):
         return
     first = next(scaling for scaling, _ in links if isinstance(scaling, WeightScaling))

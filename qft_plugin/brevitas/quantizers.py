@@ -101,6 +101,21 @@ def _build_for_itself(proxy: Any, *args: Any, **kwargs: Any) -> None:
     type(proxy).init_tensor_quant(proxy, *args, **kwargs)
 
 
+def _check_scale(restriction: Any, granularity: Any, allowed: tuple[Any, ...]) -> None:
+    """Refuse settings of a scale that would be accepted and have no effect."""
+    if RestrictValueType(restriction) != RestrictValueType.FP:
+        raise ConfigError(
+            f"restrict_scaling_type should be FP: scales are trained as any positive number. Found {restriction}. "
+            "Leave it out."
+        )
+    if ScalingPerOutputType(granularity) not in allowed:
+        names = " or ".join(a.name for a in allowed)
+        raise ConfigError(
+            f"scaling_per_output should be {names}; vectors over the channels of activations come from link. "
+            f"Found {granularity}."
+        )
+
+
 class _QFTWeight(NarrowIntQuant, WeightQuantSolver):
     """A weight quantizer that trains with the native gradient of its scale."""
 
@@ -117,9 +132,12 @@ class _QFTWeight(NarrowIntQuant, WeightQuantSolver):
         module: Any,
         bit_width: Any,
         narrow_range: bool,
-        scaling_per_output_type: Any,
+        restrict_scaling_type: Any,
+        scaling_per_output: Any,
         scaling_per_input_channel: bool,
     ) -> Scaling:
+        both = (ScalingPerOutputType.TENSOR, ScalingPerOutputType.CHANNEL)
+        _check_scale(restrict_scaling_type, scaling_per_output, both)
         if not narrow_range:
             raise ConfigError(
                 "weight_narrow_range should be True: the grid of a weight is symmetric (Eq. 1). Found False."
@@ -133,7 +151,7 @@ class _QFTWeight(NarrowIntQuant, WeightQuantSolver):
             lambda: WeightScaling(
                 first,
                 high=high,
-                per_channel=scaling_per_output_type == ScalingPerOutputType.CHANNEL,
+                per_channel=scaling_per_output == ScalingPerOutputType.CHANNEL,
                 doubly=scaling_per_input_channel,
             ),
         )
@@ -168,8 +186,16 @@ class _QFTAct(ActQuantSolver):
 
     @value
     def scaling_impl(
-        proxy_module: Any, bit_width: Any, signed: bool, narrow_range: bool, asymmetric: bool, act_impl: Any
+        proxy_module: Any,
+        bit_width: Any,
+        signed: bool,
+        narrow_range: bool,
+        asymmetric: bool,
+        act_impl: Any,
+        restrict_scaling_type: Any,
+        scaling_per_output: Any,
     ) -> Scaling:
+        _check_scale(restrict_scaling_type, scaling_per_output, (ScalingPerOutputType.TENSOR,))
         if isinstance(act_impl, nn.Hardtanh):
             raise ConfigError(
                 "QuantHardTanh leaves its clip to its quantizer's range, which is trained here. "

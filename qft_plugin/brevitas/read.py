@@ -76,16 +76,11 @@ def check_unshared(model: nn.Module) -> None:
                 )
 
 
-def read(model: nn.Module, call: Call) -> Source:
-    """Describe a model; it is copied, never changed.
-
-    Args:
-        model: a Brevitas model that passed `check`.
-        call: arguments to trace it with.
+def runnable_twin(model: nn.Module, call: Call) -> nn.Module:
+    """Return the float twin of a model that has run on these arguments itself.
 
     Raises:
         ModelError: it cannot be run on plain tensors, or quantizes a bias.
-        DataError: it cannot be run on these arguments at all.
     """
     twin = make_twin(model)
     try:
@@ -96,6 +91,20 @@ def read(model: nn.Module, call: Call) -> Source:
             f"The model should run on plain tensors too. {error} Its forward may use an attribute of a QuantTensor: "
             "leave return_quant_tensor off while it is trained."
         ) from error
+    return twin
+
+
+def read(model: nn.Module, call: Call) -> Source:
+    """Describe a model; it is copied, never changed.
+
+    Args:
+        model: a Brevitas model that passed `check`.
+        call: arguments to trace it with.
+
+    Raises:
+        ModelError: it cannot be run on plain tensors, or quantizes a bias.
+    """
+    twin = runnable_twin(model, call)
     graph = record(twin, call)
     stand_ins = {name.replace(".", "/"): name for name, m in twin.named_modules() if isinstance(m, FakeQuantizer)}
     on_tensor: dict[str, str] = {}

@@ -91,8 +91,9 @@ def quantize(
 ) -> nn.Module:
     """Turn a float model into a finetuned, linked Brevitas model: preprocess, swap, link, initialize, finetune.
 
-    Every convolution and linear layer gets a weight quantizer and its input an 8-bit activation quantizer. ReLU6 and
-    all other functions stay exact.
+    Every call of one of torch's own convolution and linear modules gets a weight quantizer and its input an 8-bit
+    activation quantizer; others (functional calls, subclasses) stay in floating point, and a log line names them.
+    ReLU6 and all other functions stay exact.
 
     Args:
         model: float torch model that `torch.fx` can trace; it is never changed.

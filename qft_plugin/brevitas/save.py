@@ -116,8 +116,15 @@ def _exported(
     model.eval()
     try:
         with torch.no_grad(), draft_of(target) as draft:
-            outputs = tuple(tensors_in(_plain(model(*args, **kwargs))))
-            integers = weight_integers(model)
+            called: set[nn.Module] = set()
+            handles = [m.register_forward_hook(lambda m, *_: called.add(m)) for _, m in _quantized_layers(model)]
+            try:
+                outputs = tuple(tensors_in(_plain(model(*args, **kwargs))))
+            finally:
+                for handle in handles:
+                    handle.remove()
+            ran = {f"{name}.weight" for name, layer in _quantized_layers(model) if layer in called}
+            integers = {name: t for name, t in weight_integers(model).items() if name in ran}
             axes = {f"input_{i}": {0: "batch"} for i in range(len(inputs))} if free_batch else None
             # The exporter of torch 2.9 and later keeps weights in float and refuses quantized biases.
             export(
@@ -161,8 +168,12 @@ class _Exportable(nn.Module):
 
 
 def _plain(value: Any) -> Any:
-    """Return the tensor in a `QuantTensor`, which is a tuple too."""
-    return value.value if isinstance(value, QuantTensor) else value
+    """Replace each `QuantTensor`, which is a tuple too, by its tensor."""
+    if isinstance(value, QuantTensor):
+        return value.value
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _quantized_layers(model: nn.Module) -> list[tuple[str, Any]]:

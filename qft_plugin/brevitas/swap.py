@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import logging
 from typing import Any, Final
 
 import brevitas.nn as qnn
@@ -18,10 +19,14 @@ from qft_plugin.brevitas.read import merge_norms
 from qft_plugin.brevitas.twin import make_twin
 from qft_plugin.data import Call, Inputs
 from qft_plugin.errors import ModelError
+from qft_plugin.graph import LayerGraph
 from qft_plugin.model import SAME, first_outputs, largest_change
 from qft_plugin.placement import KEEPS_GRID
 from qft_plugin.record import function_name, record
+from qft_plugin.relations import LAYERS
 from qft_plugin.spec import QFTConfig
+
+logger = logging.getLogger("qft_plugin")
 
 QUANTIZED: Final[dict[type[nn.Module], type[nn.Module]]] = {
     nn.Conv1d: qnn.QuantConv1d,
@@ -71,6 +76,9 @@ def swap(model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig) -> nn.
         raise ModelError(
             "The model should call at least one convolution or linear layer as a module. Found none that torch.fx sees."
         )
+    kept = _kept_in_float(record(graph_model, call), layers)
+    if kept:
+        logger.warning("left in floating point, because they are no calls of torch's own layers: %s", ", ".join(kept))
     signs = _Signs(graph_model)
     for args, kwargs in inputs.batches(RANGE_BATCH, at_most=RANGE_IMAGES):
         signs.run(*_positional(graph_model, args, kwargs))
@@ -109,11 +117,16 @@ def _layers(model: fx.GraphModule) -> list[fx.Node]:
     return [n for n in model.graph.nodes if n.op == "call_module" and type(model.get_submodule(n.target)) in QUANTIZED]
 
 
+def _kept_in_float(graph: LayerGraph, layers: list[fx.Node]) -> list[str]:
+    """List the convolutions and linear layers that are not among the calls that will be quantized."""
+    swapped = {str(node.target).replace(".", "/") for node in layers}
+    return [op.name for op in graph.ops if op.function in LAYERS and op.name.rsplit("/", 2)[0] not in swapped]
+
+
 def _positional(model: fx.GraphModule, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> list[Any]:
     """Put arguments into the order of the graph's inputs; those that are left out keep their defaults."""
-    names = [str(n.target) for n in model.graph.nodes if n.op == "placeholder"]
-    given = [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
-    return given
+    inputs = [n for n in model.graph.nodes if n.op == "placeholder"][len(args) :]
+    return [*args, *(kwargs.get(str(n.target), n.args[0] if n.args else None) for n in inputs)]
 
 
 class _Signs(fx.Interpreter):

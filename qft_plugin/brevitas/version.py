@@ -1,6 +1,7 @@
 """Which Brevitas is installed, and whether this plugin works with it."""
 
 import os
+import re
 from importlib import metadata
 from typing import Final
 
@@ -23,7 +24,7 @@ def check_version() -> None:
         raise HostError(
             f"Brevitas {wanted} or newer should be installed. Found none. Run: pip install 'qft_plugin[brevitas]'."
         ) from None
-    numbers = tuple(int(part) for part in found.split(".")[:3] if part.isdigit())
+    numbers = tuple(int(part) for part in re.findall(r"\d+", found)[:3])
     if numbers < OLDEST:
         raise HostError(f"Brevitas should be at least {wanted}. Found {found}. Run: pip install 'brevitas>={wanted}'.")
     if os.environ.get("BREVITAS_JIT", "0").lower() in ("1", "y", "yes", "t", "true", "on"):

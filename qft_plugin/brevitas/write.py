@@ -18,7 +18,7 @@ from qft_plugin.brevitas.quantizers import take_any_inputs
 from qft_plugin.brevitas.read import Source
 from qft_plugin.brevitas.scalings import ActivationScaling, WeightScaling
 from qft_plugin.brevitas.twin import activation_scaling, weight_scaling
-from qft_plugin.errors import DeployabilityError
+from qft_plugin.errors import ConfigError, DeployabilityError
 from qft_plugin.offline import deployed_weights, fold_network, folded_tensors, on_weight
 from qft_plugin.pipeline import Start
 
@@ -110,8 +110,11 @@ def fold(model: nn.Module, *, bias_bits: int | None = None) -> nn.Module:
     Raises:
         ModelError: the model is not linked.
         DeployabilityError: a bias has no accumulator scale, because the input of its layer is not quantized or the
-            weight's scale differs by input channel; it names the layer.
+            weight's scale differs by input channel, or does not fit the bits; it names the layer.
+        ConfigError: `bias_bits` is no bit width.
     """
+    if bias_bits is not None and (type(bias_bits) is not int or not 2 <= bias_bits <= 32):
+        raise ConfigError(f"bias_bits should be a whole number from 2 to 32, or None. Found {bias_bits!r}.")
     dof_map = dof_map_of(model)
     folded = copy.deepcopy(model).eval()
     scalings = {name: s for name, m in folded.named_modules() if (s := weight_scaling(m)) is not None}
@@ -173,8 +176,14 @@ def _fix_bias(name: str, layer: Any, scaling: WeightScaling, bits: int) -> None:
             f"Layer {name}: its bias should have the scale of the accumulator. Found none: {why}. "
             "Call fold without bias_bits."
         )
-    scale = (before.log_s.exp() * scaling.folded_step()).expand(layer.bias.shape if scaling.per_channel else ())
     largest = 2.0 ** (bits - 1)
+    scale = (before.log_s.exp() * scaling.folded_step()).expand(layer.bias.shape if scaling.per_channel else ())
+    steps = float((layer.bias / scale).abs().max().round())
+    if steps >= largest:
+        raise DeployabilityError(
+            f"Layer {name}: its bias should fit {bits} bits of the accumulator's scale. Found {steps:.0f} steps. "
+            f"Pass bias_bits={int(steps).bit_length() + 1} or more."
+        )
     injector = FoldedBias.let(bit_width=bits, scaling_init=scale * largest, scaling_shape=tuple(scale.shape))
     layer.bias_quant = injector.proxy_class(layer, injector)
 

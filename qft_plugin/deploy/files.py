@@ -17,7 +17,10 @@ def checked_path(path: str | os.PathLike[str], suffix: str) -> Path:
     """
     target = Path(path)
     if target.suffix != suffix or not target.parent.is_dir():
-        raise DeployabilityError(f"path should be a {suffix} file in an existing folder. Found {os.fspath(path)!r}.")
+        raise DeployabilityError(
+            f"path should be a {suffix} file in an existing folder. Found {os.fspath(path)!r}. "
+            "Make the folder, or change the name."
+        )
     return target
 
 

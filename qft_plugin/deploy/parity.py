@@ -52,7 +52,10 @@ def compare_outputs(
         ParityError: an output differs by more, or their number differs.
     """
     if len(found) != len(expected):
-        raise ParityError(f"The outputs of {runtime} should be the model's {len(expected)}. Found {len(found)}.")
+        raise ParityError(
+            f"The outputs of {runtime} should be the model's {len(expected)}. Found {len(found)}. "
+            "Please report the model."
+        )
     worst = 0.0
     for number, (f, e) in enumerate(zip(found, expected, strict=True)):
         e = e.detach().cpu()

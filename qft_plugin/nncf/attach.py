@@ -20,7 +20,7 @@ from qft_plugin.offline import Solution
 from qft_plugin.placement import ActivationGrid, ComparedInput, Placement, WeightPlace
 from qft_plugin.quantize import fake_quantize
 from qft_plugin.relations import ADDS
-from qft_plugin.student import FakeQuantizer, Unfold, compiled_fake_quantize, prediction_of, unfolded
+from qft_plugin.student import FakeQuantizer, Unfold, compiled_fake_quantize, observed, prediction_of, unfolded
 
 
 @dataclass(frozen=True)
@@ -285,10 +285,7 @@ class Student:
 
     def observe(self, tensors: Mapping[str, Tensor], call: Call) -> dict[str, Tensor]:
         """Run with float activations and return what each activation quantizer would have had as its input."""
-        for module in self._quantizers.values():
-            module.scale = None
-        self._run(tensors, call)
-        return {name: m.seen for name, m in self._quantizers.items() if m.seen is not None}
+        return observed(self._quantizers, lambda: self._run(tensors, call))
 
     def watch(
         self, tensors: Mapping[str, Tensor], call: Call, watchers: Mapping[str, Callable[[Tensor], None]]
