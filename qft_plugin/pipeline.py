@@ -376,7 +376,10 @@ def _weight_grids(
     """Choose the bit width and the initial scales of every weight that the host quantized."""
     layers = [layer for layer in dof_map.layers if layer.weight in placement.weights]
     if not layers:
-        raise ModelError("At least one layer should be quantized. Found none: look at which layers the host quantizes.")
+        raise ModelError(
+            "At least one layer should be quantized. Found none. Look at what keeps them out, under NNCF ignored_scope "
+            "and target_device."
+        )
     bits = _bits(source, {layer.weight: tensors[layer.weight] for layer in layers}, config)
     grids = {}
     for layer in layers:
