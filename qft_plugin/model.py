@@ -1,5 +1,6 @@
 """What is asked of a torch model before any host looks at it, and how it is called."""
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -96,6 +97,18 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(value):
         for f in dataclasses.fields(value):
             yield from tensors_in(getattr(value, f.name, None))
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode for a while; every module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def first_outputs(model: nn.Module, call: Call) -> list[Tensor]:

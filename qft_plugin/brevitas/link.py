@@ -14,7 +14,7 @@ from qft_plugin.brevitas.version import check_version
 from qft_plugin.data import Call, as_call
 from qft_plugin.errors import ModelError
 from qft_plugin.graph import PINNED, DofMap
-from qft_plugin.model import accepts, first_outputs
+from qft_plugin.model import accepts, evaluating, first_outputs
 from qft_plugin.pipeline import proven_map
 from qft_plugin.placement import Placement, quantizer_after, quantizer_before
 from qft_plugin.record import record
@@ -113,13 +113,8 @@ def _check_trained(source: Source, dof_map: DofMap) -> None:
 
 def _wake(model: nn.Module, call: Call) -> None:
     """Run the model once in eval mode, so that every quantizer has a scale; modes stay as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         first_outputs(model, call)
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _share(source: Source, dof_map: DofMap) -> None:

@@ -18,7 +18,7 @@ from qft_plugin.data import as_call
 from qft_plugin.deploy import qcdq, qonnx
 from qft_plugin.deploy.files import checked_path, draft_of
 from qft_plugin.errors import DeployabilityError
-from qft_plugin.model import accepts, tensors_in
+from qft_plugin.model import accepts, evaluating, tensors_in
 
 OPSET: Final = 13
 """The first with quantization per channel, and what Brevitas' exporters are made for."""
@@ -112,35 +112,29 @@ def _exported(
     # The exporter takes inputs by position, in the order of the forward's arguments.
     names = [n for n in inspect.signature(model.forward).parameters if n in kwargs]
     inputs = (*args, *(kwargs[n] for n in names))
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), draft_of(target) as draft:
-            called: set[nn.Module] = set()
-            handles = [m.register_forward_hook(lambda m, *_: called.add(m)) for _, m in _quantized_layers(model)]
-            try:
-                outputs = tuple(tensors_in(_plain(model(*args, **kwargs))))
-            finally:
-                for handle in handles:
-                    handle.remove()
-            ran = {f"{name}.weight" for name, layer in _quantized_layers(model) if layer in called}
-            integers = {name: t for name, t in weight_integers(model).items() if name in ran}
-            axes = {f"input_{i}": {0: "batch"} for i in range(len(inputs))} if free_batch else None
-            # The exporter of torch 2.9 and later keeps weights in float and refuses quantized biases.
-            export(
-                _Exportable(copy.deepcopy(model)),
-                args=inputs,
-                export_path=str(draft),
-                dynamo=False,
-                opset_version=OPSET,
-                input_names=[f"input_{i}" for i in range(len(inputs))],
-                dynamic_axes=axes,
-            )
-            yield _Exported(target, draft, integers if check else None, inputs, outputs)
-            os.replace(draft, target)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model), torch.no_grad(), draft_of(target) as draft:
+        called: set[nn.Module] = set()
+        handles = [m.register_forward_hook(lambda m, *_: called.add(m)) for _, m in _quantized_layers(model)]
+        try:
+            outputs = tuple(tensors_in(_plain(model(*args, **kwargs))))
+        finally:
+            for handle in handles:
+                handle.remove()
+        ran = {f"{name}.weight" for name, layer in _quantized_layers(model) if layer in called}
+        integers = {name: t for name, t in weight_integers(model).items() if name in ran} if check else None
+        axes = {f"input_{i}": {0: "batch"} for i in range(len(inputs))} if free_batch else None
+        # The exporter of torch 2.9 and later keeps weights in float and refuses quantized biases.
+        export(
+            _Exportable(copy.deepcopy(model)),
+            args=inputs,
+            export_path=str(draft),
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=[f"input_{i}" for i in range(len(inputs))],
+            dynamic_axes=axes,
+        )
+        yield _Exported(target, draft, integers, inputs, outputs)
+        os.replace(draft, target)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qft_plugin.brevitas.link import dof_map_of, shared_factors
 from qft_plugin.brevitas.quantizers import take_any_inputs
 from qft_plugin.brevitas.read import Source
+from qft_plugin.brevitas.save import weight_integers
 from qft_plugin.brevitas.scalings import ActivationScaling, WeightScaling
 from qft_plugin.brevitas.twin import activation_scaling, weight_scaling
 from qft_plugin.errors import ConfigError, DeployabilityError
@@ -118,7 +119,7 @@ def fold(model: nn.Module, *, bias_bits: int | None = None) -> nn.Module:
     dof_map = dof_map_of(model)
     folded = copy.deepcopy(model).eval()
     scalings = {name: s for name, m in folded.named_modules() if (s := weight_scaling(m)) is not None}
-    integers = {name: _integers(folded.get_submodule(name)) for name in scalings}
+    integers = weight_integers(folded)
     factors = shared_factors(folded)
     assert factors is not None
     parameters = dict(folded.named_parameters(remove_duplicate=False))
@@ -127,7 +128,7 @@ def fold(model: nn.Module, *, bias_bits: int | None = None) -> nn.Module:
     proxies: dict[int, Any] = {}
     for name, module in folded.named_modules():
         if name in scalings:
-            _fix_weight(module, scalings[name], integers[name], proxies)
+            _fix_weight(module, scalings[name], integers[f"{name}.weight"], proxies)
             if bias_bits is not None and module.bias is not None:
                 _fix_bias(name, module, scalings[name], bias_bits)
     for module in list(folded.modules()):
@@ -137,13 +138,6 @@ def fold(model: nn.Module, *, bias_bits: int | None = None) -> nn.Module:
             if scaling is not None:
                 setattr(module, attribute, _fixed_activation(module, proxy, scaling, proxies))
     return folded.eval()  # new quantizers start in train mode
-
-
-def _integers(layer: Any) -> Tensor:
-    """Return the integers that a layer's quantizer gives its weight, held in float."""
-    scale = layer.weight_quant.scale()
-    integers: Tensor = (layer.weight_quant(layer.weight).value / scale).round()
-    return integers
 
 
 def _fix_weight(layer: Any, scaling: WeightScaling, integers: Tensor, proxies: dict[int, Any]) -> None:
