@@ -295,7 +295,7 @@ PAIR = {"image": (3, 8, 8), "vector": (5,)}
 NETS: dict[str, Net] = {
     "residual": Net(Residual, IMAGE, 4),
     "in_place": Net(InPlace, IMAGE, 4),
-    "inverted": Net(Inverted, IMAGE, 4, rescales=False),  # every activation has a bound, or an addend that has one
+    "inverted": Net(Inverted, IMAGE, 4),
     "branches": Net(Branches, IMAGE, 3),
     "grouped": Net(Grouped, IMAGE, 3),
     "transposed": Net(Transposed, IMAGE, 4, not_int8=1),  # OpenVINO has no int8 kernel for the grouped transposed one

@@ -87,7 +87,7 @@ def test_the_map_is_printable(name):
 
 
 @pytest.mark.parametrize(("name", "reason"), [
-    ("depthwise", "hardtanh has a bound"), ("foreign", "foreign_quantizer is not homogeneous"),
+    ("foreign", "foreign_quantizer is not homogeneous"),
     ("normed", "batch_norm is not homogeneous"),
 ])  # fmt: skip
 def test_the_reason_of_a_barrier(name, reason):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qft_plugin.errors import ModelError
-from qft_plugin.graph import PINNED, DofMap, Edge, Layer, LayerGraph, VectorScale, channel_axis
+from qft_plugin.graph import PINNED, DofMap, Edge, Layer, LayerGraph, VectorScale, channel_axis, is_kernel
 from qft_plugin.relations import FREE_ZERO, Solver, apply_rule, rows_of
 
 
@@ -25,7 +25,7 @@ def map_dof(graph: LayerGraph) -> DofMap:
         solver.pin(solver.shadows[name], "output of the network")
     axes = {group[0]: _tie_vector(solver, group) for group in graph.vectors}
     _tie_repeated_calls(solver)
-    if not any(calls[0].kind != "layer_norm" for calls in solver.calls.values()):
+    if not any(is_kernel(calls[0].kind) for calls in solver.calls.values()):
         raise ModelError(
             "The model should have at least one convolution or linear layer whose weight is a parameter. "
             "Found none. Check that the model's forward really calls its layers."
@@ -101,6 +101,7 @@ def _collect(solver: Solver, axes: Mapping[str, int]) -> DofMap:
             outputs=tuple(c.op.outputs[0] for c in calls),
             in_index=solver.numbered(calls[0].ins, number),
             out_index=solver.numbered(calls[0].outs, number),
+            axis=calls[0].axis,
         )
         for weight, calls in solver.calls.items()
     )

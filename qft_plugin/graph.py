@@ -77,16 +77,19 @@ class LayerGraph:
 class Layer:
     """A weight, with everything needed to put scales onto it.
 
+    A function with bounds for each channel is one too: its weight is the upper bound, its bias the lower one.
+
     Attributes:
         weight: name of the weight.
         bias: name of the bias, if any.
-        kind: torch function: `"conv2d"`, `"linear"`, `"layer_norm"`, ...
+        kind: torch function: `"conv2d"`, `"linear"`, `"layer_norm"`, `"hardtanh"`, ...
         groups: number of groups.
         calls: the operations that use it (more than one where a module is called several times).
         inputs: the activation tensor that each call reads.
         outputs: the activation tensor that each call makes.
         in_index: variable of each input channel, `[in]`.
         out_index: variable of each output channel, `[out]`.
+        axis: of the output channels in the activation that it makes, counted from the last one (-1).
     """
 
     weight: str
@@ -98,6 +101,17 @@ class Layer:
     outputs: tuple[str, ...]
     in_index: Tensor
     out_index: Tensor
+    axis: int = -1
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether it multiplies its input by a weight: a convolution or linear layer."""
+        return is_kernel(self.kind)
+
+
+def is_kernel(kind: str) -> bool:
+    """Whether a torch function multiplies its input by a weight that absorbs scales on both sides."""
+    return kind not in ("layer_norm", "hardtanh")
 
 
 @dataclass(frozen=True)

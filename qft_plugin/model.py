@@ -99,6 +99,14 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, f.name, None))
 
 
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """Return a parameter or buffer of a model by its name."""
+    module, _, attribute = name.rpartition(".")
+    found = getattr(model.get_submodule(module), attribute)
+    assert isinstance(found, Tensor)
+    return found
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode for a while; every module gets its own mode back."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qft_plugin.graph import PINNED, DofMap, Layer
+from qft_plugin.graph import PINNED, DofMap, Layer, is_kernel
 from qft_plugin.placement import ActivationGrid
 from qft_plugin.quantize import fake_quantize, integer_range, per_in, per_out, to_integer
 
@@ -84,7 +84,7 @@ def fold(W: Tensor, c_in: Tensor, c_out: Tensor, *, kind: str, groups: int) -> T
     Returns:
         W * c_in / c_out, of the shape of `W`.
     """
-    if kind != "layer_norm":
+    if is_kernel(kind):
         W = W * per_in(c_in, W, groups=groups, kind=kind)
     return W / per_out(c_out, W, groups=groups, kind=kind)
 
@@ -226,7 +226,7 @@ class _LayerDof(nn.Module):
         self.register_buffer("bias_unit", step * input_magnitude)
         self.register_buffer("in_index", layer.in_index.to(W.device))
         self.register_buffer("out_index", layer.out_index.to(W.device))
-        self.folds_in = layer.kind != "layer_norm" and bool((layer.in_index != PINNED).any())
+        self.folds_in = layer.is_kernel and bool((layer.in_index != PINNED).any())
         self.folds_out = bool((layer.out_index != PINNED).any())
         self.W = nn.Parameter(W / unit, requires_grad=trains)
         self.bias = nn.Parameter(B / self.bias_unit, requires_grad=trains) if B is not None else None

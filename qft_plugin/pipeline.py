@@ -280,7 +280,7 @@ def _laid_out(t: Tensor, inputs: Inputs) -> Tensor:
 def _equalization(problem: Problem, config: QFTConfig) -> Tensor:
     """Choose the initial cross-layer factors, `[dof_map.size]`."""
     source, layers = problem.source, problem.dof_map.layers
-    weights = {layer.weight: source.tensors[layer.weight] for layer in layers if layer.kind != "layer_norm"}
+    weights = {layer.weight: source.tensors[layer.weight] for layer in layers if layer.is_kernel}
     like: Tensor = next(iter(weights.values()))
     if not config.equalize:
         return like.new_zeros(problem.dof_map.size)

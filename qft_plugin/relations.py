@@ -116,6 +116,7 @@ class Call:
     groups: int
     ins: Tensor
     outs: Tensor
+    axis: int
 
 
 def _compact(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -231,6 +232,8 @@ LAYERS: Final = frozenset(
     ["linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
 )
 BOUNDED: Final = frozenset(["relu6", "hardtanh", "clamp", "clip"])
+ABSORBS: Final = frozenset(["layer_norm", "rms_norm", "hardtanh"])
+"""Beside the layers: their parameters absorb a factor of the output."""
 
 
 def apply_rule(solver: Solver, op: Op) -> None:
@@ -238,7 +241,7 @@ def apply_rule(solver: Solver, op: Op) -> None:
 
     Anything that the rule of the operation cannot express exactly falls back to a barrier.
     """
-    _note_other_users(solver, op, absorbs=op.function in LAYERS or op.function in ("layer_norm", "rms_norm"))
+    _note_other_users(solver, op, absorbs=op.function in LAYERS or op.function in ABSORBS)
     if not op.inputs or not op.outputs:
         _barrier(solver, op, f"made by {op.function} from constants")
         return
@@ -274,7 +277,7 @@ def _rule(function: str) -> Rule | None:
         return _multiply
     if function in LAYERS:
         return _layer
-    return {"pad": _pad, "layer_norm": _norm, "rms_norm": _norm}.get(function)
+    return {"pad": _pad, "layer_norm": _norm, "rms_norm": _norm, "hardtanh": _bounded}.get(function)
 
 
 def _barrier(solver: Solver, op: Op, reason: str) -> None:
@@ -419,14 +422,12 @@ def _layer(solver: Solver, op: Op) -> None:
     shape = solver.graph.shapes[op.outputs[0]]
     transposed = op.function.startswith("conv_transpose")
     groups = 1 if op.function == "linear" else int(op.argument(6, "groups", 1))
-    axis = -1 if op.function == "linear" else len(shape) - len(weight.shape) + 1
+    axis = -1 if op.function == "linear" else 1 - len(weight.shape)
     ins = solver.per_channel(solver.shadows[op.inputs[0]], axis)
     outs = solver.new(weight.shape[1] * groups if transposed else weight.shape[0])
-    call = Call(op, op.function, bias.name if bias else None, groups, ins, outs)
+    call = Call(op, op.function, bias.name if bias else None, groups, ins, outs, axis)
     solver.calls.setdefault(weight.name, []).append(call)
-    axes = [1] * len(shape)
-    axes[axis] = -1
-    solver.shadows[op.outputs[0]] = outs.view(axes).expand(shape)
+    solver.shadows[op.outputs[0]] = outs.view(-1, *(1,) * (-axis - 1)).expand(shape)
 
 
 def _norm(solver: Solver, op: Op) -> None:
@@ -442,6 +443,19 @@ def _norm(solver: Solver, op: Op) -> None:
     outs = solver.new(weight.shape[0])
     ins = solver.new(1)
     solver.pin(ins, f"{op.function} mixes the channels")
-    call = Call(op, "layer_norm", bias.name if bias else None, 1, ins.expand(weight.shape[0]), outs)
+    call = Call(op, "layer_norm", bias.name if bias else None, 1, ins.expand(weight.shape[0]), outs, -1)
     solver.calls.setdefault(weight.name, []).append(call)
     solver.shadows[op.outputs[0]] = outs.expand(shape)
+
+
+def _bounded(solver: Solver, op: Op) -> None:
+    """A function with bounds is homogeneous where each channel has bounds of its own, which are scaled with it."""
+    low, high = op.argument(1, "low"), op.argument(2, "high")
+    if not isinstance(low, Const) or not isinstance(high, Const):
+        raise _NotExpressibleError("has a bound that would differ by channel, and is not a module of its own")
+    shadow = solver.shadows[op.inputs[0]]
+    axis = int(op.argument(3, "axis"))
+    channel = solver.per_channel(shadow, axis)
+    call = Call(op, op.function, low.name, 1, channel, channel, axis)
+    solver.calls.setdefault(high.name, []).append(call)
+    solver.shadows[op.outputs[0]] = channel.view(-1, *(1,) * (-axis - 1)).expand(solver.graph.shapes[op.outputs[0]])

@@ -2,7 +2,7 @@
 
 import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,6 +10,8 @@ from qft_plugin.errors import ConfigError
 
 Rescale = Literal["layerwise", "channelwise"]
 Range = Literal["host", "max", "mse"]
+Bounded = Literal["exact", "relu"]
+Elementwise = Literal["none", "tensor", "power_of_two"]
 
 
 def _choice(owner: object, name: str, allowed: tuple[str, ...]) -> None:
@@ -34,17 +36,67 @@ def _number(
 
 @dataclass(frozen=True, kw_only=True)
 class HardwareSpec:
-    """What the target hardware can do.
+    """What the target hardware can do; every constraint is simulated while training.
 
     Attributes:
         rescale: rank of the factor between a layer's accumulator and its output. `"channelwise"` (CPUs, most NPUs)
             gives weights a scale per output channel, `"layerwise"` one scale per tensor (Sec. 3.3).
+        doubly_per_channel: weights have a scale of their own per input channel too (Eq. 5). For weights that are
+            dequantized before they are multiplied (4/32), and for QONNX; an integer kernel cannot use it.
+        activation_bits: bit width of activations, 4 to 8; `None` quantizes weights only (4/32).
+        rescale_factor: how the rescale factor F is held: any `"float"`, a `"power_of_two"` (a shift), or a whole
+            number of significant bits, 2 to 24, before a shift (an integer multiplier).
+        bias_bits: bit width of biases, held as integers in the accumulator's scale; `None` leaves them in float.
+        accumulator_bits: width of the accumulator; a layer that could overflow it is named in a warning.
+        elementwise_rescale: what the inputs of an elementwise add may have: `"none"` one scale for all of them,
+            `"tensor"` each a scale of its own, `"power_of_two"` scales that differ by a shift (App. D).
     """
 
     rescale: Rescale = "channelwise"
+    doubly_per_channel: bool = False
+    activation_bits: int | None = 8
+    rescale_factor: Literal["float", "power_of_two"] | int = "float"
+    bias_bits: int | None = None
+    accumulator_bits: int | None = None
+    elementwise_rescale: Elementwise = "tensor"
 
     def __post_init__(self) -> None:
         _choice(self, "rescale", ("layerwise", "channelwise"))
+        _choice(self, "elementwise_rescale", ("none", "tensor", "power_of_two"))
+        _flag(self, "doubly_per_channel")
+        limits = {"activation_bits": (4, 8), "bias_bits": (4, 32), "accumulator_bits": (8, 64)}
+        for name, (least, most) in limits.items():
+            if getattr(self, name) is not None:
+                _number(self, name, at_least=least, at_most=most, whole=True)
+        if isinstance(self.rescale_factor, str):
+            _choice(self, "rescale_factor", ("float", "power_of_two"))
+        else:
+            _number(self, "rescale_factor", at_least=2, at_most=24, whole=True)
+        if self.doubly_per_channel and self.bias_bits is not None:
+            raise ConfigError(
+                "HardwareSpec.bias_bits should be None with doubly_per_channel: such a kernel has no accumulator in "
+                f"one scale. Found {self.bias_bits}."
+            )
+
+    @property
+    def quantizes_addends(self) -> bool:
+        """Whether the inputs of an elementwise add must be integers: a CPU adds in float before it quantizes."""
+        return self.elementwise_rescale != "tensor" or self.rescale_factor != "float"
+
+    @classmethod
+    def openvino_cpu(cls) -> "HardwareSpec":
+        """int8 kernels of OpenVINO's CPU plugin: float rescaling per channel, biases and additions in float."""
+        return cls()
+
+    @classmethod
+    def finn(cls) -> "HardwareSpec":
+        """Dataflow accelerators generated from QONNX (FINN): additions in one scale, integer biases."""
+        return cls(bias_bits=24, accumulator_bits=32, elementwise_rescale="none")
+
+    @classmethod
+    def integer_only(cls) -> "HardwareSpec":
+        """An all-integer accelerator: rescaling and additions by shifts, 32-bit accumulators, integer biases."""
+        return cls(rescale_factor="power_of_two", bias_bits=32, accumulator_bits=32, elementwise_rescale="power_of_two")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +140,7 @@ class FinetuneConfig:
         _number(self, "seed", at_least=0, at_most=2**63 - 1, whole=True)
         if self.loss_at is not None and not isinstance(self.loss_at, str):
             raise ConfigError(f"FinetuneConfig.loss_at should be a module's name or None. Found {self.loss_at!r}.")
-        if not isinstance(self.compile, bool):
-            raise ConfigError(f"FinetuneConfig.compile should be True or False. Found {self.compile!r}.")
+        _flag(self, "compile")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +152,15 @@ class QFTConfig:
         small_layer_bits: bit width of the smallest layers.
         small_layer_share: the smallest layers get `small_layer_bits` until they hold this share of weights (Sec. 4).
         layer_bits: bit width by name of the weight, or by shell pattern (`{"features.0.*": 8}`); wins over all others.
+        layer_activation_bits: bit width of what a layer reads, 4 to 8, likewise by name or pattern of its weight. Where
+            layers share one activation, the widest wins.
         activation_range: where activation scales start: `"host"` (the host's own calibration), `"max"` or `"mse"`.
         equalize: start from 4-bit cross-layer equalization (Eq. 19-21) instead of equal factors.
         compensate: start from weights whose rounding errors compensate each other (GPTQ) instead of the nearest ones.
         train_cross_layer: train the per-channel factors that tie neighbouring layers.
+        train_scales: train all scales and zero points, cross-layer factors included; else weights and biases alone.
+        bounded: what becomes of ReLU6 and Hardtanh modules. `"exact"` keeps them, with a bound for each channel where
+            its scale is free; `"relu"` drops the upper bound of those that start at 0: only a finetune makes it good.
         hardware: what the target can do.
         finetune: the distillation; `None` returns the initialization (calibration, PPQ, equalization) untrained.
     """
@@ -113,10 +169,13 @@ class QFTConfig:
     small_layer_bits: int = 8
     small_layer_share: float = 0.01
     layer_bits: Mapping[str, int] = field(default_factory=dict)
+    layer_activation_bits: Mapping[str, int] = field(default_factory=dict)
     activation_range: Range = "host"
     equalize: bool = True
     compensate: bool = True
     train_cross_layer: bool = True
+    train_scales: bool = True
+    bounded: Bounded = "exact"
     hardware: HardwareSpec = field(default_factory=HardwareSpec)
     finetune: FinetuneConfig | None = field(default_factory=FinetuneConfig)
 
@@ -125,14 +184,23 @@ class QFTConfig:
             _number(self, name, at_least=2, at_most=8, whole=True)
         _number(self, "small_layer_share", at_least=0, at_most=1)
         _choice(self, "activation_range", ("host", "max", "mse"))
-        if not isinstance(self.layer_bits, Mapping):
-            raise ConfigError(f"QFTConfig.layer_bits should map patterns to bits. Found {self.layer_bits!r}.")
-        for pattern, bits in self.layer_bits.items():
-            if not isinstance(pattern, str) or type(bits) is not int or not 2 <= bits <= 8:
-                raise ConfigError(f"QFTConfig.layer_bits should map names to 2 to 8 bits. Found {pattern!r}: {bits!r}.")
-        for name in ("equalize", "compensate", "train_cross_layer"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"QFTConfig.{name} should be True or False. Found {getattr(self, name)!r}.")
+        _choice(self, "bounded", ("exact", "relu"))
+        for name, least in {"layer_bits": 2, "layer_activation_bits": 4}.items():
+            found = getattr(self, name)
+            if not isinstance(found, Mapping):
+                raise ConfigError(f"QFTConfig.{name} should map patterns to bits. Found {found!r}.")
+            for pattern, bits in found.items():
+                if not isinstance(pattern, str) or type(bits) is not int or not least <= bits <= 8:
+                    raise ConfigError(
+                        f"QFTConfig.{name} should map names to {least} to 8 bits. Found {pattern!r}: {bits!r}."
+                    )
+        for name in ("equalize", "compensate", "train_cross_layer", "train_scales"):
+            _flag(self, name)
+        if self.layer_activation_bits and self.hardware.activation_bits is None:
+            raise ConfigError(
+                "QFTConfig.layer_activation_bits should be empty where HardwareSpec.activation_bits is None. "
+                f"Found {dict(self.layer_activation_bits)}."
+            )
         _instance(self, "hardware", HardwareSpec)
         if self.finetune is not None:
             _instance(self, "finetune", FinetuneConfig)
@@ -158,15 +226,43 @@ class QFTConfig:
             if budget < 0:
                 break
             bits[name] = self.small_layer_bits
-        for pattern, wanted in self.layer_bits.items():
-            matches = fnmatch.filter(sizes, pattern)
+        bits.update(self._matched("layer_bits", sizes))
+        return bits
+
+    def activation_bits_of(self, weights: Collection[str]) -> dict[str, int]:
+        """Choose the bit width of what each layer reads.
+
+        Args:
+            weights: names of the quantized weights.
+
+        Returns:
+            Bits by name of the weight.
+
+        Raises:
+            ConfigError: a pattern of `layer_activation_bits` matches no layer.
+        """
+        bits = dict.fromkeys(weights, self.hardware.activation_bits or 8)
+        bits.update(self._matched("layer_activation_bits", weights))
+        return bits
+
+    def _matched(self, setting: str, weights: Collection[str]) -> dict[str, int]:
+        """Look every pattern of a setting up among the names of the weights."""
+        found: dict[str, int] = {}
+        for pattern, bits in getattr(self, setting).items():
+            matches = fnmatch.filter(weights, pattern)
             if not matches:
                 raise ConfigError(
-                    f"QFTConfig.layer_bits: {pattern!r} matches no quantized weight. Found {sorted(sizes)}. "
+                    f"QFTConfig.{setting}: {pattern!r} matches no quantized weight. Found {sorted(weights)}. "
                     "Use a weight's parameter name or a shell pattern of it."
                 )
-            bits.update(dict.fromkeys(matches, wanted))
-        return bits
+            found.update(dict.fromkeys(matches, bits))
+        return found
+
+
+def _flag(owner: object, name: str) -> None:
+    found = getattr(owner, name)
+    if not isinstance(found, bool):
+        raise ConfigError(f"{type(owner).__name__}.{name} should be True or False. Found {found!r}.")
 
 
 def _instance(owner: object, name: str, kind: type[Any]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from qft_plugin.bounded import BOUNDED, free_bounds
 from qft_plugin.brevitas.scalings import ActivationScaling, WeightScaling
 from qft_plugin.brevitas.twin import PLAIN, activation_scaling, make_twin, weight_scaling
 from qft_plugin.data import Call
@@ -83,7 +84,9 @@ def runnable_twin(model: nn.Module, call: Call) -> nn.Module:
         ModelError: it cannot be run on plain tensors, or quantizes a bias.
     """
     twin = make_twin(model)
+    kept = {name for name, module in model.named_modules() if type(module) in BOUNDED}
     try:
+        free_bounds(twin, call, only=kept)
         first_outputs(twin, call)
     except DataError as error:
         # The model itself ran on these arguments: what it cannot take are plain tensors inside.

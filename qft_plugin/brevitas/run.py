@@ -22,7 +22,7 @@ from qft_plugin.pipeline import Callback, Problem, images, start, targets_of, tr
 from qft_plugin.pipeline import initialize as initialized
 from qft_plugin.spec import QFTConfig
 
-BY_QUANTIZERS: Final = ("weight_bits", "small_layer_bits", "small_layer_share", "layer_bits", "hardware")
+BY_QUANTIZERS: Final = ("weight_bits", "small_layer_bits", "small_layer_share", "layer_bits", "bounded", "hardware")
 """Settings that a model says itself by the quantizers that it has."""
 
 

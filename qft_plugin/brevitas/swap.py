@@ -9,6 +9,7 @@ import brevitas.nn as qnn
 import torch
 from torch import Tensor, fx, nn
 
+from qft_plugin.bounded import replace_by_relu
 from qft_plugin.brevitas.quantizers import (
     QFTInt4WeightPerChannelFloat,
     QFTInt4WeightPerTensorFloat,
@@ -70,6 +71,9 @@ def swap(model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig) -> nn.
     """
     copied = copy.deepcopy(model).eval()
     expected = first_outputs(copied, call)
+    if config.bounded == "relu":
+        replace_by_relu(copied)
+        expected = first_outputs(copied, call)
     graph_model = _preprocessed(copied, call)
     layers = _layers(graph_model)
     if not layers:

@@ -1,6 +1,7 @@
 """Back to Brevitas: trained degrees of freedom into a linked model, and a linked model into an ordinary one."""
 
 import copy
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -13,6 +14,7 @@ from brevitas.quant.solver.bias import BiasQuantSolver
 from brevitas.quant.solver.weight import WeightQuantSolver
 from torch import Tensor, nn
 
+from qft_plugin.bounded import put_bounds
 from qft_plugin.brevitas.link import dof_map_of, shared_factors
 from qft_plugin.brevitas.quantizers import take_any_inputs
 from qft_plugin.brevitas.read import Source
@@ -20,7 +22,9 @@ from qft_plugin.brevitas.save import weight_integers
 from qft_plugin.brevitas.scalings import ActivationScaling, WeightScaling
 from qft_plugin.brevitas.twin import activation_scaling, weight_scaling
 from qft_plugin.errors import ConfigError, DeployabilityError
-from qft_plugin.offline import deployed_weights, fold_network, folded_tensors, on_weight
+from qft_plugin.graph import PINNED, DofMap
+from qft_plugin.model import tensor_of
+from qft_plugin.offline import deployed_weights, fold_network, folded_tensors, names_of, on_weight
 from qft_plugin.pipeline import Start
 
 INSIDE: Final = 0.49
@@ -122,9 +126,10 @@ def fold(model: nn.Module, *, bias_bits: int | None = None) -> nn.Module:
     integers = weight_integers(folded)
     factors = shared_factors(folded)
     assert factors is not None
-    parameters = dict(folded.named_parameters(remove_duplicate=False))
-    for name, tensor in fold_network(dof_map, factors.log_c, parameters).items():
-        parameters[name].copy_(tensor)
+    dof_map = _bound_channels(folded, dof_map)
+    tensors = {name: tensor_of(folded, name) for name in names_of(dof_map.layers)}
+    for name, tensor in fold_network(dof_map, factors.log_c, tensors).items():
+        tensors[name].copy_(tensor)
     proxies: dict[int, Any] = {}
     for name, module in folded.named_modules():
         if name in scalings:
@@ -138,6 +143,16 @@ def fold(model: nn.Module, *, bias_bits: int | None = None) -> nn.Module:
             if scaling is not None:
                 setattr(module, attribute, _fixed_activation(module, proxy, scaling, proxies))
     return folded.eval()  # new quantizers start in train mode
+
+
+def _bound_channels(model: nn.Module, dof_map: DofMap) -> DofMap:
+    """Give every ReLU6 whose channels have factors a bound for each; return the map without those that have none."""
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    bounds = [layer for layer in dof_map.layers if layer.kind == "hardtanh"]
+    free = [layer for layer in bounds if bool((layer.out_index != PINNED).any())]
+    modules = {layer.weight: model.get_submodule(layer.weight.rpartition(".")[0]) for layer in free}
+    put_bounds(model, {modules[layer.weight]: (layer.axis, len(layer.out_index)) for layer in free}, like)
+    return replace(dof_map, layers=tuple(la for la in dof_map.layers if la.kind != "hardtanh" or la.weight in modules))
 
 
 def _fix_weight(layer: Any, scaling: WeightScaling, integers: Tensor, proxies: dict[int, Any]) -> None:

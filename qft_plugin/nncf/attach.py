@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qft_plugin.data import Call, Inputs
 from qft_plugin.finetune import Prediction
 from qft_plugin.graph import Const, Ref
-from qft_plugin.model import tensors_in
+from qft_plugin.model import tensor_of, tensors_in
 from qft_plugin.nncf.read import Source, tensor_name
 from qft_plugin.offline import Solution
 from qft_plugin.placement import ActivationGrid, ComparedInput, Placement, WeightPlace
@@ -68,7 +68,7 @@ def place(source: Source, tensors: Mapping[str, Tensor], request: Request, input
     model = copy.deepcopy(source.model)
     with torch.no_grad():
         for name, tensor in tensors.items():
-            model.get_parameter(name).copy_(tensor)
+            tensor_of(model, name).copy_(tensor)
     quantized = request.place(model, inputs)
     if request.runs_on_cpu:
         _drop_quantizers_of_addends(quantized, source)
@@ -107,8 +107,8 @@ def place(source: Source, tensors: Mapping[str, Tensor], request: Request, input
                 if what is not None and not isinstance(what, Const):
                     on_input[op, what.index] = names[0]
     placement = Placement(activations, on_tensor, on_input, weights)
-    held = {n: p.detach() for n, p in quantized.named_parameters(remove_duplicate=False)}
-    return Placed(quantized, placement, {n: held[n] for n in tensors}, hooks, weight_hooks)
+    held = {name: tensor_of(quantized, name).detach() for name in tensors}
+    return Placed(quantized, placement, held, hooks, weight_hooks)
 
 
 def _drop_quantizers_of_addends(model: nn.Module, source: Source) -> None:

@@ -11,12 +11,14 @@ from nncf.torch.function_hook import wrap_model
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 from torch import Tensor, nn
 
+from qft_plugin.bounded import free_bounds, replace_by_relu
 from qft_plugin.data import Call, Inputs
 from qft_plugin.errors import DataError, ModelError
 from qft_plugin.graph import Const, LayerGraph, Op, Ref
 from qft_plugin.model import SAME, check_finite, first_outputs, largest_change, tensors_in
 from qft_plugin.model import check_model as check_torch_model
 from qft_plugin.norms import CONVOLUTIONS, NORMS, can_fold, folded_norm
+from qft_plugin.spec import Bounded
 
 HOOKS_ATTRIBUTE: Final = "__nncf_hooks"
 
@@ -104,12 +106,13 @@ def example_of(call: Call) -> Any:
 
 
 @torch.no_grad()
-def read(model: nn.Module, inputs: Inputs) -> Source:
+def read(model: nn.Module, inputs: Inputs, *, bounded: Bounded = "exact") -> Source:
     """Describe a model; it is copied, never changed.
 
     Args:
         model: a float torch model that passed `check_model`.
         inputs: the images; the first ones are used to trace the model.
+        bounded: what to do with ReLU6 (see `QFTConfig.bounded`).
 
     Raises:
         DataError: the model cannot be run on the first images.
@@ -121,6 +124,10 @@ def read(model: nn.Module, inputs: Inputs) -> Source:
     copied = copy.deepcopy(teacher)
     for parameter in copied.parameters():
         parameter.requires_grad_(False)
+    if bounded == "relu":
+        replace_by_relu(copied)
+        outputs = first_outputs(copied, call)
+    free_bounds(copied, call)
     traced = _trace(copied, call)
     norms = _fold_norms(copied, traced)
     graph = _layer_graph(traced, norms)

@@ -6,10 +6,14 @@ from typing import Any
 
 import torch
 from nncf.torch.function_hook import get_hook_storage
+from nncf.torch.function_hook.hook_storage import decode_hook_name
 from nncf.torch.quantization.extensions import QuantizedFunctionsCPU
-from nncf.torch.quantization.layers import AsymmetricQuantizer, PTQuantizerSpec, SymmetricQuantizer
+from nncf.torch.quantization.layers import AsymmetricQuantizer, PTQuantizerSpec, SQMultiply, SymmetricQuantizer
 from torch import Tensor, nn
 
+from qft_plugin.bounded import ChannelHardtanh
+from qft_plugin.graph import PINNED
+from qft_plugin.model import tensor_of
 from qft_plugin.nncf.attach import Placed
 from qft_plugin.offline import DeployedWeight, Dof, deployed_weights, solve
 from qft_plugin.placement import ActivationGrid
@@ -32,7 +36,7 @@ def write(placed: Placed, dof: Dof) -> nn.Module:
     model: nn.Module = placed.model
     solution = solve(dof)
     for name, tensor in solution.tensors.items():
-        model.get_parameter(name).copy_(tensor)
+        tensor_of(model, name).copy_(tensor)
     storage = get_hook_storage(model)
     for weight, deployed in deployed_weights(dof).items():
         for name in placed.weight_hooks[weight]:
@@ -42,11 +46,50 @@ def write(placed: Placed, dof: Dof) -> nn.Module:
         grid, scale = placed.placement.activations[quantizer], solution.activation_scales[quantizer]
         module = storage.get_submodule(names[0])
         _set_scale(module, grid, scale)
+    _unbound_channels(model, dof)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
     model.eval()
     return model
+
+
+def _unbound_channels(model: nn.Module, dof: Dof) -> None:
+    """Put every ReLU6 back, between two factors for each channel, so that the model keeps its modules and names.
+
+    min(max(x', low / c), high / c)  is  clip(x' * c, low, high) / c;  `SQMultiply` is NNCF's own multiplication, which
+    its config and state dict bring back.
+    """
+    storage = get_hook_storage(model)
+    for layer in dof.map.layers:
+        if layer.kind != "hardtanh":
+            continue
+        path = layer.weight.rpartition(".")[0]
+        module = model.get_submodule(path)
+        assert isinstance(module, ChannelHardtanh)
+        model.set_submodule(path, module.original)
+        if not bool((layer.out_index != PINNED).any()):
+            continue
+        c = module.on_axis(module.original.max_val / module.high)
+        for op in layer.calls:
+            behind = [
+                (name, hook)
+                for name, hook in storage.named_hooks(remove_duplicate=False)
+                if decode_hook_name(name) == ("post_hooks", op, 0)
+            ]
+            for name, _ in behind:
+                storage.delete_hook(name)
+            storage.register_pre_function_hook(op, 0, _multiply(c))
+            for hook in [_multiply(1 / c), *(hook for _, hook in behind)]:
+                storage.register_post_function_hook(op, 0, hook)
+
+
+def _multiply(factor: Tensor) -> nn.Module:
+    """Return NNCF's multiplication by a constant."""
+    module: nn.Module = SQMultiply(tuple(factor.shape))
+    module.to(factor.device)
+    module.scale = factor.detach().clone()
+    return module
 
 
 def _weight_quantizer(old: Any, deployed: DeployedWeight) -> nn.Module:

@@ -1,0 +1,153 @@
+"""ReLU6 and other functions with bounds, exact where the scale differs by channel: each channel has bounds of its own.
+
+With x' = x / c the function  min(max(x, low), high)  becomes  c * min(max(x', low / c), high / c):  it is homogeneous
+as soon as its bounds are scaled with the channel, so that bounds absorb any cross-layer factor, as a bias does.
+"""
+
+from collections.abc import Container, Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import wrap_torch_function
+
+from qft_plugin.data import Call
+from qft_plugin.graph import channel_axis
+
+BOUNDED: Final = (nn.ReLU6, nn.Hardtanh)
+
+
+class _Clip(torch.autograd.Function):
+    """Clip with bounds that get gradients, in one pass forwards and no more than the three sums of it backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        ctx.save_for_backward(x, low, high)
+        return torch.clamp(x, low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x, low, high = ctx.saved_tensors
+        (g,) = gradients
+        above, below = x >= high, x <= low
+        gx = g.masked_fill(above | below, 0)
+        g_low = (g * below).sum_to_size(low.shape) if ctx.needs_input_grad[1] else None
+        g_high = (g * above).sum_to_size(high.shape) if ctx.needs_input_grad[2] else None
+        return gx, g_low, g_high
+
+
+@wrap_torch_function(lambda x, low, high, *_: (x, low, high))
+def hardtanh(x: Tensor, low: Tensor, high: Tensor, axis: int, from_zero: bool) -> Tensor:
+    """Clip every channel to bounds of its own; a recorder sees one call with the name of torch's function.
+
+    Args:
+        x: an activation.
+        low: `[channels]`, in the units of `x`.
+        high: `[channels]`, greater than `low`.
+        axis: of the channels, counted from the last one (-1).
+        from_zero: whether `low` is 0 everywhere, which runtimes fuse better.
+    """
+    low, high = (bound.view(-1, *(1,) * (-axis - 1)) for bound in (low, high))
+    if torch.is_grad_enabled() and (x.requires_grad or high.requires_grad):
+        out: Tensor = _Clip.apply(x, low, high)  # type: ignore[no-untyped-call]
+        return out
+    return torch.minimum(x.relu() if from_zero else torch.maximum(x, low), high)
+
+
+class ChannelHardtanh(nn.Module):
+    """Hardtanh with bounds for each channel.
+
+    Attributes:
+        low: `[channels]`, real units.
+        high: `[channels]`, real units.
+        original: the module that it stands for.
+    """
+
+    low: Tensor
+    high: Tensor
+    original: nn.Hardtanh
+
+    def __init__(self, function: nn.Hardtanh, channels: int, *, axis: int, like: Tensor) -> None:
+        """Start with the bounds of `function` in every channel.
+
+        Args:
+            function: a ReLU6 or Hardtanh.
+            channels: of what it reads.
+            axis: of the channels, counted from the last one (-1).
+            like: decides device and dtype.
+        """
+        super().__init__()
+        self.register_buffer("low", like.new_full((channels,), float(function.min_val)))
+        self.register_buffer("high", like.new_full((channels,), float(function.max_val)))
+        self.axis, self.from_zero = axis, function.min_val == 0
+        self.__dict__["original"] = function  # what it stands for is no part of it
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Clip an activation."""
+        return hardtanh(x, self.low, self.high, self.axis, self.from_zero)
+
+    def on_axis(self, v: Tensor) -> Tensor:
+        """Give a value for each channel, `[channels]`, the axes that follow that of the channels."""
+        return v.view(-1, *(1,) * (-self.axis - 1))
+
+    def extra_repr(self) -> str:
+        """Show the smallest and the largest bound."""
+        return f"{float(self.low.amin()):g}..{float(self.high.amax()):g}, channels={self.high.numel()}"
+
+
+@torch.no_grad()
+def free_bounds(model: nn.Module, call: Call, *, only: Container[str] | None = None) -> None:
+    """Put bounds for each channel into the place of every ReLU6 and Hardtanh module, in place.
+
+    A module that is called with different numbers of channels, or never, stays as it is; so does a subclass, and what a
+    forward calls as a function.
+
+    Args:
+        model: a float network that may be changed; its function does not.
+        call: arguments to run it with.
+        only: names of the modules to replace; `None` for all.
+    """
+    shapes: dict[nn.Module, set[tuple[int, int]]] = {}
+    sequences = any(isinstance(m, (nn.Conv1d, nn.ConvTranspose1d)) for m in model.modules())
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0]
+        axis = 1 if x.dim() == 3 and sequences else channel_axis(tuple(x.shape))
+        shapes.setdefault(module, set()).add((axis - x.dim(), x.shape[axis]))
+
+    found = [m for name, m in model.named_modules() if type(m) in BOUNDED and (only is None or name in only)]
+    handles = [module.register_forward_pre_hook(note) for module in found]
+    try:
+        model(*call[0], **call[1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    put_bounds(model, {module: shape.pop() for module, shape in shapes.items() if len(shape) == 1}, like)
+
+
+def put_bounds(model: nn.Module, shapes: Mapping[nn.Module, tuple[int, int]], like: Tensor) -> None:
+    """Replace modules by ones with bounds for each channel.
+
+    Args:
+        model: the model to change.
+        shapes: axis, counted from the last one, and number of the channels of each ReLU6 or Hardtanh to replace.
+        like: decides device and dtype.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in shapes:
+                assert isinstance(child, nn.Hardtanh)
+                axis, channels = shapes[child]
+                setattr(parent, name, ChannelHardtanh(child, channels, axis=axis, like=like))
+
+
+def replace_by_relu(model: nn.Module) -> None:
+    """Put a ReLU into the place of every ReLU6 and of every other Hardtanh module whose lower bound is 0, in place.
+
+    Departure: the network computes something else where an activation exceeds the bound.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BOUNDED) and type(child) in BOUNDED and child.min_val == 0:
+                setattr(parent, name, nn.ReLU())
