@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 PINNED = 0
 """The variable of channels that cannot be rescaled."""
+
+ADDS: Final = frozenset(["add", "sub", "subtract", "__add__", "__radd__", "__iadd__", "__sub__", "__isub__"])
+"""Elementwise additions and subtractions."""
 
 
 @dataclass(frozen=True)

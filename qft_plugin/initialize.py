@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qft_plugin.graph import PINNED, DofMap, Layer
-from qft_plugin.quantize import TRANSPOSED_KINDS, to_integer
+from qft_plugin.quantize import TRANSPOSED_KINDS, quantize_factor, to_integer
 
 SMALLEST_SCALE: Final = 1e-12
 """Keeps the scale of an all-zero slice positive; its integers are 0 whatever the scale is."""
@@ -231,3 +231,27 @@ def doubly_scales(W: Tensor, layer: Layer, *, bits: int) -> tuple[Tensor, Tensor
     parts = W.reshape(layer.groups, W.shape[0] // layer.groups, W.shape[1], -1)
     pairs = [apq(part.transpose(0, 1) if transposed else part, high=2 ** (bits - 1) - 1) for part in parts]
     return torch.cat([S for S, _ in pairs]), torch.cat([T for _, T in pairs])
+
+
+def nearest_factor(W: Tensor, layer: Layer, F: Tensor, *, unit: float, kind: str | int, bits: int) -> Tensor:
+    """Choose the rescale factor that hardware can multiply by and that rounds a weight best.
+
+    Args:
+        W: the weight, real units.
+        layer: its layer.
+        F: the factor that a free scale would give, `[]` or `[out]`.
+        unit: the weight's step over the factor.
+        kind: see `quantize.quantize_factor`.
+        bits: bit width of the weight.
+
+    Returns:
+        Of the shape of `F`.
+    """
+    if kind != "power_of_two":
+        return quantize_factor(F, kind)
+    high = 2 ** (bits - 1) - 1
+    slices = out_slices(W, kind=layer.kind, groups=layer.groups) if F.dim() else W.reshape(1, -1)
+    candidates = torch.stack([torch.exp2(F.log2().floor() + k) for k in (0, 1)])
+    steps = (candidates * unit).reshape(2, -1, 1)
+    errors = [(to_integer(slices, s, low=-high, high=high) * s - slices).square().sum(1) for s in steps]
+    return torch.where((errors[0] <= errors[1]).reshape(F.shape), candidates[0], candidates[1])

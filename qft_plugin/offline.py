@@ -11,15 +11,29 @@ S_wR * S_wL * c_in / c_out = s_out * F / s_in. The integers are those of Eq. (2)
 denominator of  W / (S_wR * S_wL)  are multiplied by the same factor.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from qft_plugin.graph import PINNED, DofMap, Layer, is_kernel
+from qft_plugin.initialize import out_slices
 from qft_plugin.placement import ActivationGrid
-from qft_plugin.quantize import fake_quantize, integer_range, per_in, per_out, to_integer
+from qft_plugin.quantize import (
+    fake_quantize,
+    integer_range,
+    per_in,
+    per_out,
+    quantize_factor,
+    round_ste,
+    to_integer,
+)
+from qft_plugin.spec import Elementwise, HardwareSpec
+
+DEFAULT: Final = HardwareSpec()
 
 
 @dataclass(frozen=True)
@@ -111,6 +125,27 @@ def fold_network(dof_map: DofMap, log_c: Tensor, tensors: Mapping[str, Tensor]) 
     return folded
 
 
+def tied_grids(
+    grids: Mapping[str, ActivationGrid], groups: Sequence[Sequence[str]], kind: Elementwise
+) -> dict[str, ActivationGrid]:
+    """Start the scales of addends where the hardware's constraint between them holds (App. D).
+
+    Args:
+        grids: grid of each activation quantizer by name.
+        groups: names of the quantizers that an addition ties to each other.
+        kind: `"none"` gives each group its largest scale; `"power_of_two"` rounds the ratio to the group's first.
+    """
+    tied = dict(grids)
+    for group in groups:
+        scales = [grids[name].scale for name in group]
+        for name, scale in zip(group, scales, strict=True):
+            if kind == "none":
+                tied[name] = replace(grids[name], scale=max(scales))
+            elif kind == "power_of_two":
+                tied[name] = replace(grids[name], scale=scales[0] * 2.0 ** round(math.log2(scale / scales[0])))
+    return tied
+
+
 class Dof(nn.Module):
     """All trainable tensors of Eq. (6): weights, biases, rescale factors, activation steps and cross-layer factors.
 
@@ -130,6 +165,9 @@ class Dof(nn.Module):
         activations: Mapping[str, ActivationGrid],
         *,
         train_cross_layer: bool = True,
+        train_scales: bool = True,
+        hardware: HardwareSpec = DEFAULT,
+        addends: Sequence[Sequence[str]] = (),
     ) -> None:
         """Start every degree of freedom at its initial value.
 
@@ -139,16 +177,27 @@ class Dof(nn.Module):
             weights: grid of each weight that is quantized; all others stay as they are but for folding.
             activations: grid of each activation quantizer, by name.
             train_cross_layer: train the cross-layer factors; else they stay as the tensors have them.
+            train_scales: train all scales and zero points, the cross-layer factors included.
+            hardware: the constraints between scales, and on biases.
+            addends: groups of activation quantizers that `hardware.elementwise_rescale` ties to each other.
         """
         super().__init__()
         self.map = dof_map
         self.weight_grids = dict(weights)
-        self.activation_grids = dict(activations)
+        self.hardware = hardware
+        self.activation_grids = tied_grids(activations, addends, hardware.elementwise_rescale)
         first = next(iter(tensors.values()))
-        self.log_c = nn.Parameter(first.new_zeros(dof_map.size), requires_grad=train_cross_layer)
-        self._activation_index = {name: i for i, name in enumerate(activations)}
-        steps = torch.tensor([grid.scale for grid in activations.values()], device=first.device, dtype=first.dtype)
-        self.log_s = nn.ParameterList([nn.Parameter(s.log()) for s in steps])
+        self.log_c = nn.Parameter(first.new_zeros(dof_map.size), requires_grad=train_cross_layer and train_scales)
+        self._root = {name: group[0] for group in addends for name in group}
+        one_scale = hardware.elementwise_rescale == "none"
+        own = [name for name in activations if not one_scale or self._root.get(name, name) == name]
+        self._activation_index = {n: own.index(n if n in own else self._root[n]) for n in activations}
+        steps = [first.new_tensor(self.activation_grids[name].scale) for name in own]
+        self.log_s = nn.ParameterList([nn.Parameter(s.log(), requires_grad=train_scales) for s in steps])
+        self._shift_index = {name: i for i, name in enumerate(n for n, g in activations.items() if g.shifts)}
+        self.shift = nn.ParameterList(
+            [nn.Parameter(first.new_zeros(()), requires_grad=train_scales) for _ in self._shift_index]
+        )
         self.layers = nn.ModuleList(
             _LayerDof(layer, tensors, weights.get(layer.weight), self._input_magnitude(weights.get(layer.weight)))
             for layer in dof_map.layers
@@ -157,6 +206,9 @@ class Dof(nn.Module):
             grid = weights[layer_dof.layer.weight]
             s_in, s_out = self._initial_step(grid.s_in), self._initial_step(grid.s_out)
             layer_dof.log_F.data.copy_((grid.scale.to(first) * s_in / s_out).log())
+            for scale in (layer_dof.log_F, layer_dof.log_L):
+                if scale is not None:
+                    scale.requires_grad_(train_scales)
 
     def _initial_step(self, name: str | None) -> float:
         return 1.0 if name is None else self.activation_grids[name].scale
@@ -174,16 +226,34 @@ class Dof(nn.Module):
         """Return the degrees of freedom of a quantized layer by the name of its weight."""
         return next(d for d in self._quantized() if d.layer.weight == name)
 
-    def activation_scale(self, name: str) -> Tensor:
-        """Return the step of an activation quantizer, `[]`, real (folded) per step."""
-        log_s: Tensor = self.log_s[self._activation_index[name]]
-        return log_s.exp()
-
     def activation_scales(self) -> dict[str, Tensor]:
-        """Return the step of every activation quantizer by name."""
+        """Return the step of every activation quantizer by name, `[]`, real (folded) per step."""
         if not len(self.log_s):
             return {}
-        return dict(zip(self._activation_index, torch.stack(list(self.log_s)).exp().unbind(), strict=True))
+        own = torch.stack(list(self.log_s)).exp().unbind()
+        scales = {name: own[i] for name, i in self._activation_index.items()}
+        if self.hardware.elementwise_rescale == "power_of_two":
+            for name, root in self._root.items():
+                scales[name] = scales[root] * quantize_factor(scales[name] / scales[root], "power_of_two")
+        return scales
+
+    def zero_points(self) -> dict[str, Tensor]:
+        """Return the zero point of every activation quantizer that trains one, `[]`, a whole number held in float."""
+        found = {}
+        for name, i in self._shift_index.items():
+            grid = self.activation_grids[name]
+            moved = grid.zero_point + (grid.high - grid.low) * self.shift[i]
+            found[name] = round_ste(moved.clamp(grid.low, grid.high))
+        return found
+
+    def rescale_factor(self, layer: "_LayerDof") -> Tensor:
+        """Return a layer's rescale factor as the hardware holds it, `[]` or `[out]`.
+
+        Where an edge of the layer is not quantized it is no factor between integers, and any number will do.
+        """
+        grid, F = self.weight_grids[layer.layer.weight], layer.log_F.exp()
+        between_integers = grid.s_in is not None and grid.s_out is not None
+        return quantize_factor(F, self.hardware.rescale_factor) if between_integers else F
 
     def factors(self) -> Tensor:
         """Return the cross-layer factor of every variable, `[1 + size]`; the first is that of pinned channels, 1."""
@@ -192,15 +262,16 @@ class Dof(nn.Module):
     def parameter_groups(self, *, learning_rate: float, scale_learning_rate: float) -> list[dict[str, object]]:
         """Group what trains for an optimizer: weights and biases, then the logarithms of all scales."""
         values: list[nn.Parameter] = []
-        scales: list[nn.Parameter] = [*self.log_s]
+        scales: list[nn.Parameter] = [*self.log_s, *self.shift]
         for layer in self._quantized():
             values.extend(p for p in (layer.W, layer.bias) if p is not None)
             scales.append(layer.log_F)
             if layer.log_L is not None:
                 scales.append(layer.log_L)
-        if self.log_c.requires_grad and self.log_c.numel():
+        if self.log_c.numel():
             scales.append(self.log_c)
-        return [{"params": values, "lr": learning_rate}, {"params": scales, "lr": scale_learning_rate}]
+        groups = ((values, learning_rate), (scales, scale_learning_rate))
+        return [{"params": [p for p in found if p.requires_grad], "lr": rate} for found, rate in groups]
 
 
 class _LayerDof(nn.Module):
@@ -262,11 +333,13 @@ class Solution:
         tensors: weights (fake-quantized where the layer is quantized) and biases by name, folded, real units.
         activation_scales: step of every activation quantizer by name, `[]`.
         factors: cross-layer factor of every variable, `[1 + size]`.
+        zero_points: those that train, by name of the activation quantizer, `[]`.
     """
 
     tensors: dict[str, Tensor]
     activation_scales: dict[str, Tensor]
     factors: Tensor
+    zero_points: dict[str, Tensor] = field(default_factory=dict)
 
 
 def weight_steps(dof: Dof, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -284,7 +357,7 @@ def weight_steps(dof: Dof, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
     steps = {}
     for layer in dof._quantized():
         grid = dof.weight_grids[layer.layer.weight]
-        F = layer.log_F.exp()
+        F = dof.rescale_factor(layer)
         S_wR = F if grid.s_out is None else scales[grid.s_out] * F
         steps[layer.layer.weight] = S_wR if grid.s_in is None else S_wR / scales[grid.s_in]
     return steps
@@ -305,8 +378,41 @@ def solve(dof: Dof) -> Solution:
             W = fake_quantize(W, on_weight(step, module.scale_in, W, layer), low=low, high=high)
         tensors[layer.weight] = W
         if layer.bias is not None and B is not None:
-            tensors[layer.bias] = B
-    return Solution(tensors, scales, c)
+            tensors[layer.bias] = _on_hardware(dof, module, B, steps, scales)
+    return Solution(tensors, scales, c, dof.zero_points())
+
+
+def accumulator_step(
+    dof: Dof, layer: "_LayerDof", steps: Mapping[str, Tensor], scales: Mapping[str, Tensor]
+) -> Tensor | None:
+    """Return the scale of a layer's accumulator (Eq. 8), or `None` where it has none.
+
+    S_acc = s_in * S_w
+
+    Args:
+        dof: the degrees of freedom.
+        layer: those of the layer.
+        steps: step of every quantized kernel by name of the weight.
+        scales: step of every activation quantizer by name.
+
+    Returns:
+        `[]` or `[out]`, real per step.
+    """
+    grid = dof.weight_grids.get(layer.layer.weight)
+    if grid is None or grid.s_in is None or layer.log_L is not None:
+        return None
+    return steps[layer.layer.weight] * scales[grid.s_in]
+
+
+def _on_hardware(
+    dof: Dof, layer: "_LayerDof", B: Tensor, steps: Mapping[str, Tensor], scales: Mapping[str, Tensor]
+) -> Tensor:
+    """Fake-quantize a bias to integers in the scale of the accumulator, where the hardware holds it so."""
+    S_acc = None if dof.hardware.bias_bits is None else accumulator_step(dof, layer, steps, scales)
+    if S_acc is None or dof.hardware.bias_bits is None:
+        return B
+    low, high = integer_range(dof.hardware.bias_bits, signed=True)
+    return fake_quantize(B, S_acc, low=low, high=high)
 
 
 @dataclass(frozen=True)
@@ -345,16 +451,76 @@ def deployed_weights(dof: Dof) -> dict[str, DeployedWeight]:
 
 @torch.no_grad()
 def folded_tensors(dof: Dof) -> dict[str, Tensor]:
-    """Return weights and biases by name with the trained cross-layer factors folded in, not yet rounded, real units."""
-    c = dof.factors()
+    """Return weights and biases by name with the trained cross-layer factors folded in, real units.
+
+    Weights are not yet rounded; biases are what the hardware holds.
+    """
+    c, scales = dof.factors(), dof.activation_scales()
+    steps = weight_steps(dof, scales)
     tensors: dict[str, Tensor] = {}
     for module in dof.layers:
         assert isinstance(module, _LayerDof)
         W, B = module.folded(c)
         tensors[module.layer.weight] = W
         if module.layer.bias is not None and B is not None:
-            tensors[module.layer.bias] = B
+            tensors[module.layer.bias] = _on_hardware(dof, module, B, steps, scales)
     return tensors
+
+
+@torch.no_grad()
+def integer_biases(dof: Dof) -> dict[str, Tensor]:
+    """Return the integers that an accumulator starts from: the bias and what the zero point of the input adds (Eq. 7).
+
+    sum_i (q_i - Z) W_int[o, i] + B / S_acc  =  sum_i q_i W_int[o, i] + (B / S_acc - Z sum_i W_int[o, i])
+
+    The second bracket is constant, so that a kernel multiplies the integers q alone. An input that is padded is padded
+    with Z, which stands for the real 0.
+
+    Args:
+        dof: the degrees of freedom.
+
+    Returns:
+        `[out]` by name of the weight, for every layer whose accumulator has one scale, held in float.
+    """
+    c, scales, Z = dof.factors(), dof.activation_scales(), dof.zero_points()
+    steps, deployed = weight_steps(dof, scales), deployed_weights(dof)
+    found = {}
+    for module in dof._quantized():
+        layer, grid = module.layer, dof.weight_grids[module.layer.weight]
+        S_acc = accumulator_step(dof, module, steps, scales)
+        if S_acc is None or grid.s_in is None or not layer.is_kernel:
+            continue
+        sums = out_slices(deployed[layer.weight].integers, kind=layer.kind, groups=layer.groups).sum(1)
+        _, B = module.folded(c)
+        start = torch.zeros_like(sums) if B is None else (_on_hardware(dof, module, B, steps, scales) / S_acc).round()
+        zero_point = Z.get(grid.s_in, sums.new_tensor(dof.activation_grids[grid.s_in].zero_point))
+        found[layer.weight] = start - zero_point * sums
+    return found
+
+
+@torch.no_grad()
+def accumulator_bits(dof: Dof) -> dict[str, int]:
+    """Return how wide the accumulator of each layer must be so that no input can overflow it.
+
+    Args:
+        dof: the degrees of freedom.
+
+    Returns:
+        Bits of a signed accumulator by name of the weight, for every layer whose accumulator has one scale.
+    """
+    deployed, biases = deployed_weights(dof), integer_biases(dof)
+    found = {}
+    for name, bias in biases.items():
+        layer, grid = dof.map.layer(name), dof.weight_grids[name]
+        assert grid.s_in is not None
+        activation = dof.activation_grids[grid.s_in]
+        W_int = out_slices(deployed[name].integers, kind=layer.kind, groups=layer.groups)
+        ends = torch.stack([W_int * activation.low, W_int * activation.high])
+        largest = torch.maximum(ends.amax(0).sum(1) + bias.clamp(min=0), bias)
+        smallest = torch.minimum(ends.amin(0).sum(1) + bias.clamp(max=0), bias)
+        peak = max(float(largest.max()), -float(smallest.min()) - 1, 1.0)
+        found[name] = 1 + math.floor(math.log2(peak)) + 1
+    return found
 
 
 def names_of(layers: Sequence[Layer]) -> list[str]:

@@ -16,13 +16,23 @@ from qft_plugin.dof_map import map_dof
 from qft_plugin.errors import ConfigError, ModelError, QFTWarning
 from qft_plugin.finetune import FinetuneResult, Network, Prediction, Step, finetune, teacher_predictions
 from qft_plugin.graph import PINNED, DofMap, Layer, LayerGraph
-from qft_plugin.initialize import doubly_scales, equalize, range_max, range_mse, weight_scale
+from qft_plugin.initialize import doubly_scales, equalize, nearest_factor, range_max, range_mse, weight_scale
 from qft_plugin.model import SAME, accepts, largest_change, tensors_in
-from qft_plugin.offline import Dof, WeightGrid, fold_network, names_of, on_weight, solve
+from qft_plugin.offline import (
+    Dof,
+    WeightGrid,
+    accumulator_bits,
+    fold_network,
+    names_of,
+    on_weight,
+    solve,
+    tied_grids,
+)
 from qft_plugin.placement import (
     ActivationGrid,
     ComparedInput,
     Placement,
+    addends,
     backbone_output,
     quantizer_after,
     quantizer_before,
@@ -161,10 +171,21 @@ def start(
     source, dof_map, inputs = problem.source, problem.dof_map, problem.inputs
     tensors = {name: source.tensors[name] for name in names_of(dof_map.layers)}
     placed = host.place(source, fold_network(dof_map, log_c, tensors), request, inputs)
+    if source.weight_bits is None:
+        placed = replace(placed, placement=_with_bits(source.graph, placed.placement, dof_map, config))
     compiled = config.finetune is not None and config.finetune.compile
     student = host.Student(placed, source, problem.at, _unfold(dof_map, problem.at, log_c), compiled=compiled)
-    grids = _activation_grids(student, placed.placement, placed.tensors, inputs, config)
-    weights = _weight_grids(source, placed.placement, placed.tensors, dof_map, config)
+    groups, loose = addends(source.graph, placed.placement)
+    kind = config.hardware.elementwise_rescale
+    if kind != "tensor" and loose:
+        warnings.warn(
+            f"elementwise_rescale={kind!r} should tie all inputs of an addition. Found an input that is not quantized "
+            f"in {', '.join(loose)}; these are added in float. Quantize what is added.",
+            QFTWarning,
+            stacklevel=2,
+        )
+    grids = tied_grids(_activation_grids(student, placed.placement, placed.tensors, inputs, config), groups, kind)
+    weights = _weight_grids(source, placed.placement, placed.tensors, dof_map, config, grids)
     values = dict(placed.tensors)
     if compensate:
         values |= _compensated(student, source.graph, dof_map, weights, values, inputs)
@@ -174,6 +195,9 @@ def start(
         weights,
         grids,
         train_cross_layer=config.train_cross_layer,
+        train_scales=config.train_scales,
+        hardware=config.hardware,
+        addends=groups if kind != "tensor" else (),
     )
     return Start(placed, student, dof, log_c)
 
@@ -202,7 +226,7 @@ def targets_of(teacher: Network, problem: Problem, config: QFTConfig) -> Predict
 def train(
     start: Start, problem: Problem, targets: Prediction | None, config: QFTConfig, *, callback: Callback | None
 ) -> FinetuneResult | None:
-    """Finetune against the teacher's outputs; leaves the best state in `start.dof`.
+    """Finetune against the teacher's outputs; leaves the best state in `start.dof`, and warns of what would overflow.
 
     Args:
         start: what `initialize` returned.
@@ -212,8 +236,37 @@ def train(
         callback: called after each finetuning step.
     """
     settings, dof = config.finetune, start.dof
-    if settings is None or targets is None:
-        return None
+    result = None
+    if settings is not None and targets is not None:
+        result = _finetuned(start, problem, targets, settings, callback)
+    _check_accumulators(dof)
+    return result
+
+
+def _check_accumulators(dof: Dof) -> None:
+    """Warn of every layer whose accumulator could overflow."""
+    width = dof.hardware.accumulator_bits
+    if width is None:
+        return
+    wide = {name: bits for name, bits in accumulator_bits(dof).items() if bits > width}
+    if wide:
+        warnings.warn(
+            f"An accumulator of {width} bits should hold every sum. Found inputs that would overflow it: "
+            f"{', '.join(f'{name} needs {bits}' for name, bits in wide.items())}. Use fewer bits for its weights "
+            "(QFTConfig.layer_bits) or for what it reads (layer_activation_bits).",
+            QFTWarning,
+            stacklevel=3,
+        )
+
+
+def _finetuned(
+    start: Start,
+    problem: Problem,
+    targets: Prediction,
+    settings: FinetuneConfig,
+    callback: Callback | None,
+) -> FinetuneResult:
+    dof = start.dof
     return finetune(
         lambda call: start.student(solve(dof), call),
         dof,
@@ -331,6 +384,21 @@ def _activation_grids(
     return grids
 
 
+def _with_bits(graph: LayerGraph, placement: Placement, dof_map: DofMap, config: QFTConfig) -> Placement:
+    """Give each activation quantizer its bit width: the widest that a layer behind it asks for."""
+    layers = [layer for layer in dof_map.layers if layer.weight in placement.weights]
+    wanted = config.activation_bits_of([layer.weight for layer in layers])
+    found: dict[str, int] = {}
+    for layer in layers:
+        for call in range(len(layer.calls)):
+            name = quantizer_before(graph, placement, layer, call=call)
+            if name is not None:
+                found[name] = max(found.get(name, 0), wanted[layer.weight])
+    default = config.hardware.activation_bits or 8
+    grids = {name: grid.with_bits(found.get(name, default)) for name, grid in placement.activations.items()}
+    return replace(placement, activations=grids)
+
+
 @torch.no_grad()
 def _compensated(
     student: Any,
@@ -371,7 +439,12 @@ def _compensated(
 
 
 def _weight_grids(
-    source: Any, placement: Placement, tensors: Mapping[str, Tensor], dof_map: DofMap, config: QFTConfig
+    source: Any,
+    placement: Placement,
+    tensors: Mapping[str, Tensor],
+    dof_map: DofMap,
+    config: QFTConfig,
+    activations: Mapping[str, ActivationGrid],
 ) -> dict[str, WeightGrid]:
     """Choose the bit width and the initial scales of every weight that the host quantized."""
     layers = [layer for layer in dof_map.layers if layer.weight in placement.weights]
@@ -392,11 +465,10 @@ def _weight_grids(
         elif scale is None:
             per_channel = config.hardware.rescale == "channelwise" and place.per_channel
             scale = weight_scale(W, layer, bits=width, per_channel=per_channel)
-        grids[layer.weight] = WeightGrid(
-            bits=width,
-            scale=scale,
-            s_in=quantizer_before(source.graph, placement, layer),
-            s_out=quantizer_after(source.graph, placement, layer),
-            scale_in=scale_in,
-        )
+        s_in, s_out = (find(source.graph, placement, layer) for find in (quantizer_before, quantizer_after))
+        if s_in is not None and s_out is not None:
+            F_unit = activations[s_out].scale / activations[s_in].scale
+            kind = config.hardware.rescale_factor
+            scale = nearest_factor(W, layer, scale / F_unit, unit=F_unit, kind=kind, bits=width) * F_unit
+        grids[layer.weight] = WeightGrid(bits=width, scale=scale, s_in=s_in, s_out=s_out, scale_in=scale_in)
     return grids

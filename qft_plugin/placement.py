@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from torch import Tensor
 
 from qft_plugin.errors import ConfigError
-from qft_plugin.graph import Layer, LayerGraph, Op
+from qft_plugin.graph import ADDS, Layer, LayerGraph, Op
+from qft_plugin.quantize import integer_range
 
 KEEPS_GRID: Final = frozenset(
     [
@@ -70,12 +71,25 @@ class ActivationGrid:
         low: smallest integer.
         high: largest integer.
         zero_point: the integer of the real 0.
+        shifts: whether the zero point trains with the scale.
     """
 
     scale: float
     low: int
     high: int
     zero_point: int = 0
+    shifts: bool = False
+
+    def with_bits(self, bits: int) -> "ActivationGrid":
+        """Return the grid of another bit width over the same range."""
+        low, high = self.low, self.high
+        if (high - low).bit_length() == bits:
+            return self
+        narrow = low < 0 and low + high == 0
+        low, high = integer_range(bits, signed=low < 0, narrow=narrow)
+        ratio = (self.high - self.low) / (high - low)
+        zero_point = min(max(round((self.zero_point - self.low) / ratio) + low, low), high)
+        return replace(self, scale=self.scale * ratio, low=low, high=high, zero_point=zero_point)
 
 
 @dataclass(frozen=True)
@@ -121,18 +135,46 @@ def quantizer_before(graph: LayerGraph, placement: Placement, layer: Layer, *, c
         layer: the layer.
         call: which of its calls.
     """
-    op, index = layer.calls[call], 0
+    return _quantizer_of(graph, placement, layer.calls[call], 0, layer.inputs[call])
+
+
+def _quantizer_of(graph: LayerGraph, placement: Placement, op: str, index: int, tensor: str) -> str | None:
+    """Find what quantizes input `index` of an operation, looking back through operations that keep the grid."""
     makers = {name: made_by for made_by in graph.ops for name in made_by.outputs}
-    tensor: str | None = layer.inputs[call]
-    while tensor is not None:
+    while True:
         found = placement.on_input.get((op, index)) or placement.on_tensor.get(tensor)
         if found is not None:
             return found
         maker = makers.get(tensor)
         if maker is None or maker.function not in KEEPS_GRID or len(maker.inputs) != 1:
             return None
-        op, tensor = maker.name, maker.inputs[0]
-    return None
+        op, index, tensor = maker.name, 0, maker.inputs[0]
+
+
+def addends(graph: LayerGraph, placement: Placement) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+    """Find the activation quantizers that elementwise additions tie to each other (App. D).
+
+    Args:
+        graph: the network.
+        placement: its quantizers.
+
+    Returns:
+        Groups of quantizers, each at least two, and the names of the additions of which an input is not quantized.
+    """
+    groups: list[set[str]] = []
+    loose = []
+    for op in graph.ops:
+        if op.function not in ADDS or len(op.inputs) < 2:
+            continue
+        found = [_quantizer_of(graph, placement, op.name, i, name) for i, name in enumerate(op.inputs)]
+        quantizers = {name for name in found if name is not None}
+        if len(quantizers) < len(set(op.inputs)) and None in found:
+            loose.append(op.name)
+        touching = [group for group in groups if group & quantizers]
+        groups = [group for group in groups if not group & quantizers]
+        groups.append(quantizers.union(*touching))
+    order = list(placement.activations)
+    return tuple(tuple(sorted(g, key=order.index)) for g in groups if len(g) > 1), tuple(loose)
 
 
 def quantizer_after(graph: LayerGraph, placement: Placement, layer: Layer) -> str | None:

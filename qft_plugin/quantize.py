@@ -8,6 +8,9 @@ from torch import Tensor
 
 logger = logging.getLogger("qft_plugin")
 
+ZeroPoint = int | Tensor
+"""An integer, or one held in a float tensor `[]` that trains."""
+
 TRANSPOSED_KINDS: Final = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
 
 
@@ -67,7 +70,7 @@ def _second_axis(v: Tensor, W: Tensor, groups: int) -> Tensor:
     return inside.reshape(W.shape[0], W.shape[1], *tail)
 
 
-def to_integer(x: Tensor, scale: Tensor, *, low: int, high: int, zero_point: int = 0) -> Tensor:
+def to_integer(x: Tensor, scale: Tensor, *, low: int, high: int, zero_point: ZeroPoint = 0) -> Tensor:
     """Quantize to integers held in float.  Eq. (1):  x_int = clip(round(x / scale) + zero_point, low, high).
 
     Ties round to even, as in torch, NumPy and the CPU runtimes.
@@ -80,7 +83,7 @@ def round_ste(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
-def fake_quantize_composed(x: Tensor, scale: Tensor, *, low: int, high: int, zero_point: int = 0) -> Tensor:
+def fake_quantize_composed(x: Tensor, scale: Tensor, *, low: int, high: int, zero_point: ZeroPoint = 0) -> Tensor:
     """Fake-quantize with ordinary differentiable operations: the definition that `fake_quantize` must equal.
 
     Eq. (1):  x_fq = scale * (clip(round(x / scale) + Z, low, high) - Z), STE on the rounding only.
@@ -105,22 +108,20 @@ class _FakeQuantize(torch.autograd.Function):
 
         dL/dx = g                where low <= r <= high, else 0
         dL/ds = sum g * (x_fq - [low <= r <= high] * x) / s
-
-    which is the gradient of LSQ (Esser et al. 2020) without its extra factor.
+        dL/dZ = -s * sum g     where r is outside, which are those of LSQ+ (Bhalgat et al. 2020) without extra factors.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, zero_point: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, zero_point: ZeroPoint) -> Tensor:
         x = x if x.is_contiguous() or _is_dense(x) else x.contiguous()
-        out = (x / scale).round_()
-        if zero_point:
-            out.add_(zero_point).clamp_(low, high).sub_(zero_point).mul_(scale)
-        else:
-            out.clamp_(low, high).mul_(scale)
+        # A trained zero point is read once: on a GPU that waits for the device, but it is rare.
+        Z = int(zero_point) if isinstance(zero_point, Tensor) else zero_point
+        low, high = low - Z, high - Z
+        out = (x / scale).round_().clamp_(low, high).mul_(scale)
         # An operation behind may change the result in place (`out += identity`): then it is computed again.
         ctx.save_for_backward(x, scale)
         ctx.out, ctx.version = out.detach(), out._version
-        ctx.range = (low - zero_point, high - zero_point)
+        ctx.range = (low, high)
         return out
 
     @staticmethod
@@ -138,13 +139,14 @@ class _FakeQuantize(torch.autograd.Function):
         else:
             r = x / scale
             gx = torch.ops.aten.hardtanh_backward(g, r, low - 0.5, high + 0.5)
+        gz = -scale * (g.sum() - gx.sum()) if ctx.needs_input_grad[4] else None
         if not ctx.needs_input_grad[1]:
-            return gx, None, None, None, None
+            return gx, None, None, None, gz
         if scale.numel() == 1:
             gs = (torch.dot(_flat(g), _flat(out)) - torch.dot(_flat(gx), _flat(x))) / scale
         else:
             gs = (g * out).sub_(gx * x).sum_to_size(scale.shape) / scale
-        return gx, gs.reshape(scale.shape), None, None, None
+        return gx, gs.reshape(scale.shape), None, None, gz
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -152,7 +154,7 @@ def _is_dense(x: Tensor) -> bool:
     return bool(torch.ops.aten.is_non_overlapping_and_dense(x))
 
 
-def fake_quantize(x: Tensor, scale: Tensor, *, low: int, high: int, zero_point: int = 0) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, *, low: int, high: int, zero_point: ZeroPoint = 0) -> Tensor:
     """Quantize and dequantize, in float, with the native gradient for the data and for the scale.
 
     Eq. (1):  x_fq = scale * (clip(round(x / scale) + Z, low, high) - Z)
@@ -165,10 +167,25 @@ def fake_quantize(x: Tensor, scale: Tensor, *, low: int, high: int, zero_point: 
         scale: real per step, greater than 0; broadcasts against `x` (a scalar is fastest).
         low: smallest integer of the grid.
         high: largest integer of the grid.
-        zero_point: the integer that stands for the real 0.
+        zero_point: the integer that stands for the real 0; a tensor gets a gradient, and then the scale is a scalar.
 
     Returns:
         Tensor of the shape of `x` on the grid, real units.
     """
     out: Tensor = _FakeQuantize.apply(x, scale, low, high, zero_point)  # type: ignore[no-untyped-call]
     return out
+
+
+def quantize_factor(F: Tensor, kind: str | int) -> Tensor:
+    """Round a rescale factor to what the hardware can multiply by; the straight-through estimator passes the gradient.
+
+    Args:
+        F: any shape, greater than 0, output steps per accumulator step.
+        kind: `"float"` keeps it; `"power_of_two"` rounds its logarithm; a number keeps so many significant bits.
+    """
+    if kind == "float":
+        return F
+    if kind == "power_of_two":
+        return torch.exp2(round_ste(F.log2()))
+    unit = torch.exp2(F.detach().log2().floor() + 1 - int(kind))
+    return round_ste(F / unit) * unit

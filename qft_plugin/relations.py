@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qft_plugin.graph import PINNED, Const, LayerGraph, Op, Ref
+from qft_plugin.graph import ADDS, PINNED, Const, LayerGraph, Op, Ref
 
 FREE_ZERO: Final = -1
 """Stands in a shadow where an activation is a constant 0, which any scale represents exactly."""
@@ -225,7 +225,6 @@ MOVES: Final[dict[str, Callable[..., Any]]] = {
 """Only moves, repeats or drops elements: executed on the shadows."""
 
 REDUCES: Final = frozenset(["mean", "sum", "amax", "amin"])
-ADDS: Final = frozenset(["add", "sub", "subtract", "__add__", "__radd__", "__iadd__", "__sub__", "__isub__"])
 MULTIPLIES: Final = frozenset(["mul", "multiply", "__mul__", "__rmul__", "__imul__"])
 DIVIDES: Final = frozenset(["div", "divide", "true_divide", "__truediv__", "__itruediv__"])
 LAYERS: Final = frozenset(

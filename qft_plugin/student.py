@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from qft_plugin.finetune import Prediction
+from qft_plugin.offline import Solution
 from qft_plugin.placement import ActivationGrid
-from qft_plugin.quantize import fake_quantize, fake_quantize_composed
+from qft_plugin.quantize import ZeroPoint, fake_quantize, fake_quantize_composed
 
 logger = logging.getLogger("qft_plugin")
 
@@ -27,13 +28,15 @@ class FakeQuantizer(nn.Module):
         """Set the grid, now or later; until a scale is set, values pass unchanged."""
         super().__init__()
         self.scale: Tensor | None = None
+        self.zero_point: ZeroPoint = 0
         self.seen: list[Tensor] | None = None
         if grid is not None:
             self.set_grid(grid, function)
 
     def set_grid(self, grid: ActivationGrid, function: FakeQuantize) -> None:
         """Set the integers that values are quantized to."""
-        self.run = functools.partial(function, low=grid.low, high=grid.high, zero_point=grid.zero_point)
+        self.run = functools.partial(function, low=grid.low, high=grid.high)
+        self.zero_point = grid.zero_point
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize one activation."""
@@ -43,7 +46,20 @@ class FakeQuantizer(nn.Module):
             return x.clone()  # an operation behind may be in place
         # Function modes (the hooks of NNCF are one) have no business inside a quantizer, and would cost time.
         with torch._C.DisableTorchFunction():
-            return self.run(x, self.scale)
+            return self.run(x, self.scale, zero_point=self.zero_point)
+
+
+def set_grids(quantizers: Mapping[str, FakeQuantizer], solution: Solution) -> None:
+    """Give every quantizer its scale and its zero point.
+
+    Args:
+        quantizers: those of the network, by name.
+        solution: what the offline subgraph computed.
+    """
+    for name, scale in solution.activation_scales.items():
+        quantizers[name].scale = scale
+    for name, zero_point in solution.zero_points.items():
+        quantizers[name].zero_point = zero_point
 
 
 def observed(quantizers: Mapping[str, FakeQuantizer], run: Callable[[], object]) -> dict[str, Tensor]:

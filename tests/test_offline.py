@@ -150,8 +150,8 @@ def unfolded_integers(dof: Dof, weight: str, W: Tensor) -> np.ndarray:
     layer, grid = dof.map.layer(weight), dof.weight_grids[weight]
     module = next(m for m in dof.layers if m.layer.weight == weight)
     c = dof.factors().detach()
-    s_in = 1.0 if grid.s_in is None else dof.activation_scale(grid.s_in).detach()
-    s_out = 1.0 if grid.s_out is None else dof.activation_scale(grid.s_out).detach()
+    s_in = 1.0 if grid.s_in is None else dof.activation_scales()[grid.s_in].detach()
+    s_out = 1.0 if grid.s_out is None else dof.activation_scales()[grid.s_out].detach()
     S_a_in, S_a_out = s_in * c[layer.in_index], s_out * c[layer.out_index]
     F = module.log_F.detach().exp().expand(len(S_a_out))
     if module.log_L is not None:

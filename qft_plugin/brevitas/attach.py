@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qft_plugin.brevitas.read import Source
-from qft_plugin.brevitas.scalings import activation_range
+from qft_plugin.brevitas.scalings import ActivationScaling, activation_range
 from qft_plugin.data import Call, Inputs
 from qft_plugin.errors import ConfigError
 from qft_plugin.finetune import Prediction
@@ -18,7 +18,15 @@ from qft_plugin.offline import Solution
 from qft_plugin.placement import ActivationGrid, ComparedInput, Placement, WeightPlace, backbone_output
 from qft_plugin.quantize import fake_quantize
 from qft_plugin.record import Tap, record
-from qft_plugin.student import FakeQuantizer, Unfold, compiled_fake_quantize, observed, prediction_of, unfolded
+from qft_plugin.student import (
+    FakeQuantizer,
+    Unfold,
+    compiled_fake_quantize,
+    observed,
+    prediction_of,
+    set_grids,
+    unfolded,
+)
 
 CALIBRATION_BATCH = 64
 CALIBRATION_IMAGES = 256
@@ -62,7 +70,7 @@ def place(source: Source, tensors: Mapping[str, Tensor], request: Request, input
         activations = _calibrated(source, tensors, inputs)
     else:
         activations = {
-            name: ActivationGrid(float(scaling.log_s.exp()), scaling.low, scaling.high, int(scaling.zero_point))
+            name: _grid(scaling, float(scaling.log_s.exp()), int(scaling.zero_point))
             for name, scaling in source.activations.items()
         }
     weights = {}
@@ -94,8 +102,14 @@ def _calibrated(source: Source, tensors: Mapping[str, Tensor], inputs: Inputs) -
     for name, scaling in source.activations.items():
         seen = torch.stack(extremes[name]).mean(0)
         scale, zero_point = activation_range(seen, low=scaling.low, high=scaling.high, asymmetric=scaling.asymmetric)
-        grids[name] = ActivationGrid(float(scale), scaling.low, scaling.high, zero_point)
+        grids[name] = _grid(scaling, float(scale), zero_point)
     return grids
+
+
+def _grid(scaling: ActivationScaling, scale: float, zero_point: int) -> ActivationGrid:
+    """Describe a quantizer; a zero point at the end of the grid belongs to values of one sign, and stays."""
+    shifts = scaling.asymmetric and scaling.low < zero_point < scaling.high
+    return ActivationGrid(scale, scaling.low, scaling.high, zero_point, shifts)
 
 
 def _stand_ins(twin: nn.Module, source: Source) -> dict[str, FakeQuantizer]:
@@ -138,8 +152,7 @@ class Student:
 
     def __call__(self, solution: Solution, call: Call) -> Prediction:
         """Run the student on one batch, with gradients to everything in `solution`."""
-        for name, scale in solution.activation_scales.items():
-            self._quantizers[name].scale = scale
+        set_grids(self._quantizers, solution)
         compared: list[Tensor] = []
         watchers = {} if self._at is None else {self._at.op: compared.append}
         outputs = self._run(solution.tensors, call, watchers)

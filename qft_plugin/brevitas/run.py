@@ -22,7 +22,15 @@ from qft_plugin.pipeline import Callback, Problem, images, start, targets_of, tr
 from qft_plugin.pipeline import initialize as initialized
 from qft_plugin.spec import QFTConfig
 
-BY_QUANTIZERS: Final = ("weight_bits", "small_layer_bits", "small_layer_share", "layer_bits", "bounded", "hardware")
+BY_QUANTIZERS: Final = (
+    "weight_bits",
+    "small_layer_bits",
+    "small_layer_share",
+    "layer_bits",
+    "layer_activation_bits",
+    "bounded",
+)
+BY_QUANTIZERS_OF_HARDWARE: Final = ("rescale", "doubly_per_channel", "activation_bits")
 """Settings that a model says itself by the quantizers that it has."""
 
 
@@ -127,12 +135,16 @@ def quantize(
 def _config(config: QFTConfig | None) -> QFTConfig:
     """Refuse what only the quantizers of a model decide."""
     config, default = config or QFTConfig(), QFTConfig()
-    for name in BY_QUANTIZERS:
-        if getattr(config, name) != getattr(default, name):
-            raise ConfigError(
-                f"QFTConfig.{name} should be left at its default: the model's quantizers decide. Found "
-                f"{getattr(config, name)!r}. Choose another quantizer or pass weight_bit_width to the layer."
-            )
+    for names, found, usual in (
+        (BY_QUANTIZERS, config, default),
+        (BY_QUANTIZERS_OF_HARDWARE, config.hardware, default.hardware),
+    ):
+        for name in names:
+            if getattr(found, name) != getattr(usual, name):
+                raise ConfigError(
+                    f"{type(found).__name__}.{name} should be left at its default: the model's quantizers decide. "
+                    f"Found {getattr(found, name)!r}. Choose another quantizer or pass weight_bit_width to the layer."
+                )
     return config
 
 

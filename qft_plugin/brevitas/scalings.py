@@ -25,6 +25,7 @@ class CrossLayerFactors(nn.Module):
         super().__init__()
         self.log_c = nn.Parameter(log_c)
         self.dof_map = dof_map
+        self.bias_bits: int | None = None  # what the biases were trained for
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from qft_plugin.bounded import replace_by_relu
 from qft_plugin.brevitas.quantizers import (
+    QFTInt4WeightDoublyPerChannelFloat,
     QFTInt4WeightPerChannelFloat,
     QFTInt4WeightPerTensorFloat,
     QFTInt8ActPerTensorFloat,
@@ -20,7 +21,7 @@ from qft_plugin.brevitas.read import merge_norms
 from qft_plugin.brevitas.twin import make_twin
 from qft_plugin.data import Call, Inputs
 from qft_plugin.errors import ModelError
-from qft_plugin.graph import LayerGraph
+from qft_plugin.graph import ADDS, LayerGraph
 from qft_plugin.model import SAME, first_outputs, largest_change
 from qft_plugin.placement import KEEPS_GRID
 from qft_plugin.record import function_name, record
@@ -50,6 +51,9 @@ MODULES: Final[dict[type[nn.Module], str]] = {
     nn.ChannelShuffle: "channel_shuffle",
 }
 """Modules that call one function, by its name."""
+
+FX_ADDS: Final = ADDS | {"iadd", "isub"}
+"""Names of the functions that an addition may be in a traced graph; in place it is one of `operator`."""
 
 RANGE_BATCH: Final = 64
 RANGE_IMAGES: Final = 256
@@ -83,12 +87,8 @@ def swap(model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig) -> nn.
     kept = _kept_in_float(record(graph_model, call), layers)
     if kept:
         logger.warning("left in floating point, because they are no calls of torch's own layers: %s", ", ".join(kept))
-    signs = _Signs(graph_model)
-    for args, kwargs in inputs.batches(RANGE_BATCH, at_most=RANGE_IMAGES):
-        signs.run(*_positional(graph_model, args, kwargs))
-    sources = dict.fromkeys(_quantized_node(graph_model, node.all_input_nodes[0]) for node in layers)
-    for number, node in enumerate(sources):
-        _quantize_activation(graph_model, node, number, signed=node in signs.negative)
+    if config.hardware.activation_bits is not None:
+        _quantize_activations(graph_model, layers, inputs, config)
     graph_model.delete_all_unused_submodules()
     graph_model.recompile()
     _quantize_layers(graph_model, list(dict.fromkeys(str(node.target) for node in layers)), config)
@@ -100,6 +100,34 @@ def swap(model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig) -> nn.
             "on values: build it from the layers of brevitas.nn instead, then call link and finetune."
         )
     return graph_model.eval()
+
+
+def _quantize_activations(model: fx.GraphModule, layers: list[fx.Node], inputs: Inputs, config: QFTConfig) -> None:
+    """Put a quantizer on everything that a layer reads, and on the inputs of additions where the hardware needs it."""
+    signs = _Signs(model)
+    for args, kwargs in inputs.batches(RANGE_BATCH, at_most=RANGE_IMAGES):
+        signs.run(*_positional(model, args, kwargs))
+    wanted = config.activation_bits_of([f"{node.target}.weight" for node in layers])
+    bits: dict[fx.Node, int] = {}
+    for node in layers:
+        source = _quantized_node(model, node.all_input_nodes[0])
+        bits[source] = max(bits.get(source, 0), wanted[f"{node.target}.weight"])
+    for node in _additions(model) if config.hardware.quantizes_addends else ():
+        for before in node.all_input_nodes:
+            bits.setdefault(_quantized_node(model, before), config.hardware.activation_bits or 8)
+    for number, (node, width) in enumerate(bits.items()):
+        _quantize_activation(model, node, number, signed=node in signs.negative, bits=width)
+
+
+def _additions(model: fx.GraphModule) -> list[fx.Node]:
+    """List the elementwise additions of two activations."""
+    return [
+        node
+        for node in model.graph.nodes
+        if len(node.all_input_nodes) > 1
+        and node.op in ("call_function", "call_method")
+        and (function_name(node.target) if node.op == "call_function" else str(node.target).rstrip("_")) in FX_ADDS
+    ]
 
 
 def _preprocessed(model: nn.Module, call: Call) -> fx.GraphModule:
@@ -161,17 +189,17 @@ def _quantized_node(model: fx.GraphModule, node: Any) -> fx.Node:
     return node
 
 
-def _quantize_activation(model: fx.GraphModule, node: fx.Node, number: int, *, signed: bool) -> None:
+def _quantize_activation(model: fx.GraphModule, node: fx.Node, number: int, *, signed: bool, bits: int) -> None:
     """Quantize what a node makes, for all that read it; a ReLU becomes Brevitas' own."""
     quantizer = QFTInt8ActPerTensorFloat if signed else QFTUint8ActPerTensorFloat
     name = f"quantizer_{number}"
     readers = list(node.users)
     with model.graph.inserting_after(node):
         if _is_relu(model, node):
-            model.add_submodule(name, qnn.QuantReLU(act_quant=quantizer))
+            model.add_submodule(name, qnn.QuantReLU(act_quant=quantizer, bit_width=bits))
             quantized = model.graph.call_module(name, (node.all_input_nodes[0],))
         else:
-            model.add_submodule(name, qnn.QuantIdentity(act_quant=quantizer))
+            model.add_submodule(name, qnn.QuantIdentity(act_quant=quantizer, bit_width=bits))
             quantized = model.graph.call_module(name, (node,))
     for reader in readers:
         reader.replace_input_with(node, quantized)
@@ -196,6 +224,8 @@ def _quantize_layers(model: fx.GraphModule, names: list[str], config: QFTConfig)
         shares = "Transpose" in type(layer).__name__ and layer.groups != 1
         per_channel = config.hardware.rescale == "channelwise" and not shares
         quantizer = QFTInt4WeightPerChannelFloat if per_channel else QFTInt4WeightPerTensorFloat
+        if config.hardware.doubly_per_channel and not shares:
+            quantizer = QFTInt4WeightDoublyPerChannelFloat
         kind = QUANTIZED[type(layer)]
         taken = {p: getattr(layer, p) for p in inspect.signature(kind).parameters if p != "bias" and hasattr(layer, p)}
         quantized = kind(

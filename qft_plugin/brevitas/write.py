@@ -54,15 +54,16 @@ def write(model: nn.Module, source: Source, start: Start) -> None:
             for parameter in (layer.weight, layer.bias):
                 if parameter is not None:
                     model.get_parameter(parameter).copy_(unfolded[parameter])
-    scales = dof.activation_scales()
+    scales, zero_points = dof.activation_scales(), dof.zero_points()
     for name, scaling in source.activations.items():
-        scaling.start(scales[name], dof.activation_grids[name].zero_point)
+        scaling.start(scales[name], int(zero_points.get(name, dof.activation_grids[name].zero_point)))
     factors = shared_factors(model)
     assert factors is not None
     factors.log_c.copy_(log_c)
+    factors.bias_bits = dof.hardware.bias_bits
     for name in dof.weight_grids:
         weight, trained = source.weights[name], dof.trained_weight(name)
-        weight.log_F.copy_(trained.log_F)
+        weight.log_F.copy_(dof.rescale_factor(trained).log())
         if weight.log_L is not None and trained.log_L is not None:
             weight.log_L.copy_(trained.log_L)
         weight.ready = True
@@ -110,7 +111,8 @@ def fold(model: nn.Module, *, bias_bits: int | None = None) -> nn.Module:
 
     Args:
         model: a linked model; it is not changed.
-        bias_bits: quantize the biases to so many bits, with the scale of the accumulator (Eq. 8); `None` leaves them.
+        bias_bits: quantize the biases to so many bits, with the scale of the accumulator (Eq. 8); `None` takes the
+            `HardwareSpec.bias_bits` that the model was finetuned with, and leaves them in float where it had none.
 
     Raises:
         ModelError: the model is not linked.
@@ -121,6 +123,9 @@ def fold(model: nn.Module, *, bias_bits: int | None = None) -> nn.Module:
     if bias_bits is not None and (type(bias_bits) is not int or not 2 <= bias_bits <= 32):
         raise ConfigError(f"bias_bits should be a whole number from 2 to 32, or None. Found {bias_bits!r}.")
     dof_map = dof_map_of(model)
+    trained = shared_factors(model)
+    if bias_bits is None and trained is not None:
+        bias_bits = trained.bias_bits
     folded = copy.deepcopy(model).eval()
     scalings = {name: s for name, m in folded.named_modules() if (s := weight_scaling(m)) is not None}
     integers = weight_integers(folded)

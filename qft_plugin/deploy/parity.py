@@ -27,12 +27,14 @@ def find_integers(constants: Sequence[np.ndarray[Any, Any]], integers: Mapping[s
         ParityError: a weight is not there; it names it.
     """
     for name, expected in integers.items():
-        wanted = expected.detach().cpu().to(torch.int64).numpy().reshape(-1)
-        candidates = [c for c in constants if c.size == wanted.size]
-        if not any(np.array_equal(c, wanted) for c in candidates):
-            least = min((int((c != wanted).sum()) for c in candidates), default=wanted.size)
+        W_int = expected.detach().cpu().to(torch.int64).numpy()
+        # A linear layer on tokens is exported as a product with the transposed weight.
+        forms = [W_int.reshape(-1), *([W_int.T.reshape(-1)] if W_int.ndim == 2 else [])]
+        candidates = [c for c in constants if c.size == W_int.size]
+        if not any(np.array_equal(c, form) for c in candidates for form in forms):
+            least = min((int((c != form).sum()) for c in candidates for form in forms), default=W_int.size)
             raise ParityError(
-                f"Weight {name}: its integers should be in the file. Found {least} of {wanted.size} that differ "
+                f"Weight {name}: its integers should be in the file. Found {least} of {W_int.size} that differ "
                 "from the closest constant. Please report the model."
             )
 

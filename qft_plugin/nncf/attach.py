@@ -13,14 +13,23 @@ from torch import Tensor, nn
 
 from qft_plugin.data import Call, Inputs
 from qft_plugin.finetune import Prediction
-from qft_plugin.graph import Const, Ref
+from qft_plugin.graph import ADDS, Const, Ref
 from qft_plugin.model import tensor_of, tensors_in
 from qft_plugin.nncf.read import Source, tensor_name
 from qft_plugin.offline import Solution
 from qft_plugin.placement import ActivationGrid, ComparedInput, Placement, WeightPlace
 from qft_plugin.quantize import fake_quantize
-from qft_plugin.relations import ADDS
-from qft_plugin.student import FakeQuantizer, Unfold, compiled_fake_quantize, observed, prediction_of, unfolded
+from qft_plugin.relations import LAYERS
+from qft_plugin.spec import HardwareSpec
+from qft_plugin.student import (
+    FakeQuantizer,
+    Unfold,
+    compiled_fake_quantize,
+    observed,
+    prediction_of,
+    set_grids,
+    unfolded,
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,11 @@ class Request(Protocol):
         """Whether the model is meant for OpenVINO's CPU plugin."""
         ...
 
+    @property
+    def hardware(self) -> HardwareSpec:
+        """What the target can do."""
+        ...
+
     def place(self, model: nn.Module, inputs: Inputs, /) -> nn.Module:
         """Call NNCF's own `quantize` with the user's settings; returns a new model."""
         ...
@@ -70,7 +84,10 @@ def place(source: Source, tensors: Mapping[str, Tensor], request: Request, input
         for name, tensor in tensors.items():
             tensor_of(model, name).copy_(tensor)
     quantized = request.place(model, inputs)
-    if request.runs_on_cpu:
+    hardware = request.hardware
+    if hardware.activation_bits is None:
+        _drop_activation_quantizers(quantized, source)
+    elif request.runs_on_cpu and not hardware.quantizes_addends:
         _drop_quantizers_of_addends(quantized, source)
     names_by_module: dict[nn.Module, list[str]] = {}
     for name, hook in get_hook_storage(quantized).named_hooks(remove_duplicate=False):
@@ -92,7 +109,8 @@ def place(source: Source, tensors: Mapping[str, Tensor], request: Request, input
                 weight_hooks[what.name] = (*weight_hooks.get(what.name, ()), *names)
                 before = weights.get(what.name, WeightPlace(per_channel=True)).per_channel
                 each = channels == _out_channels(tensors, source, what)
-                weights[what.name] = WeightPlace(per_channel=before and each)
+                kernel = is_kernel_weight(source, what)
+                weights[what.name] = WeightPlace(before and each, doubly=hardware.doubly_per_channel and kernel)
             continue
         grid = _activation_grid(hook)
         if grid is None:
@@ -129,6 +147,21 @@ def _drop_quantizers_of_addends(model: nn.Module, source: Source) -> None:
             storage.delete_hook(name)
 
 
+def _drop_activation_quantizers(model: nn.Module, source: Source) -> None:
+    """Remove every quantizer that does not quantize a constant."""
+    storage = get_hook_storage(model)
+    for name, hook in list(storage.named_hooks(remove_duplicate=False)):
+        kind, op, port = decode_hook_name(name)
+        on_constant = kind == "pre_hooks" and isinstance(source.ports.get((op, port)), Const)
+        if isinstance(hook, (SymmetricQuantizer, AsymmetricQuantizer)) and not on_constant:
+            storage.delete_hook(name)
+
+
+def is_kernel_weight(source: Source, weight: Const) -> bool:
+    """Whether a constant is the weight of a convolution or linear layer."""
+    return any(op.function in LAYERS and op.argument(1, "weight") == weight for op in source.graph.ops)
+
+
 def _out_channels(tensors: Mapping[str, Tensor], source: Source, weight: Const) -> int:
     for op in source.graph.ops:
         if op.argument(1, "weight") == weight:
@@ -143,7 +176,9 @@ def _activation_grid(hook: nn.Module) -> ActivationGrid | None:
     low, high, scale, zero_point = hook.get_parameters_for_torch_fq()
     if scale.numel() != 1:
         return None
-    return ActivationGrid(float(scale), int(low), int(high), int(zero_point))
+    # A zero point at the end of the grid belongs to values of one sign, and stays.
+    shifts = isinstance(hook, AsymmetricQuantizer) and int(low) < int(zero_point) < int(high)
+    return ActivationGrid(float(scale), int(low), int(high), int(zero_point), shifts)
 
 
 class _FixedQuantizer(nn.Module):
@@ -279,8 +314,7 @@ class Student:
 
     def __call__(self, solution: Solution, call: Call) -> Prediction:
         """Run the student on one batch, with gradients to everything in `solution`."""
-        for name, scale in solution.activation_scales.items():
-            self._quantizers[name].scale = scale
+        set_grids(self._quantizers, solution)
         return unfolded(self._run(solution.tensors, call), self._unfold, solution.factors)
 
     def observe(self, tensors: Mapping[str, Tensor], call: Call) -> dict[str, Tensor]:

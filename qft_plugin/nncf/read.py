@@ -106,13 +106,15 @@ def example_of(call: Call) -> Any:
 
 
 @torch.no_grad()
-def read(model: nn.Module, inputs: Inputs, *, bounded: Bounded = "exact") -> Source:
+def read(model: nn.Module, inputs: Inputs, *, bounded: Bounded = "exact", rescales: bool = True) -> Source:
     """Describe a model; it is copied, never changed.
 
     Args:
         model: a float torch model that passed `check_model`.
         inputs: the images; the first ones are used to trace the model.
         bounded: what to do with ReLU6 (see `QFTConfig.bounded`).
+        rescales: whether activations are quantized. Where they are not, OpenVINO moves the factors around a ReLU6 into
+            the weights before their integers are made, so there they have none.
 
     Raises:
         DataError: the model cannot be run on the first images.
@@ -127,7 +129,8 @@ def read(model: nn.Module, inputs: Inputs, *, bounded: Bounded = "exact") -> Sou
     if bounded == "relu":
         replace_by_relu(copied)
         outputs = first_outputs(copied, call)
-    free_bounds(copied, call)
+    if rescales:
+        free_bounds(copied, call)
     traced = _trace(copied, call)
     norms = _fold_norms(copied, traced)
     graph = _layer_graph(traced, norms)

@@ -29,7 +29,7 @@ from qft_plugin.nncf.read import check_model, example_of, read
 from qft_plugin.nncf.version import check_version
 from qft_plugin.nncf.write import write
 from qft_plugin.pipeline import Job, images, initialize, targets_of, train, understand
-from qft_plugin.spec import QFTConfig
+from qft_plugin.spec import HardwareSpec, QFTConfig
 
 PLACES: Final = (nncf, nncf.quantization, nncf.quantization.quantize_model)
 """Every module in which NNCF looks `quantize` up (2.17 to 3.4)."""
@@ -99,13 +99,13 @@ def _quantize(
     original: Callable[..., Any], model: Any, dataset: Any, algorithm: Any, callback: Any, host: dict[str, Any]
 ) -> Job:
     config = _config(algorithm)
-    request = Request(original, dataset, _host_settings(original, host, config))
+    request = Request(original, dataset, _host_settings(original, host, config), config.hardware)
     # Calibration code often stands inside no_grad or inference_mode, but this one trains.
     with torch.inference_mode(False), torch.enable_grad(), _progress(config, callback) as report:
         check_version()
         check_model(model)
         inputs = images(model, request.items(), config)
-        source = read(model, inputs, bounded=config.bounded)
+        source = read(model, inputs, bounded=config.bounded, rescales=config.hardware.activation_bits is not None)
         problem = understand(source, inputs, config)
         targets = targets_of(teacher(source, problem.at), problem, config)
         start = initialize(sys.modules["qft_plugin.nncf"], problem, request, config)
@@ -180,11 +180,13 @@ class Request:
         original: NNCF's own `quantize`.
         dataset: the calibration dataset.
         settings: the other arguments of NNCF's own `quantize`.
+        hardware: what the target can do.
     """
 
     original: Callable[..., Any]
     dataset: Any
     settings: dict[str, Any]
+    hardware: HardwareSpec
 
     def items(self) -> Iterable[Any]:
         """Iterate over the model's inputs.

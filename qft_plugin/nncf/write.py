@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from qft_plugin.model import tensor_of
 from qft_plugin.nncf.attach import Placed
 from qft_plugin.offline import DeployedWeight, Dof, deployed_weights, solve
 from qft_plugin.placement import ActivationGrid
+from qft_plugin.quantize import per_in
 
 
 @torch.no_grad()
@@ -39,13 +41,26 @@ def write(placed: Placed, dof: Dof) -> nn.Module:
         tensor_of(model, name).copy_(tensor)
     storage = get_hook_storage(model)
     for weight, deployed in deployed_weights(dof).items():
+        left = None
+        if deployed.step_in is not None:
+            # NNCF's quantizer has one scale for each output channel: the other factor is multiplied behind it.
+            W = tensor_of(model, weight)
+            layer = dof.map.layer(weight)
+            left = per_in(deployed.step_in, W, groups=layer.groups, kind=layer.kind)
+            W.div_(left)
         for name in placed.weight_hooks[weight]:
             old = storage.get_submodule(name)
             storage.set_submodule(name, _weight_quantizer(old, deployed))
+            if left is not None:
+                _, op, port = decode_hook_name(name)
+                storage.register_pre_function_hook(op, port, _multiply(left))
     for quantizer, names in placed.hooks.items():
         grid, scale = placed.placement.activations[quantizer], solution.activation_scales[quantizer]
-        module = storage.get_submodule(names[0])
-        _set_scale(module, grid, scale)
+        zero_point = solution.zero_points.get(quantizer, grid.zero_point)
+        module = _activation_quantizer(storage.get_submodule(names[0]), grid)
+        _set_scale(module, replace(grid, zero_point=int(zero_point)), scale)
+        for name in names:
+            storage.set_submodule(name, module)
     _unbound_channels(model, dof)
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -103,6 +118,20 @@ def _weight_quantizer(old: Any, deployed: DeployedWeight) -> nn.Module:
     quantizer.scale.data.copy_(scale.reshape(quantizer.scale.shape))
     module: nn.Module = quantizer
     return module
+
+
+def _activation_quantizer(old: Any, grid: ActivationGrid) -> nn.Module:
+    """Return a quantizer of the grid's bit width: the old one where it has it."""
+    bits = (grid.high - grid.low).bit_length()
+    module: Any = old
+    if old.num_bits != bits:
+        module = type(old)(PTQuantizerSpec.from_state({**old.get_config(), "num_bits": bits}))
+        module.load_state_dict({k: v for k, v in old.state_dict().items() if "num_bits" not in k}, strict=False)
+        if isinstance(old, SymmetricQuantizer):
+            module.signed = old.signed
+        module.to(next(old.parameters()).device)
+    found: nn.Module = module
+    return found
 
 
 def _set_scale(module: nn.Module, grid: ActivationGrid, scale: Tensor) -> None:
