@@ -1,0 +1,264 @@
+"""The paper's tables and figures on real networks: one JSON file for each experiment and network.
+
+python benchmarks/experiments.py --real DIR --net resnet20 --out benchmarks/results [--only NAME ...] [--images-fed N]
+
+A point that a file has already is not measured again, so that an interrupted run goes on where it was. The figures are
+drawn from the files by `benchmarks/figures.py`.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import real_networks
+import torch
+from torch import Tensor, nn
+
+from qft_plugin import FinetuneConfig, HardwareSpec, QFTConfig
+from qft_plugin.initialize import apq, out_slices, ppq
+from qft_plugin.offline import fold_network
+from qft_plugin.relations import LAYERS
+
+DATASET_BATCH = 128
+LAYERWISE, CHANNELWISE = HardwareSpec(rescale="layerwise"), HardwareSpec()
+WEIGHT_ONLY = HardwareSpec(activation_bits=None, doubly_per_channel=True)
+SKEW = 8.0
+
+Point = tuple[str, QFTConfig, int]
+
+
+def granularity(hardware: HardwareSpec) -> str:
+    """Name the granularity of the weights' scales."""
+    return "per-tensor" if hardware.rescale == "layerwise" else "per-channel"
+
+
+def experiments(base: QFTConfig, images: int) -> dict[str, list[Point]]:
+    """List the points of every experiment: a label, the settings, and the number of images."""
+    finetune = base.finetune or FinetuneConfig()
+
+    def tuned(hardware: HardwareSpec, *, images: int = images, config: dict | None = None, **settings: Any) -> Point:
+        changed = replace(base, hardware=hardware, finetune=replace(finetune, **settings), **(config or {}))
+        return "", changed, images
+
+    def untrained(hardware: HardwareSpec, **config: Any) -> QFTConfig:
+        return replace(base, hardware=hardware, finetune=None, **{"equalize": False, "compensate": False, **config})
+
+    both = (CHANNELWISE, LAYERWISE)
+    steps = {
+        "MMSE": {},
+        "MMSE + CLE": {"equalize": True},
+        "MMSE + CLE + bias correction": {"equalize": True, "bias_correction": True},
+        "compensated rounding + CLE": {"equalize": True, "compensate": True},
+    }
+    found: dict[str, list[Point]] = {
+        "table1_ours": [(f"QFT {granularity(h)}", *tuned(h)[1:]) for h in both],
+        "table2_heuristics": [
+            (f"{name}, {granularity(h)}", untrained(h, **config), images)
+            for h in both
+            for name, config in steps.items()
+        ],
+        "fig5_images": [
+            (f"{count}", *tuned(LAYERWISE, images=count, max_images=count)[1:]) for count in (64, 256, 1024, 4096, 8192)
+        ],
+        "fig6_cross_entropy": [
+            (f"{share}", *tuned(LAYERWISE, cross_entropy=share)[1:]) for share in (0.0, 0.1, 0.5, 0.9, 1.0)
+        ],
+        "fig7_learning_rate": [
+            (f"{rate}", *tuned(LAYERWISE, learning_rate=rate)[1:]) for rate in (0.0015, 0.005, 0.015, 0.05, 0.15)
+        ],
+        "fig8_fig9_cle_and_training": [
+            (
+                f"{granularity(h)}: {'CLE' if cle else 'no CLE'}, {'S_a trained' if train else 'S_a fixed'}",
+                *tuned(h, config={"equalize": cle, "train_cross_layer": train})[1:],
+            )
+            for h in both
+            for cle in (False, True)
+            for train in (False, True)
+        ],
+        "fig12_doubly_per_channel": [
+            (f"W4A32 {name}, scales {'trained' if train else 'frozen'}", *tuned(h, config={"train_scales": train})[1:])
+            for name, h in {
+                "per-tensor": HardwareSpec(rescale="layerwise", activation_bits=None),
+                "per-channel": HardwareSpec(activation_bits=None),
+                "doubly per-channel": WEIGHT_ONLY,
+            }.items()
+            for train in (False, True)
+        ],
+        "relu6": [
+            (f"{granularity(h)}: {kind}", *tuned(h, config={"bounded": kind})[1:])
+            for h in both
+            for kind in ("exact", "relu")
+        ],
+    }
+    return found
+
+
+def skewed(net: nn.Module, example: Tensor) -> nn.Module:
+    """Multiply inner channels by random factors in [1/8, 8] and divide in the next layer: the same function.
+
+    Wherever scales are free, ReLU6 left out, whose bounds a float network cannot scale.
+    """
+    import copy
+
+    from qft_plugin.brevitas.read import merge_norms
+    from qft_plugin.dof_map import map_dof
+    from qft_plugin.model import tensor_of
+    from qft_plugin.offline import names_of
+    from qft_plugin.record import record
+
+    net = copy.deepcopy(net).eval()
+    call = ((example,), {})
+    with torch.no_grad():
+        merge_norms(net, net, record(net, call))
+        dof_map = map_dof(record(net, call))
+        generator = torch.Generator().manual_seed(0)
+        log_c = torch.log(torch.tensor(SKEW)) * (2 * torch.rand(dof_map.size, generator=generator) - 1)
+        tensors = {name: tensor_of(net, name) for name in names_of(dof_map.layers)}
+        for name, tensor in fold_network(dof_map, log_c, tensors).items():
+            tensor_of(net, name).copy_(tensor)
+    return net
+
+
+def kernel_errors(net: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield the relative rounding error of each 4-bit kernel by granularity (Fig. 3): no images are needed."""
+    for name, module in net.named_modules():
+        kind = {nn.Conv2d: "conv2d", nn.Linear: "linear"}.get(type(module))
+        if kind not in LAYERS:
+            continue
+        W, groups = module.weight.detach(), getattr(module, "groups", 1)
+        slices = out_slices(W, kind=kind, groups=groups)
+        S_tensor, S_channel = ppq(W.reshape(1, -1), high=7), ppq(slices, high=7)
+        parts = W.reshape(groups, W.shape[0] // groups, W.shape[1], -1)
+        pairs = [apq(part, high=7) for part in parts]
+        doubly = torch.cat([(S[:, None] * T)[:, :, None].expand_as(p) for (S, T), p in zip(pairs, parts, strict=True)])
+        scales = {
+            "per-tensor": S_tensor.expand(slices.shape),
+            "per-channel": S_channel[:, None].expand(slices.shape),
+            "doubly per-channel": doubly.reshape(slices.shape),
+        }
+        errors = {
+            key: float(((slices / s).round().clamp(-7, 7) * s - slices).norm() / slices.norm())
+            for key, s in scales.items()
+        }
+        yield {"label": name, "weights": W.numel(), **errors}
+
+
+def measure(host: str, net: nn.Module, real: real_networks.RealNetwork, config: QFTConfig, images: int) -> dict:
+    """Quantize and compare with the float network on the test images."""
+    batches = list(real.calibration[:images].split(DATASET_BATCH))
+    wall, cpu = time.perf_counter(), time.process_time()
+    model = QUANTIZE[host](net, batches, config)
+    seconds = time.perf_counter() - wall, time.process_time() - cpu
+    expected, found = real_networks.classes(real.net, real.test), real_networks.classes(model, real.test)
+    top1, fp_top1 = (real_networks.percent(c == real.labels) for c in (found, expected))
+    return {
+        "agreement": round(real_networks.percent(found == expected), 2),
+        "drop": round(fp_top1 - top1, 2),
+        "images": images,
+        "seconds": round(seconds[0], 1),
+        "cpu_seconds": round(seconds[1], 1),
+    }
+
+
+def with_brevitas(net: nn.Module, batches: list[Tensor], config: QFTConfig) -> nn.Module:
+    """Quantize with Brevitas; returns the folded model."""
+    from qft_plugin import brevitas
+
+    return brevitas.fold(brevitas.quantize(net, batches, config=config))
+
+
+def with_nncf(net: nn.Module, batches: list[Tensor], config: QFTConfig) -> Callable[[Tensor], Tensor]:
+    """Quantize with NNCF."""
+    import nncf
+
+    import qft_plugin.nncf as host
+
+    model = nncf.quantize(net, nncf.Dataset(batches), algorithm=config)
+
+    def run(x: Tensor) -> Tensor:
+        with host.without_compiler():
+            return model(x)
+
+    return run
+
+
+QUANTIZE = {"brevitas": with_brevitas, "nncf": with_nncf}
+
+
+class Results:
+    """The points of one experiment in a file that is whole at any time."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        """Read what was measured before."""
+        self.path = path
+        self.data = json.loads(path.read_text()) if path.exists() else {**facts, "points": []}
+
+    def has(self, label: str) -> bool:
+        """Whether a point was measured."""
+        return any(point["label"] == label for point in self.data["points"])
+
+    def add(self, point: dict[str, Any]) -> None:
+        """Add a point and write the file."""
+        self.data["points"].append(point)
+        draft = self.path.with_suffix(".part")
+        draft.write_text(json.dumps(self.data, indent=1) + "\n")
+        os.replace(draft, self.path)
+
+
+def main() -> None:
+    """Measure what is not measured yet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--real", type=Path, required=True, help="folder of real networks")
+    parser.add_argument("--net", default="resnet20")
+    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--images-fed", type=int, default=FinetuneConfig().images_fed)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", help="names of experiments")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    real = real_networks.load(args.real, args.net, FinetuneConfig().max_images)
+    base = QFTConfig(finetune=FinetuneConfig(images_fed=args.images_fed))
+    listed = experiments(base, args.images)
+    facts = {"net": args.net, "images_fed": args.images_fed, "seed": 0}
+    names = args.only or [*listed, "fig3_granularity", "skew"]
+
+    def results(name: str) -> Results:
+        command = f"python benchmarks/experiments.py --real DIR --net {args.net} --images-fed {args.images_fed}"
+        return Results(args.out / f"{name}_{args.net}.json", {**facts, "command": f"{command} --only {name}"})
+
+    for name in names:
+        file = results(name)
+        if name == "fig3_granularity":
+            for point in kernel_errors(real.net):
+                if not file.has(point["label"]):
+                    file.add(point)
+        elif name == "skew":
+            changed = skewed(real.net, real.test[:2])
+            for label, host, net, config in skew_points(base, real.net, changed):
+                if not file.has(label):
+                    file.add({"label": label, **measure(host, net, real, config, args.images)})
+        else:
+            for label, config, images in listed[name]:
+                if not file.has(label):
+                    file.add({"label": label, **measure("brevitas", real.net, real, config, images)})
+        print(json.dumps(file.data), flush=True)
+
+
+def skew_points(base: QFTConfig, net: nn.Module, changed: nn.Module) -> Iterator[tuple[str, str, nn.Module, QFTConfig]]:
+    """Yield what is measured on the network and on the skewed one: the defaults under both hosts, and less."""
+    for hardware in (CHANNELWISE, LAYERWISE):
+        config = replace(base, hardware=hardware)
+        without = replace(config, equalize=False, train_cross_layer=False)
+        for host in QUANTIZE:
+            yield f"{host} {granularity(hardware)}: original", host, net, config
+            yield f"{host} {granularity(hardware)}: skewed", host, changed, config
+        yield f"brevitas {granularity(hardware)}: skewed, no CLE, S_a fixed", "brevitas", changed, without
+
+
+if __name__ == "__main__":
+    main()
