@@ -121,13 +121,38 @@ def normalised_l2(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().sum() / teacher.square().sum().clamp(min=torch.finfo(teacher.dtype).tiny)
 
 
-def distillation_loss(student: Prediction, teacher: Prediction, *, cross_entropy: float) -> Tensor:
-    """Return the mean normalised L2 over the compared features, plus a proportion of cross entropy on the logits."""
-    terms = [normalised_l2(s, t) for s, t in zip(student.features, teacher.features, strict=True)]
-    loss = torch.stack(terms).mean()
-    if cross_entropy and student.logits is not None and teacher.logits is not None:
-        loss = loss + cross_entropy * functional.cross_entropy(student.logits, teacher.logits.softmax(1))
-    return loss
+@dataclass(frozen=True)
+class Loss:
+    """What counts how much in the difference of two networks.
+
+    Attributes:
+        weights: of each compared feature; with a weight of 0 it costs nothing.
+        cross_entropy: added to the features' part so many times.
+    """
+
+    weights: tuple[float, ...]
+    cross_entropy: float
+
+
+def distillation_loss(student: Prediction, teacher: Prediction, loss: Loss) -> Tensor:
+    """Compare two networks:  sum_k w_k L_k / sum_k w_k  over the features, plus the cross entropy on the logits.
+
+    L_k is the normalised L2 of Sec. 4, which has no unit, so that features of any size and kind can be added.
+
+    Args:
+        student: what the student computed.
+        teacher: what the teacher computed for the same images.
+        loss: the weights.
+
+    Returns:
+        `[]`.
+    """
+    pairs = zip(loss.weights, student.features, teacher.features, strict=True)
+    terms = [w * normalised_l2(s, t) for w, s, t in pairs if w]
+    total = torch.stack(terms).sum() / sum(loss.weights)
+    if loss.cross_entropy and student.logits is not None and teacher.logits is not None:
+        total = total + loss.cross_entropy * functional.cross_entropy(student.logits, teacher.logits.softmax(1))
+    return total
 
 
 def learning_rate_factor(step: int, total: int, restarts: int) -> float:
@@ -159,15 +184,14 @@ def _targets(targets: Prediction, index: Tensor | slice, device: torch.device) -
 
 
 @torch.no_grad()
-def _evaluate(student: Network, inputs: Inputs, targets: Prediction, config: FinetuneConfig) -> float:
-    size = max(config.batch_size, 64)
+def _evaluate(student: Network, inputs: Inputs, targets: Prediction, loss: Loss, *, batch_size: int) -> float:
+    size = max(batch_size, 64)
     losses = []
     count = min(len(inputs), EVALUATION_IMAGES)
     for number, call in enumerate(inputs.batches(size, at_most=count)):
         part = slice(number * size, min((number + 1) * size, count))
         wanted = _targets(targets, part, inputs.device)
-        loss = distillation_loss(student(call), wanted, cross_entropy=config.cross_entropy)
-        losses.append(float(loss) * (part.stop - part.start))
+        losses.append(float(distillation_loss(student(call), wanted, loss)) * (part.stop - part.start))
     return sum(losses) / count
 
 
@@ -178,6 +202,7 @@ def finetune(
     *,
     inputs: Inputs,
     targets: Prediction,
+    loss: Loss,
     config: FinetuneConfig,
     callback: Callable[[Step], None] | None = None,
 ) -> FinetuneResult:
@@ -192,6 +217,7 @@ def finetune(
         groups: parameter groups for the optimizer, each with its `lr`.
         inputs: all images.
         targets: what the teacher computed for them.
+        loss: what is made small.
         config: the settings.
         callback: called after each step.
     """
@@ -200,7 +226,7 @@ def finetune(
     optimizer = torch.optim.Adam([dict(g) for g in groups if g["params"]], fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     cycle_ends = {math.ceil(total * (i + 1) / config.restarts) for i in range(config.restarts)}
-    start_loss = best_loss = _evaluate(student, inputs, targets, config)
+    start_loss = best_loss = _evaluate(student, inputs, targets, loss, batch_size=config.batch_size)
     best_state = copy.deepcopy(state.state_dict())
     losses: list[float] = []
     logger.info("finetune: %d steps of %d images, loss %.5f at the start", total, batch_size, start_loss)
@@ -210,10 +236,10 @@ def finetune(
             group["lr"] = rate * factor
         optimizer.zero_grad(set_to_none=True)
         wanted = _targets(targets, index, inputs.device)
-        loss = distillation_loss(student(inputs.batch(index)), wanted, cross_entropy=config.cross_entropy)
-        loss.backward()  # type: ignore[no-untyped-call]
+        difference = distillation_loss(student(inputs.batch(index)), wanted, loss)
+        difference.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(difference.item())
         if not math.isfinite(losses[-1]):
             warnings.warn(
                 f"Finetune: the loss became {losses[-1]} in step {step + 1} of {total}; the best state before is kept. "
@@ -225,7 +251,7 @@ def finetune(
         if callback is not None:
             callback(Step(step + 1, total, losses[-1], rates[0] * factor))
         if step + 1 in cycle_ends:
-            now = _evaluate(student, inputs, targets, config)
+            now = _evaluate(student, inputs, targets, loss, batch_size=config.batch_size)
             if now < best_loss:
                 best_loss, best_state = now, copy.deepcopy(state.state_dict())
     state.load_state_dict(best_state)

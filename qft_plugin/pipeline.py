@@ -14,16 +14,16 @@ from qft_plugin.compensate import can_compensate, compensated, input_rows
 from qft_plugin.data import Call, Inputs, read_inputs
 from qft_plugin.dof_map import map_dof
 from qft_plugin.errors import ConfigError, ModelError, QFTWarning
-from qft_plugin.finetune import FinetuneResult, Network, Prediction, Step, finetune, teacher_predictions
+from qft_plugin.finetune import FinetuneResult, Loss, Network, Prediction, Step, finetune, teacher_predictions
 from qft_plugin.graph import PINNED, DofMap, Layer, LayerGraph
 from qft_plugin.initialize import doubly_scales, equalize, range_max, range_mse, weight_scale
 from qft_plugin.model import SAME, accepts, largest_change, tensors_in
 from qft_plugin.offline import Dof, WeightGrid, fold_network, names_of, on_weight, solve
 from qft_plugin.placement import (
     ActivationGrid,
-    ComparedInput,
+    Comparison,
     Placement,
-    backbone_output,
+    comparison,
     quantizer_after,
     quantizer_before,
 )
@@ -72,13 +72,13 @@ class Problem:
             name), and `weight_bits` (bits by name, `None` where the settings choose them).
         dof_map: which per-channel scales are shared, free, or pinned.
         inputs: the images, in the fastest layout.
-        at: where teacher and student are compared, `None` for the outputs of the network.
+        at: where teacher and student are compared.
     """
 
     source: Any
     dof_map: DofMap
     inputs: Inputs
-    at: ComparedInput | None
+    at: Comparison
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,7 @@ def understand(source: Any, inputs: Inputs, config: QFTConfig) -> Problem:
         config: the settings.
     """
     dof_map = proven_map(source, inputs.batch(slice(0, min(2, len(inputs)))))
-    at = backbone_output(source.graph, config.finetune.loss_at if config.finetune else None)
-    if at is not None and at.tensor not in dof_map.channel_index:
-        logger.info("the scales of %s differ inside a channel: the network's outputs are compared", at.tensor)
-        at = None
+    at = _comparable(comparison(source.graph, config.finetune.loss_at if config.finetune else None), dof_map)
     return Problem(source, dof_map, _fastest_layout(source.model, inputs), at)
 
 
@@ -162,7 +159,7 @@ def start(
     tensors = {name: source.tensors[name] for name in names_of(dof_map.layers)}
     placed = host.place(source, fold_network(dof_map, log_c, tensors), request, inputs)
     compiled = config.finetune is not None and config.finetune.compile
-    student = host.Student(placed, source, problem.at, _unfold(dof_map, problem.at, log_c), compiled=compiled)
+    student = host.Student(placed, source, problem.at, _unfolds(dof_map, problem.at, log_c), compiled=compiled)
     grids = _activation_grids(student, placed.placement, placed.tensors, inputs, config)
     weights = _weight_grids(source, placed.placement, placed.tensors, dof_map, config)
     values = dict(placed.tensors)
@@ -220,6 +217,7 @@ def train(
         dof.parameter_groups(learning_rate=settings.learning_rate, scale_learning_rate=settings.scale_learning_rate),
         inputs=problem.inputs,
         targets=targets,
+        loss=Loss(problem.at.weights(len(targets.features)), settings.cross_entropy),
         config=settings,
         callback=callback,
     )
@@ -294,14 +292,30 @@ def _bits(source: Any, weights: Mapping[str, Tensor], config: QFTConfig) -> Mapp
     return config.weight_bits_of({name: W.numel() for name, W in weights.items()})
 
 
-def _unfold(dof_map: DofMap, at: ComparedInput | None, log_c: Tensor) -> Unfold | None:
-    """Return what brings the compared activation back to real units."""
-    if at is None:
-        return None
-    index = dof_map.channel_index[at.tensor].to(log_c.device)
-    if not bool((index != PINNED).any()):
-        return None
-    return index, torch.cat([log_c.new_zeros(1), log_c]).exp()[index]
+def _comparable(at: Comparison, dof_map: DofMap) -> Comparison:
+    """Leave out what cannot be brought back to the teacher's units.
+
+    Raises:
+        ConfigError: the user asked for it.
+    """
+    for place in at.inputs:
+        if place.tensor in dof_map.channel_index:
+            continue
+        if place.asked is not None:
+            raise ConfigError(
+                f"FinetuneConfig.{place.field} should name what reads an activation with one scale in each channel. "
+                f"Found {place.asked!r}, whose input {place.tensor} has several. Name a module before or behind it."
+            )
+        logger.info("the scales of %s differ inside a channel: the network's outputs are compared", place.tensor)
+        return Comparison((), outputs=True)
+    return at
+
+
+def _unfolds(dof_map: DofMap, at: Comparison, log_c: Tensor) -> tuple[Unfold | None, ...]:
+    """Return what brings each compared activation back to real units."""
+    factors = torch.cat([log_c.new_zeros(1), log_c]).exp()
+    indexes = [dof_map.channel_index[place.tensor].to(log_c.device) for place in at.inputs]
+    return tuple((index, factors[index]) if bool((index != PINNED).any()) else None for index in indexes)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -32,6 +32,15 @@ def _number(
         raise ConfigError(f"{type(owner).__name__}.{name} should be at most {at_most}. Found {found!r}.")
 
 
+def _names(owner: object, name: str, *, empty: bool) -> None:
+    found = getattr(owner, name)
+    if not isinstance(found, (list, tuple, Mapping)) or not all(isinstance(n, str) for n in found):
+        raise ConfigError(f"{type(owner).__name__}.{name} should hold names of modules or operations. Found {found!r}.")
+    if len(set(found)) != len(found) or (not found and not empty):
+        least = "" if empty else "at least one name, and "
+        raise ConfigError(f"{type(owner).__name__}.{name} should hold {least}each name once. Found {found!r}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class HardwareSpec:
     """What the target hardware can do.
@@ -58,8 +67,9 @@ class FinetuneConfig:
         learning_rate: of weights and biases, relative to their own quantization step (see `offline.Dof`).
         scale_learning_rate: of the logarithms of the scales.
         restarts: number of cosine cycles, each starting at half the learning rate of the one before.
-        loss_at: name of the module whose input is compared with the teacher's, `None` to find the backbone's output:
-            the input of the last global pool, else of the last linear layer, else the output of the network.
+        loss_at: the module or operation whose input is compared with the teacher's: one name, several names, or a
+            mapping of names to the positive weight of each. `None` finds the backbone's output: the input of the last
+            global pool, else of the last linear layer, else the output of the network.
         cross_entropy: weight of the cross entropy between the two networks' class probabilities, added to the loss.
         memory_limit: bytes of images and teacher outputs held in memory; above it they are memory-mapped files.
         compile: fuse the fake-quantization with `torch.compile` (a GPU's many small kernels gain; on CPUs the
@@ -73,7 +83,7 @@ class FinetuneConfig:
     learning_rate: float = 0.015
     scale_learning_rate: float = 3e-3
     restarts: int = 1
-    loss_at: str | None = None
+    loss_at: str | Mapping[str, float] | Sequence[str] | None = None
     cross_entropy: float = 0.0
     memory_limit: int = 2 * 2**30
     compile: bool = False
@@ -87,7 +97,15 @@ class FinetuneConfig:
         _number(self, "memory_limit", at_least=0, whole=True)
         _number(self, "seed", at_least=0, at_most=2**63 - 1, whole=True)
         if self.loss_at is not None and not isinstance(self.loss_at, str):
-            raise ConfigError(f"FinetuneConfig.loss_at should be a module's name or None. Found {self.loss_at!r}.")
+            _names(self, "loss_at", empty=False)
+        if isinstance(self.loss_at, Mapping):
+            for name, weight in self.loss_at.items():
+                number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+                if not number or not math.isfinite(weight) or weight <= 0:
+                    raise ConfigError(
+                        "FinetuneConfig.loss_at should map names to positive finite weights. Found "
+                        f"{name!r}: {weight!r}. Leave out what should not count."
+                    )
         if not isinstance(self.compile, bool):
             raise ConfigError(f"FinetuneConfig.compile should be True or False. Found {self.compile!r}.")
 

@@ -17,6 +17,7 @@ from qft_plugin.data import Call, Inputs
 from qft_plugin.errors import ModelError, QFTWarning
 from qft_plugin.finetune import (
     FinetuneResult,
+    Loss,
     Prediction,
     Step,
     distillation_loss,
@@ -70,15 +71,35 @@ def test_normalised_l2_of_a_silent_teacher_is_finite_or_huge_but_not_nan() -> No
     assert float(normalised_l2(torch.zeros(3), torch.zeros(3))) == 0
 
 
-def test_distillation_loss_takes_the_mean_and_adds_cross_entropy() -> None:
-    """Several features count equally, and the cross entropy between the class probabilities comes on top."""
-    teacher = Prediction((torch.ones(2, 2), torch.ones(4)), torch.tensor([[0.0, math.log(3)]]))
-    student = Prediction((torch.ones(2, 2) * 2, torch.ones(4)), torch.tensor([[0.0, 0.0]]))
-    assert float(distillation_loss(student, teacher, cross_entropy=0.0)) == pytest.approx(0.5)
-    # The teacher says (1/4, 3/4), the student (1/2, 1/2): the cross entropy is log 2.
-    assert float(distillation_loss(student, teacher, cross_entropy=0.1)) == pytest.approx(0.5 + 0.1 * math.log(2))
-    silent = Prediction(student.features, None)
-    assert float(distillation_loss(silent, teacher, cross_entropy=0.1)) == pytest.approx(0.5)
+TEACHER = Prediction((torch.ones(2, 2), torch.ones(4)), torch.tensor([[0.0, math.log(3)]]))
+STUDENT = Prediction((torch.ones(2, 2) * 2, torch.ones(4) * 3), torch.tensor([[0.0, 0.0]]))
+"""The losses of the two features are 1 and 4; the class probabilities (1/4, 3/4) and (1/2, 1/2)."""
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [((1.0, 1.0), 2.5), ((3.0, 1.0), 1.75), ((0.5, 2.0), 3.4), ((2.0, 0.0), 1.0), ((0.0, 7.0), 4.0)],
+)
+def test_distillation_loss_is_the_weighted_mean_of_the_features(weights: tuple[float, ...], expected: float) -> None:
+    """By hand: sum of weight times loss over the sum of weights, so only the ratio of the weights counts."""
+    for factor in (1.0, 0.01):
+        loss = Loss(tuple(factor * w for w in weights), 0.0)
+        assert float(distillation_loss(STUDENT, TEACHER, loss)) == pytest.approx(expected)
+
+
+def test_distillation_loss_adds_cross_entropy() -> None:
+    """The cross entropy between the class probabilities comes on top, log 2 here."""
+    found = float(distillation_loss(STUDENT, TEACHER, Loss((1.0, 1.0), 0.1)))
+    assert found == pytest.approx(2.5 + 0.1 * math.log(2))
+
+
+def test_a_feature_without_weight_gets_no_gradient() -> None:
+    """What has weight 0 is not looked at, even where it is NaN."""
+    x = torch.full((2, 2), math.nan, requires_grad=True)
+    y = torch.ones(4, requires_grad=True)
+    distillation_loss(Prediction((x, y), None), TEACHER, Loss((0.0, 1.0), 0.0)).backward()
+    assert x.grad is None
+    assert y.grad is not None
 
 
 def inputs_of(x: Tensor) -> Inputs:
@@ -119,7 +140,14 @@ def run(
     """Finetune with one learning rate; the config's own rates are for the caller to use."""
     groups = [{"params": list(student.parameters()), "lr": rate}, {"params": [], "lr": 1.0}]
     return finetune(
-        student, student, groups, inputs=inputs, targets=targets, config=settings(**changes), callback=callback
+        student,
+        student,
+        groups,
+        inputs=inputs,
+        targets=targets,
+        loss=Loss((1.0,), 0.0),
+        config=settings(**changes),
+        callback=callback,
     )
 
 
@@ -281,7 +309,7 @@ def test_every_group_trains_at_its_own_rate() -> None:
     student, inputs, targets = problem()
     bias, weight = student.linear.bias.detach().clone(), student.linear.weight.detach().clone()
     groups = [{"params": [student.linear.weight], "lr": 0.05}, {"params": [student.linear.bias], "lr": 0.0}]
-    finetune(student, student, groups, inputs=inputs, targets=targets, config=settings())
+    finetune(student, student, groups, inputs=inputs, targets=targets, loss=Loss((1.0,), 0.0), config=settings())
     assert torch.equal(student.linear.bias, bias)
     assert not torch.equal(student.linear.weight, weight)
     assert [g["lr"] for g in groups] == [0.05, 0.0]

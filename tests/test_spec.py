@@ -23,7 +23,8 @@ WRONG: list[tuple[type, str, Any]] = [
     (FinetuneConfig, "seed", -1),
     (FinetuneConfig, "seed", 2**63),
     (FinetuneConfig, "seed", "0"),
-    (FinetuneConfig, "loss_at", 7),
+    *((FinetuneConfig, "loss_at", bad) for bad in (7, [], {}, ["a", "a"], ["a", 1], {1: 1.0}, {"a", "b"})),
+    *((FinetuneConfig, "loss_at", {"a": bad}) for bad in (0, -1.0, math.nan, math.inf, "1", True, None)),
     (FinetuneConfig, "compile", 1),
     *((QFTConfig, name, bad) for name in ("weight_bits", "small_layer_bits") for bad in (1, 9, 4.0, "4", False)),
     *((QFTConfig, "small_layer_share", bad) for bad in (-0.01, 1.01, math.nan, None)),
@@ -43,7 +44,7 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(kind: type, name: str
     message = str(caught.value)
     assert f"{kind.__name__}.{name}" in message
     assert "should" in message
-    shown = value if not isinstance(value, dict) else next(iter(value.values()))
+    shown = value if not isinstance(value, dict) or not value else next(iter(value.values()))
     assert repr(shown) in message
     assert isinstance(caught.value, (QFTError, ValueError))
 
@@ -62,6 +63,8 @@ def test_every_field_is_checked(kind: type) -> None:
         (HardwareSpec, {"rescale": "layerwise"}),
         (FinetuneConfig, {"images_fed": 1, "max_images": 1, "batch_size": 1, "restarts": 1, "seed": 2**63 - 1}),
         (FinetuneConfig, {"learning_rate": 0, "scale_learning_rate": 0, "cross_entropy": 2, "memory_limit": 0}),
+        (FinetuneConfig, {"loss_at": {"a": 1, "b": 1e-9}}),
+        (FinetuneConfig, {"loss_at": ("a", "b.c")}),
         (QFTConfig, {"weight_bits": 2, "small_layer_bits": 8, "small_layer_share": 1, "finetune": None}),
     ],
 )

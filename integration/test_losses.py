@@ -1,0 +1,120 @@
+"""What the finetune makes small, under each host: several named tensors with weights."""
+
+import importlib.util
+
+import nets
+import pytest
+import torch
+from conftest import few_steps, four_bits
+
+from qft_plugin import ConfigError
+from qft_plugin.model import tensors_in
+
+SUMS = 1e-4
+"""Relative: losses of batches of 16 images, summed in float32 in another order."""
+
+
+class UnderNNCF:
+    """Quantizes with NNCF."""
+
+    def __init__(self):
+        import nncf
+
+        import qft_plugin.nncf as host
+
+        self._nncf, self._host = nncf, host
+
+    def finetuned(self, model, items, config):
+        """Return the result of a finetune and the model."""
+        job = self._host.quantize(model, self._nncf.Dataset(items), config)
+        return job.result, job.model
+
+    def outputs(self, model, item):
+        """Run a quantized model."""
+        with torch.no_grad(), self._host.without_compiler():
+            return list(tensors_in(nets.call(model, item)))
+
+
+class UnderBrevitas:
+    """Quantizes with Brevitas."""
+
+    def __init__(self):
+        from qft_plugin import brevitas
+
+        self._host = brevitas
+
+    def finetuned(self, model, items, config):
+        """Return the result of a finetune and the model."""
+        start = four_bits(**{name: getattr(config, name) for name in START}, finetune=None)
+        quantized = self._host.quantize(model, items, config=start)
+        if config.finetune is None:
+            return None, quantized
+        linked = four_bits(small_layer_share=0.01, train_cross_layer=config.train_cross_layer, finetune=config.finetune)
+        return self._host.finetune(quantized, model, items, linked), quantized
+
+    def outputs(self, model, item):
+        """Run a quantized model."""
+        with torch.no_grad():
+            return list(tensors_in(nets.call(model, item)))
+
+
+START = ("equalize", "compensate", "train_cross_layer", "activation_range")
+"""Settings of the start, which Brevitas' `finetune` does not look at."""
+
+HOSTS = {"nncf": UnderNNCF, "brevitas": UnderBrevitas}
+
+
+@pytest.fixture(params=HOSTS)
+def host(request):
+    if importlib.util.find_spec(request.param) is None:
+        pytest.skip(f"{request.param} is not installed here")
+    return HOSTS[request.param]()
+
+
+def start_loss(host, name, **settings):
+    """Return the loss before the first step, of a student whose channels are rescaled."""
+    torch.manual_seed(0)
+    model, items = nets.build(name), nets.items(name)
+    result, _ = host.finetuned(model, items, four_bits(activation_range="max", finetune=few_steps(**settings)))
+    assert result.final_loss <= result.start_loss
+    return result.start_loss
+
+
+@pytest.mark.parametrize("name", ["residual", "linear_only"])
+def test_two_named_tensors_with_weights(name, host):
+    """The loss is the weighted mean of the losses at the two places alone, each in the teacher's units."""
+    one, other = {"residual": ("conv2", "fc"), "linear_only": ("fc2", "fc3")}[name]
+    a, b = (start_loss(host, name, loss_at=at) for at in (one, other))
+    assert a != b
+    assert start_loss(host, name, loss_at=[one, other]) == pytest.approx((a + b) / 2, rel=SUMS)
+    assert start_loss(host, name, loss_at={one: 3, other: 0.5}) == pytest.approx((3 * a + 0.5 * b) / 3.5, rel=SUMS)
+
+
+def test_a_tensor_that_is_changed_in_place_is_compared_as_it_was(host):
+    """The input of an activation in place is compared before the activation, as in the network that is not in place."""
+    plain, in_place = Stack(inplace=False).eval(), Stack(inplace=True).eval()
+    in_place.load_state_dict(plain.state_dict())
+    items = nets.items("residual")
+    losses = [host.finetuned(m, items, four_bits(finetune=few_steps(loss_at="clip")))[0] for m in (plain, in_place)]
+    assert losses[0].start_loss == pytest.approx(losses[1].start_loss, rel=SUMS)
+
+
+class Stack(torch.nn.Module):
+    """Two convolutions; between them, a clip in place reads what is compared."""
+
+    def __init__(self, *, inplace):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(3, 8, 3, padding=1)
+        self.clip = torch.nn.Hardtanh(0, 0.2, inplace=inplace)
+        self.conv2 = torch.nn.Conv2d(8, 4, 3)
+
+    def forward(self, x):
+        return self.conv2(self.clip(self.conv1(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize("at", ["body", {"conv2": 1, "body": 2}, ["conv2", "body"]])
+def test_a_name_that_matches_nothing(at, host):
+    """One wrong name is enough for an error that shows it and the operations there are, before any step."""
+    model, items = nets.build("residual"), nets.items("residual")
+    with pytest.raises(ConfigError, match=r"loss_at.*'body'.*conv1/conv2d"):
+        host.finetuned(model, items, four_bits(finetune=few_steps(loss_at=at)))
