@@ -1,4 +1,4 @@
-"""What the finetune makes small, under each host: several named tensors with weights."""
+"""What the finetune makes small, under each host: several named tensors with weights, and class probabilities."""
 
 import importlib.util
 
@@ -12,6 +12,9 @@ from qft_plugin.model import tensors_in
 
 SUMS = 1e-4
 """Relative: losses of batches of 16 images, summed in float32 in another order."""
+
+WRITTEN = 1e-2
+"""Relative: a written network's scales differ in the last bit, so that single activations round to the other side."""
 
 
 class UnderNNCF:
@@ -88,6 +91,39 @@ def test_two_named_tensors_with_weights(name, host):
     assert a != b
     assert start_loss(host, name, loss_at=[one, other]) == pytest.approx((a + b) / 2, rel=SUMS)
     assert start_loss(host, name, loss_at={one: 3, other: 0.5}) == pytest.approx((3 * a + 0.5 * b) / 3.5, rel=SUMS)
+
+
+@pytest.mark.parametrize("at", [None, ["conv2", "fc"]])
+def test_cross_entropy_mixes_by_a_proportion(at, host):
+    """The loss is the weighted mean of the features' loss and of the divergence, which is all of it at 1."""
+    features, half, alone = (start_loss(host, "residual", loss_at=at, cross_entropy=p) for p in (0, 0.5, 1))
+    assert features != alone
+    assert half == pytest.approx((features + alone) / 2, rel=SUMS)
+
+
+def test_the_divergence_is_that_of_the_class_probabilities(host):
+    """With p = 1 the loss of the result is the mean divergence of its class probabilities from the teacher's."""
+    model, items = nets.build("linear_only"), nets.items("linear_only")
+    result, quantized = host.finetuned(model, items, four_bits(finetune=few_steps(cross_entropy=1)))
+    images = torch.cat(items)
+    (student,), (teacher,) = host.outputs(quantized, images), list(tensors_in(model(images)))
+    t, s = teacher.detach().log_softmax(1), student.log_softmax(1)
+    assert result.final_loss == pytest.approx(float((t.exp() * (t - s)).sum(1).mean()), rel=WRITTEN)
+    assert result.final_loss < result.start_loss
+
+
+def test_a_proportion_above_one(host):
+    """A proportion that is none is refused."""
+    with pytest.raises(ConfigError, match=r"cross_entropy should be at most 1\. Found 1\.5"):
+        host.finetuned(nets.build("residual"), nets.items("residual"), four_bits(finetune=few_steps(cross_entropy=1.5)))
+
+
+def test_class_probabilities_of_a_network_without_classes(host):
+    """A model that returns no tensor of classes has none to compare, at any proportion."""
+    model, items = nets.build("transposed"), nets.items("transposed")
+    for p in (0.5, 1):
+        with pytest.raises(ConfigError, match=r"cross_entropy.*\[images, classes\]"):
+            host.finetuned(model, items, four_bits(finetune=few_steps(cross_entropy=p)))
 
 
 def test_a_tensor_that_is_changed_in_place_is_compared_as_it_was(host):

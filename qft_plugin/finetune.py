@@ -121,13 +121,29 @@ def normalised_l2(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().sum() / teacher.square().sum().clamp(min=torch.finfo(teacher.dtype).tiny)
 
 
+def class_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compare class probabilities:  KL(teacher || student) = CE(teacher, student) - CE(teacher, teacher).
+
+    Departure: the paper mixes in the cross entropy itself. The teacher's own entropy is taken off it, which changes no
+    gradient, so that a perfect student has loss 0 and losses of different networks can be compared.
+
+    Args:
+        student: logits, `[images, classes]`.
+        teacher: logits, `[images, classes]`.
+
+    Returns:
+        The mean over the images, `[]`, at least 0.
+    """
+    return functional.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
+
+
 @dataclass(frozen=True)
 class Loss:
     """What counts how much in the difference of two networks.
 
     Attributes:
         weights: of each compared feature; with a weight of 0 it costs nothing.
-        cross_entropy: added to the features' part so many times.
+        cross_entropy: proportion p of the divergence of the class probabilities, from 0 to 1.
     """
 
     weights: tuple[float, ...]
@@ -135,24 +151,29 @@ class Loss:
 
 
 def distillation_loss(student: Prediction, teacher: Prediction, loss: Loss) -> Tensor:
-    """Compare two networks:  sum_k w_k L_k / sum_k w_k  over the features, plus the cross entropy on the logits.
+    """Compare two networks:  (1 - p) * sum_k w_k L_k / sum_k w_k  +  p * KL(teacher || student).
 
-    L_k is the normalised L2 of Sec. 4, which has no unit, so that features of any size and kind can be added.
+    L_k is the normalised L2 of Sec. 4, which has no unit, so that features of any size and kind can be added. The
+    divergence is that of the class probabilities, mixed in by a proportion (Fig. 6).
 
     Args:
-        student: what the student computed.
-        teacher: what the teacher computed for the same images.
-        loss: the weights.
+        student: what the student computed; with p > 0 it has logits.
+        teacher: what the teacher computed for the same images, likewise.
+        loss: the weights w and the proportion p.
 
     Returns:
         `[]`.
     """
-    pairs = zip(loss.weights, student.features, teacher.features, strict=True)
-    terms = [w * normalised_l2(s, t) for w, s, t in pairs if w]
-    total = torch.stack(terms).sum() / sum(loss.weights)
-    if loss.cross_entropy and student.logits is not None and teacher.logits is not None:
-        total = total + loss.cross_entropy * functional.cross_entropy(student.logits, teacher.logits.softmax(1))
-    return total
+    p, parts = loss.cross_entropy, []
+    if p < 1:
+        pairs = zip(loss.weights, student.features, teacher.features, strict=True)
+        terms = [w * normalised_l2(s, t) for w, s, t in pairs if w]
+        parts.append((1 - p) * torch.stack(terms).sum() / sum(loss.weights))
+    if p > 0:
+        assert student.logits is not None
+        assert teacher.logits is not None
+        parts.append(p * class_divergence(student.logits, teacher.logits))
+    return torch.stack(parts).sum()
 
 
 def learning_rate_factor(step: int, total: int, restarts: int) -> float:

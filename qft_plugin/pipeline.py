@@ -125,7 +125,10 @@ def understand(source: Any, inputs: Inputs, config: QFTConfig) -> Problem:
         config: the settings.
     """
     dof_map = proven_map(source, inputs.batch(slice(0, min(2, len(inputs)))))
-    at = _comparable(comparison(source.graph, config.finetune.loss_at if config.finetune else None), dof_map)
+    settings = config.finetune or FinetuneConfig()
+    at = _comparable(comparison(source.graph, settings.loss_at), dof_map)
+    if settings.cross_entropy == 1:
+        at = Comparison((), outputs=False)  # the logits are enough
     return Problem(source, dof_map, _fastest_layout(source.model, inputs), at)
 
 

@@ -70,7 +70,8 @@ class FinetuneConfig:
         loss_at: the module or operation whose input is compared with the teacher's: one name, several names, or a
             mapping of names to the positive weight of each. `None` finds the backbone's output: the input of the last
             global pool, else of the last linear layer, else the output of the network.
-        cross_entropy: weight of the cross entropy between the two networks' class probabilities, added to the loss.
+        cross_entropy: proportion p of the cross entropy between the two networks' class probabilities in the loss,
+            (1 - p) * features + p * cross entropy (Fig. 6); 1 uses it alone.
         memory_limit: bytes of images and teacher outputs held in memory; above it they are memory-mapped files.
         compile: fuse the fake-quantization with `torch.compile` (a GPU's many small kernels gain; on CPUs the
             built-in function is as fast and needs no compiler). Falls back with a log line where it does not work.
@@ -92,8 +93,9 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         for name in ("images_fed", "max_images", "batch_size", "restarts"):
             _number(self, name, at_least=1, whole=True)
-        for name in ("learning_rate", "scale_learning_rate", "cross_entropy"):
+        for name in ("learning_rate", "scale_learning_rate"):
             _number(self, name, at_least=0)
+        _number(self, "cross_entropy", at_least=0, at_most=1)
         _number(self, "memory_limit", at_least=0, whole=True)
         _number(self, "seed", at_least=0, at_most=2**63 - 1, whole=True)
         if self.loss_at is not None and not isinstance(self.loss_at, str):

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
 from qft_plugin.data import Call, Inputs
 from qft_plugin.errors import ModelError, QFTWarning
@@ -20,6 +21,7 @@ from qft_plugin.finetune import (
     Loss,
     Prediction,
     Step,
+    class_divergence,
     distillation_loss,
     finetune,
     learning_rate_factor,
@@ -87,10 +89,34 @@ def test_distillation_loss_is_the_weighted_mean_of_the_features(weights: tuple[f
         assert float(distillation_loss(STUDENT, TEACHER, loss)) == pytest.approx(expected)
 
 
-def test_distillation_loss_adds_cross_entropy() -> None:
-    """The cross entropy between the class probabilities comes on top, log 2 here."""
-    found = float(distillation_loss(STUDENT, TEACHER, Loss((1.0, 1.0), 0.1)))
-    assert found == pytest.approx(2.5 + 0.1 * math.log(2))
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
+def test_distillation_loss_mixes_by_a_proportion(p: float) -> None:
+    """(1 - p) * features + p * divergence; by hand it is 1/4 log(1/2) + 3/4 log(3/2) for the two probabilities."""
+    divergence = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    found = float(distillation_loss(STUDENT, TEACHER, Loss((1.0, 1.0), p)))
+    assert found == pytest.approx((1 - p) * 2.5 + p * divergence)
+
+
+def test_cross_entropy_alone_needs_no_features() -> None:
+    """With p = 1 nothing but the logits is looked at."""
+    teacher, student = Prediction((), TEACHER.logits), Prediction((), STUDENT.logits)
+    alone = float(distillation_loss(student, teacher, Loss((), 1.0)))
+    assert alone == float(distillation_loss(STUDENT, TEACHER, Loss((1.0, 1.0), 1.0)))
+
+
+@given(seed=st.integers(0, 1000), size=st.floats(0.1, 1e3))
+def test_divergence_is_cross_entropy_less_the_teachers_entropy(seed: int, size: float) -> None:
+    """Its value is 0 for an equal student and never negative; its gradient is that of the cross entropy."""
+    teacher, logits = size * torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert float(class_divergence(teacher, teacher)) == 0
+    student = logits.requires_grad_()
+    divergence = class_divergence(student, teacher)
+    cross_entropy = functional.cross_entropy(student, teacher.softmax(1))
+    entropy = functional.cross_entropy(teacher, teacher.softmax(1))
+    assert float(divergence.detach()) >= 0
+    torch.testing.assert_close(divergence, cross_entropy - entropy)
+    ours, theirs = (torch.autograd.grad(loss, student)[0] for loss in (divergence, cross_entropy))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_a_feature_without_weight_gets_no_gradient() -> None:
