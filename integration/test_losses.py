@@ -1,4 +1,4 @@
-"""What the finetune makes small, under each host: several named tensors with weights, and class probabilities."""
+"""What the finetune makes small, under each host: several named tensors, class probabilities, blocks."""
 
 import importlib.util
 
@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import few_steps, four_bits
 
-from qft_plugin import ConfigError
+from qft_plugin import ConfigError, pipeline
+from qft_plugin.finetune import finetune
 from qft_plugin.model import tensors_in
 
 SUMS = 1e-4
@@ -146,6 +147,61 @@ class Stack(torch.nn.Module):
 
     def forward(self, x):
         return self.conv2(self.clip(self.conv1(x))).mean((2, 3))
+
+
+BLOCKS = {"linear_only": ["fc2"], "residual": ["conv1", "conv3"], "branches": ["join"]}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_block_by_block(name, host):
+    """The result of block-by-block training from the nearest integers is closer to the teacher than they are."""
+    model, items = nets.build(name), nets.items(name)
+    settings = few_steps(blocks=BLOCKS[name], images_fed=1600)
+    result, quantized = host.finetuned(model, items, four_bits(compensate=False, finetune=settings))
+    assert result.steps == 100
+    assert result.final_loss < 0.95 * result.start_loss
+    assert all(bool(torch.isfinite(t).all()) for t in host.outputs(quantized, items[0]))
+
+
+def test_each_phase_has_the_loss_of_its_place(host):
+    """With nothing trained, one step on all images in each phase: the losses at each end, then the ordinary one."""
+    still = {"batch_size": 64, "images_fed": 192, "learning_rate": 0, "scale_learning_rate": 0}
+    expected = [start_loss(host, "residual", loss_at=at) for at in ("conv2", "conv3", "fc")]
+    torch.manual_seed(0)
+    model, items = nets.build("residual"), nets.items("residual")
+    settings = few_steps(blocks=["conv2", "conv3"], loss_at="fc", **still)
+    result, _ = host.finetuned(model, items, four_bits(activation_range="max", finetune=settings))
+    assert result.losses == pytest.approx(expected, rel=SUMS)
+    assert result.start_loss == result.final_loss == pytest.approx(expected[-1], rel=SUMS)
+
+
+def test_a_block_trains_what_belongs_to_it(host, monkeypatch):
+    """In each phase the tensors of its own layers move, those of all others keep every bit."""
+    seen = []
+
+    def watched(student, state, phases, **settings):
+        seen.append((state, {n: t.clone() for n, t in state.state_dict().items()}))
+        report = lambda _: seen.append((state, {n: t.clone() for n, t in state.state_dict().items()}))  # noqa: E731
+        return finetune(student, state, phases, **{**settings, "callback": report})
+
+    monkeypatch.setattr(pipeline, "finetune", watched)
+    settings = few_steps(blocks=["conv1", "conv3"], cross_entropy=0.5, images_fed=48)  # one step for each phase
+    host.finetuned(nets.build("residual"), nets.items("residual"), four_bits(finetune=settings))
+    assert len(seen) == 4
+    names = [layer.weight for layer in seen[0][0].map.layers]
+    expected = [{"stem"}, {"conv1", "conv2"}, {"conv3", "fc"}]
+    for (_, before), (_, after), layers in zip(seen, seen[1:], expected, strict=False):
+        moved = [n for n in after if not torch.equal(after[n], before[n])]
+        owners = {names[int(n.split(".")[1])].split(".")[0] for n in moved if n.startswith("layers.")}
+        assert owners == layers
+        assert any(n.startswith("log_s.") for n in moved)
+
+
+@pytest.mark.parametrize("ends", [["conv3", "conv1"], ["stem"], ["conv1", "relu"], ["fc"]])
+def test_blocks_that_are_none(ends, host):
+    """Ends in the wrong order, at the input, without a name, or behind the loss are refused before any step."""
+    with pytest.raises(ConfigError, match=r"FinetuneConfig\.blocks should name"):
+        host.finetuned(nets.build("residual"), nets.items("residual"), four_bits(finetune=few_steps(blocks=ends)))
 
 
 @pytest.mark.parametrize("at", ["body", {"conv2": 1, "body": 2}, ["conv2", "body"]])

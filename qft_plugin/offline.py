@@ -11,7 +11,7 @@ S_wR * S_wL * c_in / c_out = s_out * F / s_in. The integers are those of Eq. (2)
 denominator of  W / (S_wR * S_wL)  are multiplied by the same factor.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -189,16 +189,36 @@ class Dof(nn.Module):
         """Return the cross-layer factor of every variable, `[1 + size]`; the first is that of pinned channels, 1."""
         return torch.cat([self.log_c.new_zeros(1), self.log_c]).exp()
 
-    def parameter_groups(self, *, learning_rate: float, scale_learning_rate: float) -> list[dict[str, object]]:
-        """Group what trains for an optimizer: weights and biases, then the logarithms of all scales."""
+    def parameter_groups(
+        self,
+        *,
+        learning_rate: float,
+        scale_learning_rate: float,
+        layers: Collection[str] | None = None,
+        quantizers: Collection[str] | None = None,
+        factors: bool = True,
+    ) -> list[dict[str, object]]:
+        """Group what trains for an optimizer: weights and biases, then the logarithms of all scales.
+
+        Args:
+            learning_rate: of weights and biases.
+            scale_learning_rate: of the logarithms.
+            layers: the weights whose layers train, `None` for all.
+            quantizers: the activation quantizers that train, `None` for all.
+            factors: whether cross-layer factors train.
+        """
         values: list[nn.Parameter] = []
-        scales: list[nn.Parameter] = [*self.log_s]
+        scales: list[nn.Parameter] = [
+            self.log_s[i] for name, i in self._activation_index.items() if quantizers is None or name in quantizers
+        ]
         for layer in self._quantized():
+            if layers is not None and layer.layer.weight not in layers:
+                continue
             values.extend(p for p in (layer.W, layer.bias) if p is not None)
             scales.append(layer.log_F)
             if layer.log_L is not None:
                 scales.append(layer.log_L)
-        if self.log_c.requires_grad and self.log_c.numel():
+        if factors and self.log_c.requires_grad and self.log_c.numel():
             scales.append(self.log_c)
         return [{"params": values, "lr": learning_rate}, {"params": scales, "lr": scale_learning_rate}]
 

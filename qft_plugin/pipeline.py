@@ -1,5 +1,6 @@
 """The whole job step by step: the only place that knows all of them. A host calls these in order."""
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -10,11 +11,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from qft_plugin.blocks import check_blocks, split
 from qft_plugin.compensate import can_compensate, compensated, input_rows
 from qft_plugin.data import Call, Inputs, read_inputs
 from qft_plugin.dof_map import map_dof
 from qft_plugin.errors import ConfigError, ModelError, QFTWarning
-from qft_plugin.finetune import FinetuneResult, Loss, Network, Prediction, Step, finetune, teacher_predictions
+from qft_plugin.finetune import FinetuneResult, Loss, Network, Phase, Prediction, Step, finetune, teacher_predictions
 from qft_plugin.graph import PINNED, DofMap, Layer, LayerGraph
 from qft_plugin.initialize import doubly_scales, equalize, range_max, range_mse, weight_scale
 from qft_plugin.model import SAME, accepts, largest_change, tensors_in
@@ -126,9 +128,10 @@ def understand(source: Any, inputs: Inputs, config: QFTConfig) -> Problem:
     """
     dof_map = proven_map(source, inputs.batch(slice(0, min(2, len(inputs)))))
     settings = config.finetune or FinetuneConfig()
-    at = _comparable(comparison(source.graph, settings.loss_at), dof_map)
+    at = _comparable(comparison(source.graph, settings.loss_at, settings.blocks), dof_map)
     if settings.cross_entropy == 1:
-        at = Comparison((), outputs=False)  # the logits are enough
+        at = Comparison(at.inputs[: at.blocks], outputs=False, blocks=at.blocks)  # the logits are enough
+    check_blocks(source.graph, dof_map, at, classes=settings.cross_entropy > 0)
     return Problem(source, dof_map, _fastest_layout(source.model, inputs), at)
 
 
@@ -214,16 +217,37 @@ def train(
     settings, dof = config.finetune, start.dof
     if settings is None or targets is None:
         return None
+    loss = Loss(problem.at.weights(len(targets.features)), settings.cross_entropy)
     return finetune(
         lambda call: start.student(solve(dof), call),
         dof,
-        dof.parameter_groups(learning_rate=settings.learning_rate, scale_learning_rate=settings.scale_learning_rate),
+        _phases(start, problem, loss, settings),
         inputs=problem.inputs,
         targets=targets,
-        loss=Loss(problem.at.weights(len(targets.features)), settings.cross_entropy),
+        loss=loss,
         config=settings,
         callback=callback,
     )
+
+
+def _phases(start: Start, problem: Problem, loss: Loss, settings: FinetuneConfig) -> list[Phase]:
+    """Choose what trains when: everything at once, or one block after the other."""
+    dof, at, ends = start.dof, problem.at, problem.at.inputs[: problem.at.blocks]
+    grouped = functools.partial(
+        dof.parameter_groups,
+        learning_rate=settings.learning_rate,
+        scale_learning_rate=settings.scale_learning_rate,
+    )
+    if not ends:
+        return [Phase(loss, grouped())]
+    phases = []
+    for number, block in enumerate(split(problem.source.graph, dof.map, start.placed.placement, ends)):
+        factors = block.factors.to(dof.log_c.device)
+        groups = grouped(layers=block.layers, quantizers=block.quantizers, factors=bool(factors.any()))
+        alone = Loss(tuple(float(n == number) for n in range(len(loss.weights))), 0.0)
+        if any(group["params"] for group in groups):
+            phases.append(Phase(alone if number < at.blocks else loss, groups, [(dof.log_c, factors)]))
+    return phases
 
 
 @torch.no_grad()
@@ -310,7 +334,7 @@ def _comparable(at: Comparison, dof_map: DofMap) -> Comparison:
                 f"Found {place.asked!r}, whose input {place.tensor} has several. Name a module before or behind it."
             )
         logger.info("the scales of %s differ inside a channel: the network's outputs are compared", place.tensor)
-        return Comparison((), outputs=True)
+        return Comparison(at.inputs[: at.blocks], outputs=True, blocks=at.blocks)
     return at
 
 

@@ -174,35 +174,42 @@ class Comparison:
     """Everything that teacher and student are compared at.
 
     Attributes:
-        inputs: inputs of operations.
+        inputs: inputs of operations: first those that end a block, with weight 0, then those of the loss.
         outputs: the outputs of the network are compared too, behind the inputs and with weight 1 each.
+        blocks: how many of the inputs end a block.
     """
 
     inputs: tuple[ComparedInput, ...]
     outputs: bool
+    blocks: int = 0
 
     def weights(self, count: int) -> tuple[float, ...]:
         """Return the weight in the loss of each of `count` compared tensors."""
         return (*(at.weight for at in self.inputs), *[1.0] * (count - len(self.inputs)))
 
 
-def comparison(graph: LayerGraph, loss_at: str | Mapping[str, float] | Sequence[str] | None) -> Comparison:
+def comparison(
+    graph: LayerGraph, loss_at: str | Mapping[str, float] | Sequence[str] | None, blocks: Sequence[str] = ()
+) -> Comparison:
     """Choose where teacher and student are compared.
 
     Args:
         graph: the network.
         loss_at: names of modules or operations whose inputs are compared, with their weights if they differ; `None`
             for the output of the backbone.
+        blocks: names of modules or operations whose inputs end the blocks.
 
     Raises:
         ConfigError: a name is none of this network's.
     """
+    ends = [named_input(graph, name, weight=0.0, field="blocks") for name in blocks]
     if loss_at is None:
         found = backbone_output(graph)
-        return Comparison((), outputs=True) if found is None else Comparison((found,), outputs=False)
+        return Comparison((*ends, *([] if found is None else [found])), found is None, len(ends))
     names = [loss_at] if isinstance(loss_at, str) else loss_at
     weights = names if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
-    return Comparison(tuple(named_input(graph, name, weight=w) for name, w in weights.items()), outputs=False)
+    places = [named_input(graph, name, weight=w) for name, w in weights.items()]
+    return Comparison((*ends, *places), False, len(ends))
 
 
 def named_input(graph: LayerGraph, name: str, *, weight: float = 1.0, field: str = "loss_at") -> ComparedInput:

@@ -72,6 +72,10 @@ class FinetuneConfig:
             global pool, else of the last linear layer, else the output of the network.
         cross_entropy: proportion p of the cross entropy between the two networks' class probabilities in the loss,
             (1 - p) * features + p * cross entropy (Fig. 6); 1 uses it alone.
+        blocks: names of the modules or operations whose inputs end the blocks of the network, in the order of
+            execution. With any, training runs one phase for each block, against the teacher's activation at its end,
+            and only what belongs to the block trains; the last phase is the loss above. Each phase gets an equal
+            share of the images fed, an optimizer, and `restarts` cosine cycles of its own.
         memory_limit: bytes of images and teacher outputs held in memory; above it they are memory-mapped files.
         compile: fuse the fake-quantization with `torch.compile` (a GPU's many small kernels gain; on CPUs the
             built-in function is as fast and needs no compiler). Falls back with a log line where it does not work.
@@ -86,6 +90,7 @@ class FinetuneConfig:
     restarts: int = 1
     loss_at: str | Mapping[str, float] | Sequence[str] | None = None
     cross_entropy: float = 0.0
+    blocks: Sequence[str] = ()
     memory_limit: int = 2 * 2**30
     compile: bool = False
     seed: int = 0
@@ -100,6 +105,9 @@ class FinetuneConfig:
         _number(self, "seed", at_least=0, at_most=2**63 - 1, whole=True)
         if self.loss_at is not None and not isinstance(self.loss_at, str):
             _names(self, "loss_at", empty=False)
+        if isinstance(self.blocks, Mapping):
+            raise ConfigError(f"FinetuneConfig.blocks should be a list of names. Found {self.blocks!r}.")
+        _names(self, "blocks", empty=True)
         if isinstance(self.loss_at, Mapping):
             for name, weight in self.loss_at.items():
                 number = isinstance(weight, (int, float)) and not isinstance(weight, bool)

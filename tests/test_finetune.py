@@ -19,6 +19,7 @@ from qft_plugin.errors import ModelError, QFTWarning
 from qft_plugin.finetune import (
     FinetuneResult,
     Loss,
+    Phase,
     Prediction,
     Step,
     class_divergence,
@@ -168,7 +169,7 @@ def run(
     return finetune(
         student,
         student,
-        groups,
+        [Phase(Loss((1.0,), 0.0), groups)],
         inputs=inputs,
         targets=targets,
         loss=Loss((1.0,), 0.0),
@@ -335,7 +336,9 @@ def test_every_group_trains_at_its_own_rate() -> None:
     student, inputs, targets = problem()
     bias, weight = student.linear.bias.detach().clone(), student.linear.weight.detach().clone()
     groups = [{"params": [student.linear.weight], "lr": 0.05}, {"params": [student.linear.bias], "lr": 0.0}]
-    finetune(student, student, groups, inputs=inputs, targets=targets, loss=Loss((1.0,), 0.0), config=settings())
+    loss = Loss((1.0,), 0.0)
+    phases = [Phase(loss, groups)]
+    finetune(student, student, phases, inputs=inputs, targets=targets, loss=loss, config=settings())
     assert torch.equal(student.linear.bias, bias)
     assert not torch.equal(student.linear.weight, weight)
     assert [g["lr"] for g in groups] == [0.05, 0.0]
@@ -383,3 +386,108 @@ def test_a_teacher_that_is_not_finite_is_refused(value: float, tmp_path: Path, m
     with pytest.raises(ModelError, match=r"finite.*batch 2"):
         teacher_predictions(lambda call: Prediction((call[0][0],), None), inputs_of(x), batch_size=2, memory_limit=0)
     assert not list(tmp_path.iterdir())
+
+
+class Two(nn.Module):
+    """Two layers, compared behind each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def __call__(self, call: Call) -> Any:
+        hidden = self.first(call[0][0])
+        return Prediction((hidden, self.second(hidden)), None)
+
+
+def in_two_phases(
+    student: Two, *, masks: Any = (), callback: Callable[[Step], None] | None = None, **changes: Any
+) -> FinetuneResult:
+    """Train the first layer against the hidden activation, then the second against the output."""
+    inputs, teacher = inputs_of(torch.randn(40, 5)), Two()
+    targets = teacher_predictions(teacher, inputs, batch_size=16, memory_limit=2**20)
+    first, second = ([{"params": list(layer.parameters()), "lr": 0.05}] for layer in (student.first, student.second))
+    output = Loss((0.0, 1.0), 0.0)
+    phases = [Phase(Loss((1.0, 0.0), 0.0), first, masks), Phase(output, second)]
+    config = settings(**changes)
+    return finetune(
+        student, student, phases, inputs=inputs, targets=targets, loss=output, config=config, callback=callback
+    )
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in module.state_dict().items()}
+
+
+def test_each_phase_trains_its_own_layer_only() -> None:
+    """In the first half of the steps one layer moves and the other has no gradient, in the second the other moves."""
+    student, states, gradients = Two(), [], []
+
+    def watch(step: Step) -> None:
+        states.append(snapshot(student))
+        gradients.append((student.first.weight.requires_grad, student.second.weight.requires_grad))
+
+    states.append(snapshot(student))
+    result = in_two_phases(student, callback=watch)
+    assert result.steps == 40
+    assert gradients == [(True, False)] * 20 + [(False, True)] * 20
+    for step in range(1, 41):
+        moved = {n.split(".")[0] for n, t in states[step].items() if not torch.equal(t, states[step - 1][n])}
+        assert moved == {"first" if step <= 20 else "second"}
+    assert all(p.requires_grad for p in student.parameters())
+
+
+def test_each_phase_has_its_own_cycles() -> None:
+    """Two phases of 20 steps, each with the same two cosine cycles; an odd step goes to the later phase."""
+    steps: list[Step] = []
+    in_two_phases(Two(), callback=steps.append)
+    one = [0.05 * learning_rate_factor(i, 20, 2) for i in range(20)]
+    assert [s.learning_rate for s in steps] == pytest.approx([*one, *one])
+    assert [s.number for s in steps] == list(range(1, 41))
+    steps.clear()
+    assert in_two_phases(Two(), images_fed=50, restarts=1, callback=steps.append).steps == 5
+    expected = [*(0.05 * learning_rate_factor(i, 2, 1) for i in range(2))]
+    assert [s.learning_rate for s in steps[:2]] == pytest.approx(expected)
+    assert in_two_phases(Two(), images_fed=1).steps == 2  # one for each phase
+
+
+def test_what_counts_is_the_final_loss() -> None:
+    """The reported losses and the kept state are those of the last phase's loss, also after a bad last phase."""
+    student = Two()
+    result = in_two_phases(student)
+    assert result.final_loss < 0.5 * result.start_loss
+    student, kept = Two(), {}
+
+    def ruin(step: Step) -> None:
+        if step.number == 20:
+            kept.update(snapshot(student))
+        if step.number == 30:
+            with torch.no_grad():
+                student.second.weight.add_(100)
+
+    ruined = in_two_phases(student, callback=ruin, restarts=1)
+    assert ruined.final_loss <= ruined.start_loss
+    if ruined.final_loss < ruined.start_loss:
+        assert all(torch.equal(t, kept[n]) for n, t in student.state_dict().items())
+
+
+def test_an_interrupted_phase_gives_its_gradients_back() -> None:
+    """Where a callback stops the finetune in the first phase, all parameters ask for gradients as before."""
+    student = Two()
+
+    def stop(step: Step) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        in_two_phases(student, callback=stop)
+    assert all(p.requires_grad for p in student.parameters())
+
+
+def test_a_mask_keeps_a_part_of_a_parameter() -> None:
+    """Where the mask is False not a bit changes, everywhere else it trains."""
+    student = Two()
+    mask = torch.rand(4, 5) < 0.5
+    before = student.first.weight.detach().clone()
+    in_two_phases(student, masks=[(student.first.weight, mask)])
+    assert torch.equal(student.first.weight[~mask], before[~mask])
+    assert not bool((student.first.weight[mask] == before[mask]).any())

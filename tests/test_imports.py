@@ -17,7 +17,7 @@ LEVELS = [
     {"spec", "quantize"},
     {"graph", "data", "partial", "norms"},
     {"relations", "placement", "initialize", "compensate", "model"},
-    {"dof_map", "offline", "finetune", "record"},
+    {"dof_map", "offline", "finetune", "record", "blocks"},
     {"report", "student"},
     {"pipeline"},
     {"cli"},

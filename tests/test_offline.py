@@ -331,6 +331,18 @@ def test_the_left_scale_is_trained_with_the_other_scales() -> None:
     assert all(module.log_L is None and module.scale_in is None for module in make_dof(model, x).layers)
 
 
+def test_a_part_of_the_degrees_of_freedom_trains() -> None:
+    """Only the named layers with all that is theirs, the named quantizers, and the factors if asked."""
+    dof = make_dof(*two_layers("grouped"), doubly=True)
+    layer, step = dof.trained_weight("2.weight"), dof.log_s[1]
+    settings = {"learning_rate": 1.0, "scale_learning_rate": 2.0}
+    values, scales = dof.parameter_groups(**settings, layers={"2.weight"}, quantizers={"b"}, factors=False)
+    assert {id(p) for p in values["params"]} == {id(layer.W), id(layer.bias)}
+    assert {id(p) for p in scales["params"]} == {id(step), id(layer.log_F), id(layer.log_L)}
+    _, scales = dof.parameter_groups(**settings, layers=(), quantizers=())
+    assert [id(p) for p in scales["params"]] == [id(dof.log_c)]
+
+
 def test_both_scales_of_a_kernel_have_one_common_factor_too_many() -> None:
     """Moving a factor from the left scale to the rescale factor changes no integer and no weight."""
     dof = make_dof(*two_layers("conv"), doubly=True)

@@ -19,6 +19,7 @@ WRONG: list[tuple[type, str, Any]] = [
     *((FinetuneConfig, name, bad) for name in ("learning_rate", "scale_learning_rate", "cross_entropy")
       for bad in (-0.1, math.nan, "fast", True, None)),
     (FinetuneConfig, "cross_entropy", 1.01),
+    *((FinetuneConfig, "blocks", bad) for bad in (7, None, "a", ["a", "a"], ["a", 1], {"a": 1.0})),
     (FinetuneConfig, "memory_limit", -1),
     (FinetuneConfig, "memory_limit", 0.5),
     (FinetuneConfig, "seed", -1),
@@ -65,7 +66,8 @@ def test_every_field_is_checked(kind: type) -> None:
         (FinetuneConfig, {"images_fed": 1, "max_images": 1, "batch_size": 1, "restarts": 1, "seed": 2**63 - 1}),
         (FinetuneConfig, {"learning_rate": 0, "scale_learning_rate": 0, "cross_entropy": 1, "memory_limit": 0}),
         (FinetuneConfig, {"loss_at": {"a": 1, "b": 1e-9}}),
-        (FinetuneConfig, {"loss_at": ("a", "b.c")}),
+        (FinetuneConfig, {"loss_at": ("a", "b.c"), "blocks": ()}),
+        (FinetuneConfig, {"blocks": ["a", "b.c"]}),
         (QFTConfig, {"weight_bits": 2, "small_layer_bits": 8, "small_layer_share": 1, "finetune": None}),
     ],
 )
