@@ -174,6 +174,18 @@ class Dof(nn.Module):
         """Return the degrees of freedom of a quantized layer by the name of its weight."""
         return next(d for d in self._quantized() if d.layer.weight == name)
 
+    @torch.no_grad()
+    def shift_bias(self, weight: str, change: Tensor) -> None:
+        """Add to the bias of a quantized layer.
+
+        Args:
+            weight: name of its weight.
+            change: `[out]`, real (folded) units.
+        """
+        layer = self.trained_weight(weight)
+        assert layer.bias is not None
+        layer.bias.add_(change * self.factors()[layer.out_index] / layer.bias_unit)
+
     def activation_scale(self, name: str) -> Tensor:
         """Return the step of an activation quantizer, `[]`, real (folded) per step."""
         log_s: Tensor = self.log_s[self._activation_index[name]]

@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from qft_plugin.bias_correction import BIAS_IMAGES, correctable, corrections, output_means
 from qft_plugin.blocks import check_blocks, split
 from qft_plugin.compensate import can_compensate, compensated, input_rows
 from qft_plugin.data import Call, Inputs, read_inputs
@@ -136,7 +137,7 @@ def understand(source: Any, inputs: Inputs, config: QFTConfig) -> Problem:
 
 
 def initialize(host: ModuleType, problem: Problem, request: Any, config: QFTConfig) -> Start:
-    """Choose where the finetune starts: equalization, the host's calibration, MMSE scales, compensated weights.
+    """Choose where the finetune starts: equalization, the host's calibration, MMSE scales, compensated weights, biases.
 
     Args:
         host: the host's package; it has `place` and `Student`.
@@ -145,7 +146,10 @@ def initialize(host: ModuleType, problem: Problem, request: Any, config: QFTConf
         config: the settings.
     """
     log_c = _equalization(problem, config)
-    return start(host, problem, request, config, log_c=log_c, compensate=config.compensate)
+    begin = start(host, problem, request, config, log_c=log_c, compensate=config.compensate)
+    if config.bias_correction:
+        _correct_biases(begin, problem)
+    return begin
 
 
 def start(
@@ -409,6 +413,18 @@ def _compensated(
             continue
         result[layer.weight] = moved.reshape(W.shape).to(W)
     return result
+
+
+@torch.no_grad()
+def _correct_biases(start: Start, problem: Problem) -> None:
+    """Let each layer's mean output be that of the float network, in folded units; changes `start.dof`."""
+    dof, student, tensors = start.dof, start.student, start.placed.tensors
+    layers = correctable(dof.map.layers, dof.weight_grids)
+    call = problem.inputs.batch(slice(0, BIAS_IMAGES))
+    means = output_means(layers, tensors, lambda: student.watch(tensors, call, {}))
+    solution = solve(dof)
+    for weight, change in corrections(layers, solution.tensors, lambda: student(solution, call), means).items():
+        dof.shift_bias(weight, change)
 
 
 def _weight_grids(

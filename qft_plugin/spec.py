@@ -132,6 +132,8 @@ class QFTConfig:
         activation_range: where activation scales start: `"host"` (the host's own calibration), `"max"` or `"mse"`.
         equalize: start from 4-bit cross-layer equalization (Eq. 19-21) instead of equal factors.
         compensate: start from weights whose rounding errors compensate each other (GPTQ) instead of the nearest ones.
+        bias_correction: start from biases that undo the mean error of each layer's output (Nagel et al. 2019); a
+            finetune trains all biases anyway, without one this is a heuristic of its own.
         train_cross_layer: train the per-channel factors that tie neighbouring layers.
         hardware: what the target can do.
         finetune: the distillation; `None` returns the initialization (calibration, PPQ, equalization) untrained.
@@ -144,6 +146,7 @@ class QFTConfig:
     activation_range: Range = "host"
     equalize: bool = True
     compensate: bool = True
+    bias_correction: bool = False
     train_cross_layer: bool = True
     hardware: HardwareSpec = field(default_factory=HardwareSpec)
     finetune: FinetuneConfig | None = field(default_factory=FinetuneConfig)
@@ -158,7 +161,7 @@ class QFTConfig:
         for pattern, bits in self.layer_bits.items():
             if not isinstance(pattern, str) or type(bits) is not int or not 2 <= bits <= 8:
                 raise ConfigError(f"QFTConfig.layer_bits should map names to 2 to 8 bits. Found {pattern!r}: {bits!r}.")
-        for name in ("equalize", "compensate", "train_cross_layer"):
+        for name in ("equalize", "compensate", "bias_correction", "train_cross_layer"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"QFTConfig.{name} should be True or False. Found {getattr(self, name)!r}.")
         _instance(self, "hardware", HardwareSpec)

@@ -18,7 +18,7 @@ LEVELS = [
     {"graph", "data", "partial", "norms"},
     {"relations", "placement", "initialize", "compensate", "model"},
     {"dof_map", "offline", "finetune", "record", "blocks"},
-    {"report", "student"},
+    {"report", "student", "bias_correction"},
     {"pipeline"},
     {"cli"},
 ]

@@ -32,7 +32,7 @@ WRONG: list[tuple[type, str, Any]] = [
     *((QFTConfig, "small_layer_share", bad) for bad in (-0.01, 1.01, math.nan, None)),
     (QFTConfig, "activation_range", "minmax"),
     *((QFTConfig, "layer_bits", bad) for bad in (8, [("a", 8)], {"a": 1}, {"a": 9}, {"a": 8.0}, {"a": True}, {1: 8})),
-    *((QFTConfig, name, 1) for name in ("equalize", "train_cross_layer")),
+    *((QFTConfig, name, 1) for name in ("equalize", "compensate", "bias_correction", "train_cross_layer")),
     (QFTConfig, "hardware", "channelwise"),
     (QFTConfig, "finetune", True),
 ]  # fmt: skip
