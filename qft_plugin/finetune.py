@@ -1,10 +1,12 @@
 """The distillation loop: label-free training of all degrees of freedom against the float teacher (Sec. 3.1, Sec. 4)."""
 
+import contextlib
 import copy
+import functools
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,7 +70,7 @@ class FinetuneResult:
         start_loss: loss before the first step, over `EVALUATION_IMAGES` finetuning images.
         final_loss: loss of the state that was kept, over the same images; never larger.
         steps: steps taken.
-        losses: the loss of each step's batch.
+        losses: the loss of each step's batch, that of its phase.
     """
 
     start_loss: float
@@ -121,13 +123,59 @@ def normalised_l2(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().sum() / teacher.square().sum().clamp(min=torch.finfo(teacher.dtype).tiny)
 
 
-def distillation_loss(student: Prediction, teacher: Prediction, *, cross_entropy: float) -> Tensor:
-    """Return the mean normalised L2 over the compared features, plus a proportion of cross entropy on the logits."""
-    terms = [normalised_l2(s, t) for s, t in zip(student.features, teacher.features, strict=True)]
-    loss = torch.stack(terms).mean()
-    if cross_entropy and student.logits is not None and teacher.logits is not None:
-        loss = loss + cross_entropy * functional.cross_entropy(student.logits, teacher.logits.softmax(1))
-    return loss
+def class_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compare class probabilities:  KL(teacher || student) = CE(teacher, student) - CE(teacher, teacher).
+
+    Departure: the paper mixes in the cross entropy itself. The teacher's own entropy is taken off it, which changes no
+    gradient, so that a perfect student has loss 0 and losses of different networks can be compared.
+
+    Args:
+        student: logits, `[images, classes]`.
+        teacher: logits, `[images, classes]`.
+
+    Returns:
+        The mean over the images, `[]`, at least 0.
+    """
+    return functional.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What counts how much in the difference of two networks.
+
+    Attributes:
+        weights: of each compared feature; with a weight of 0 it costs nothing.
+        cross_entropy: proportion p of the divergence of the class probabilities, from 0 to 1.
+    """
+
+    weights: tuple[float, ...]
+    cross_entropy: float
+
+
+def distillation_loss(student: Prediction, teacher: Prediction, loss: Loss) -> Tensor:
+    """Compare two networks:  (1 - p) * sum_k w_k L_k / sum_k w_k  +  p * KL(teacher || student).
+
+    L_k is the normalised L2 of Sec. 4, which has no unit, so that features of any size and kind can be added. The
+    divergence is that of the class probabilities, mixed in by a proportion (Fig. 6).
+
+    Args:
+        student: what the student computed; with p > 0 it has logits.
+        teacher: what the teacher computed for the same images, likewise.
+        loss: the weights w and the proportion p.
+
+    Returns:
+        `[]`.
+    """
+    p, parts = loss.cross_entropy, []
+    if p < 1:
+        pairs = zip(loss.weights, student.features, teacher.features, strict=True)
+        terms = [w * normalised_l2(s, t) for w, s, t in pairs if w]
+        parts.append((1 - p) * torch.stack(terms).sum() / sum(loss.weights))
+    if p > 0:
+        assert student.logits is not None
+        assert teacher.logits is not None
+        parts.append(p * class_divergence(student.logits, teacher.logits))
+    return torch.stack(parts).sum()
 
 
 def learning_rate_factor(step: int, total: int, restarts: int) -> float:
@@ -158,76 +206,153 @@ def _targets(targets: Prediction, index: Tensor | slice, device: torch.device) -
     return Prediction(tuple(t[index].to(device) for t in targets.features), logits)
 
 
+@dataclass(frozen=True)
+class Phase:
+    """A part of the training, with an optimizer and cosine cycles of its own.
+
+    Attributes:
+        loss: what is made small.
+        groups: parameter groups for the optimizer, each with its `lr`; all other parameters stay as they are.
+        masks: parameters of which a part trains, each with a mask of its shape that is True there.
+    """
+
+    loss: Loss
+    groups: Sequence[dict[str, Any]]
+    masks: Sequence[tuple[nn.Parameter, Tensor]] = ()
+
+
 @torch.no_grad()
-def _evaluate(student: Network, inputs: Inputs, targets: Prediction, config: FinetuneConfig) -> float:
-    size = max(config.batch_size, 64)
+def _evaluate(student: Network, inputs: Inputs, targets: Prediction, loss: Loss, *, batch_size: int) -> float:
+    size = max(batch_size, 64)
     losses = []
     count = min(len(inputs), EVALUATION_IMAGES)
     for number, call in enumerate(inputs.batches(size, at_most=count)):
         part = slice(number * size, min((number + 1) * size, count))
         wanted = _targets(targets, part, inputs.device)
-        loss = distillation_loss(student(call), wanted, cross_entropy=config.cross_entropy)
-        losses.append(float(loss) * (part.stop - part.start))
+        losses.append(float(distillation_loss(student(call), wanted, loss)) * (part.stop - part.start))
     return sum(losses) / count
+
+
+class _Best:
+    """The best state so far."""
+
+    def __init__(self, state: nn.Module, evaluate: Callable[[], float]) -> None:
+        self._evaluate, self._module = evaluate, state
+        self.loss = evaluate()
+        self.state = copy.deepcopy(state.state_dict())
+
+    def look(self) -> None:
+        """Keep the state as it is now if it is better."""
+        now = self._evaluate()
+        if now < self.loss:
+            self.loss, self.state = now, copy.deepcopy(self._module.state_dict())
+
+
+@contextlib.contextmanager
+def _training(state: nn.Module, phase: Phase) -> Iterator[None]:
+    """Ask for gradients of what trains in a phase only, so that nothing before it costs a backward pass."""
+    trained = {id(p) for group in phase.groups for p in group["params"]}
+    others = [p for p in state.parameters() if p.requires_grad and id(p) not in trained]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
+def _steps(
+    student: Network, phase: Phase, batches: Iterator[tuple[Call, Prediction]], best: _Best, *, count: int, cycles: int
+) -> Generator[tuple[float, float]]:
+    """Train one phase; yields loss and learning rate of each step."""
+    optimizer = torch.optim.Adam([dict(g) for g in phase.groups if g["params"]], fused=True)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    cycle_ends = {math.ceil(count * (i + 1) / cycles) for i in range(cycles)}
+    for step, (call, wanted) in zip(range(count), batches, strict=False):
+        factor = learning_rate_factor(step, count, cycles)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+        optimizer.zero_grad(set_to_none=True)
+        loss = distillation_loss(student(call), wanted, phase.loss)
+        if loss.requires_grad:  # else nothing that trains reaches what is compared
+            loss.backward()  # type: ignore[no-untyped-call]
+        for parameter, mask in phase.masks:
+            if parameter.grad is not None:
+                parameter.grad.mul_(mask)
+        optimizer.step()
+        yield loss.item(), rates[0] * factor
+        if step + 1 in cycle_ends:
+            best.look()
+
+
+def _all_steps(
+    student: Network,
+    state: nn.Module,
+    phases: Sequence[Phase],
+    batches: Iterator[tuple[Call, Prediction]],
+    best: _Best,
+    *,
+    total: int,
+    cycles: int,
+) -> Generator[tuple[float, float]]:
+    """Train phase by phase, each with an equal share of the steps."""
+    for number, phase in enumerate(phases):
+        count = total * (number + 1) // len(phases) - total * number // len(phases)
+        with _training(state, phase):
+            yield from _steps(student, phase, batches, best, count=count, cycles=cycles)
 
 
 def finetune(
     student: Network,
     state: nn.Module,
-    groups: list[dict[str, Any]],
+    phases: Sequence[Phase],
     *,
     inputs: Inputs,
     targets: Prediction,
+    loss: Loss,
     config: FinetuneConfig,
     callback: Callable[[Step], None] | None = None,
 ) -> FinetuneResult:
     """Train the student to compute what the teacher computed, and leave the best state in it.
 
     The state at the end of every cosine cycle is compared with the best one so far, at first the starting point, by
-    the loss on (at most 512 of) the finetuning images; the best is what stays.
+    the loss on (at most 512 of) the finetuning images; the best is what stays. A later phase starts from where the one
+    before it ended. The whole network runs forward in every phase; the backward pass ends where nothing trains.
 
     Args:
         student: the fake-quantized network, a function of `state`.
         state: holds everything that is trained; ends in the best state seen.
-        groups: parameter groups for the optimizer, each with its `lr`.
+        phases: what is trained one after the other, usually one phase.
         inputs: all images.
         targets: what the teacher computed for them.
+        loss: decides which state is the best.
         config: the settings.
         callback: called after each step.
     """
     batch_size = min(config.batch_size, len(inputs))
-    total = max(1, round(config.images_fed / batch_size))
-    optimizer = torch.optim.Adam([dict(g) for g in groups if g["params"]], fused=True)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    cycle_ends = {math.ceil(total * (i + 1) / config.restarts) for i in range(config.restarts)}
-    start_loss = best_loss = _evaluate(student, inputs, targets, config)
-    best_state = copy.deepcopy(state.state_dict())
+    total = max(len(phases), round(config.images_fed / batch_size))
+    evaluate = functools.partial(_evaluate, student, inputs, targets, loss, batch_size=config.batch_size)
+    best = _Best(state, evaluate)
+    start_loss = best.loss
+    orders = _orders(len(inputs), batch_size, config.seed)
+    batches = ((inputs.batch(index), _targets(targets, index, inputs.device)) for index in orders)
     losses: list[float] = []
     logger.info("finetune: %d steps of %d images, loss %.5f at the start", total, batch_size, start_loss)
-    for step, index in zip(range(total), _orders(len(inputs), batch_size, config.seed), strict=False):
-        factor = learning_rate_factor(step, total, config.restarts)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor
-        optimizer.zero_grad(set_to_none=True)
-        wanted = _targets(targets, index, inputs.device)
-        loss = distillation_loss(student(inputs.batch(index)), wanted, cross_entropy=config.cross_entropy)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            warnings.warn(
-                f"Finetune: the loss became {losses[-1]} in step {step + 1} of {total}; the best state before is kept. "
-                "Lower FinetuneConfig.learning_rate or scale_learning_rate.",
-                QFTWarning,
-                stacklevel=2,
-            )
-            break
-        if callback is not None:
-            callback(Step(step + 1, total, losses[-1], rates[0] * factor))
-        if step + 1 in cycle_ends:
-            now = _evaluate(student, inputs, targets, config)
-            if now < best_loss:
-                best_loss, best_state = now, copy.deepcopy(state.state_dict())
-    state.load_state_dict(best_state)
-    logger.info("finetune: loss %.5f after %d steps", best_loss, len(losses))
-    return FinetuneResult(start_loss, best_loss, len(losses), tuple(losses))
+    steps = _all_steps(student, state, phases, batches, best, total=total, cycles=config.restarts)
+    with contextlib.closing(steps):
+        for number, (found, rate) in enumerate(steps, start=1):
+            losses.append(found)
+            if not math.isfinite(found):
+                warnings.warn(
+                    f"Finetune: the loss became {found} in step {number} of {total}; the best state before is kept. "
+                    "Lower FinetuneConfig.learning_rate or scale_learning_rate.",
+                    QFTWarning,
+                    stacklevel=2,
+                )
+                break
+            if callback is not None:
+                callback(Step(number, total, found, rate))
+    state.load_state_dict(best.state)
+    logger.info("finetune: loss %.5f after %d steps", best.loss, len(losses))
+    return FinetuneResult(start_loss, best.loss, len(losses), tuple(losses))

@@ -12,7 +12,7 @@ denominator of  W / (S_wR * S_wL)  are multiplied by the same factor.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -226,6 +226,18 @@ class Dof(nn.Module):
         """Return the degrees of freedom of a quantized layer by the name of its weight."""
         return next(d for d in self._quantized() if d.layer.weight == name)
 
+    @torch.no_grad()
+    def shift_bias(self, weight: str, change: Tensor) -> None:
+        """Add to the bias of a quantized layer.
+
+        Args:
+            weight: name of its weight.
+            change: `[out]`, real (folded) units.
+        """
+        layer = self.trained_weight(weight)
+        assert layer.bias is not None
+        layer.bias.add_(change * self.factors()[layer.out_index] / layer.bias_unit)
+
     def activation_scales(self) -> dict[str, Tensor]:
         """Return the step of every activation quantizer by name, `[]`, real (folded) per step."""
         if not len(self.log_s):
@@ -259,16 +271,36 @@ class Dof(nn.Module):
         """Return the cross-layer factor of every variable, `[1 + size]`; the first is that of pinned channels, 1."""
         return torch.cat([self.log_c.new_zeros(1), self.log_c]).exp()
 
-    def parameter_groups(self, *, learning_rate: float, scale_learning_rate: float) -> list[dict[str, object]]:
-        """Group what trains for an optimizer: weights and biases, then the logarithms of all scales."""
+    def parameter_groups(
+        self,
+        *,
+        learning_rate: float,
+        scale_learning_rate: float,
+        layers: Collection[str] | None = None,
+        quantizers: Collection[str] | None = None,
+        factors: bool = True,
+    ) -> list[dict[str, object]]:
+        """Group what trains for an optimizer: weights and biases, then the logarithms of all scales.
+
+        Args:
+            learning_rate: of weights and biases.
+            scale_learning_rate: of the logarithms.
+            layers: the weights whose layers train, `None` for all.
+            quantizers: the activation quantizers that train, `None` for all.
+            factors: whether cross-layer factors train.
+        """
         values: list[nn.Parameter] = []
-        scales: list[nn.Parameter] = [*self.log_s, *self.shift]
+        trained = [n for n in self._activation_index if quantizers is None or n in quantizers]
+        scales: list[nn.Parameter] = [self.log_s[i] for i in dict.fromkeys(self._activation_index[n] for n in trained)]
+        scales += [self.shift[i] for name, i in self._shift_index.items() if name in trained]
         for layer in self._quantized():
+            if layers is not None and layer.layer.weight not in layers:
+                continue
             values.extend(p for p in (layer.W, layer.bias) if p is not None)
             scales.append(layer.log_F)
             if layer.log_L is not None:
                 scales.append(layer.log_L)
-        if self.log_c.numel():
+        if factors and self.log_c.numel():
             scales.append(self.log_c)
         groups = ((values, learning_rate), (scales, scale_learning_rate))
         return [{"params": [p for p in found if p.requires_grad], "lr": rate} for found, rate in groups]

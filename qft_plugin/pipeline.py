@@ -1,5 +1,6 @@
 """The whole job step by step: the only place that knows all of them. A host calls these in order."""
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -10,11 +11,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from qft_plugin.bias_correction import BIAS_IMAGES, correctable, corrections, output_means
+from qft_plugin.blocks import check_blocks, split
 from qft_plugin.compensate import can_compensate, compensated, input_rows
 from qft_plugin.data import Call, Inputs, read_inputs
 from qft_plugin.dof_map import map_dof
 from qft_plugin.errors import ConfigError, ModelError, QFTWarning
-from qft_plugin.finetune import FinetuneResult, Network, Prediction, Step, finetune, teacher_predictions
+from qft_plugin.finetune import FinetuneResult, Loss, Network, Phase, Prediction, Step, finetune, teacher_predictions
 from qft_plugin.graph import PINNED, DofMap, Layer, LayerGraph
 from qft_plugin.initialize import doubly_scales, equalize, nearest_factor, range_max, range_mse, weight_scale
 from qft_plugin.model import SAME, accepts, largest_change, tensors_in
@@ -30,10 +33,10 @@ from qft_plugin.offline import (
 )
 from qft_plugin.placement import (
     ActivationGrid,
-    ComparedInput,
+    Comparison,
     Placement,
     addends,
-    backbone_output,
+    comparison,
     quantizer_after,
     quantizer_before,
 )
@@ -82,13 +85,13 @@ class Problem:
             name), and `weight_bits` (bits by name, `None` where the settings choose them).
         dof_map: which per-channel scales are shared, free, or pinned.
         inputs: the images, in the fastest layout.
-        at: where teacher and student are compared, `None` for the outputs of the network.
+        at: where teacher and student are compared.
     """
 
     source: Any
     dof_map: DofMap
     inputs: Inputs
-    at: ComparedInput | None
+    at: Comparison
 
 
 @dataclass(frozen=True)
@@ -135,15 +138,16 @@ def understand(source: Any, inputs: Inputs, config: QFTConfig) -> Problem:
         config: the settings.
     """
     dof_map = proven_map(source, inputs.batch(slice(0, min(2, len(inputs)))))
-    at = backbone_output(source.graph, config.finetune.loss_at if config.finetune else None)
-    if at is not None and at.tensor not in dof_map.channel_index:
-        logger.info("the scales of %s differ inside a channel: the network's outputs are compared", at.tensor)
-        at = None
+    settings = config.finetune or FinetuneConfig()
+    at = _comparable(comparison(source.graph, settings.loss_at, settings.blocks), dof_map)
+    if settings.cross_entropy == 1:
+        at = Comparison(at.inputs[: at.blocks], outputs=False, blocks=at.blocks)  # the logits are enough
+    check_blocks(source.graph, dof_map, at, classes=settings.cross_entropy > 0)
     return Problem(source, dof_map, _fastest_layout(source.model, inputs), at)
 
 
 def initialize(host: ModuleType, problem: Problem, request: Any, config: QFTConfig) -> Start:
-    """Choose where the finetune starts: equalization, the host's calibration, MMSE scales, compensated weights.
+    """Choose where the finetune starts: equalization, the host's calibration, MMSE scales, compensated weights, biases.
 
     Args:
         host: the host's package; it has `place` and `Student`.
@@ -152,7 +156,10 @@ def initialize(host: ModuleType, problem: Problem, request: Any, config: QFTConf
         config: the settings.
     """
     log_c = _equalization(problem, config)
-    return start(host, problem, request, config, log_c=log_c, compensate=config.compensate)
+    begin = start(host, problem, request, config, log_c=log_c, compensate=config.compensate)
+    if config.bias_correction:
+        _correct_biases(begin, problem)
+    return begin
 
 
 def start(
@@ -174,7 +181,7 @@ def start(
     if source.weight_bits is None:
         placed = replace(placed, placement=_with_bits(source.graph, placed.placement, dof_map, config))
     compiled = config.finetune is not None and config.finetune.compile
-    student = host.Student(placed, source, problem.at, _unfold(dof_map, problem.at, log_c), compiled=compiled)
+    student = host.Student(placed, source, problem.at, _unfolds(dof_map, problem.at, log_c), compiled=compiled)
     groups, loose = addends(source.graph, placed.placement)
     kind = config.hardware.elementwise_rescale
     if kind != "tensor" and loose:
@@ -267,15 +274,37 @@ def _finetuned(
     callback: Callback | None,
 ) -> FinetuneResult:
     dof = start.dof
+    loss = Loss(problem.at.weights(len(targets.features)), settings.cross_entropy)
     return finetune(
         lambda call: start.student(solve(dof), call),
         dof,
-        dof.parameter_groups(learning_rate=settings.learning_rate, scale_learning_rate=settings.scale_learning_rate),
+        _phases(start, problem, loss, settings),
         inputs=problem.inputs,
         targets=targets,
+        loss=loss,
         config=settings,
         callback=callback,
     )
+
+
+def _phases(start: Start, problem: Problem, loss: Loss, settings: FinetuneConfig) -> list[Phase]:
+    """Choose what trains when: everything at once, or one block after the other."""
+    dof, at, ends = start.dof, problem.at, problem.at.inputs[: problem.at.blocks]
+    grouped = functools.partial(
+        dof.parameter_groups,
+        learning_rate=settings.learning_rate,
+        scale_learning_rate=settings.scale_learning_rate,
+    )
+    if not ends:
+        return [Phase(loss, grouped())]
+    phases = []
+    for number, block in enumerate(split(problem.source.graph, dof.map, start.placed.placement, ends)):
+        factors = block.factors.to(dof.log_c.device)
+        groups = grouped(layers=block.layers, quantizers=block.quantizers, factors=bool(factors.any()))
+        alone = Loss(tuple(float(n == number) for n in range(len(loss.weights))), 0.0)
+        if any(group["params"] for group in groups):
+            phases.append(Phase(alone if number < at.blocks else loss, groups, [(dof.log_c, factors)]))
+    return phases
 
 
 @torch.no_grad()
@@ -347,14 +376,30 @@ def _bits(source: Any, weights: Mapping[str, Tensor], config: QFTConfig) -> Mapp
     return config.weight_bits_of({name: W.numel() for name, W in weights.items()})
 
 
-def _unfold(dof_map: DofMap, at: ComparedInput | None, log_c: Tensor) -> Unfold | None:
-    """Return what brings the compared activation back to real units."""
-    if at is None:
-        return None
-    index = dof_map.channel_index[at.tensor].to(log_c.device)
-    if not bool((index != PINNED).any()):
-        return None
-    return index, torch.cat([log_c.new_zeros(1), log_c]).exp()[index]
+def _comparable(at: Comparison, dof_map: DofMap) -> Comparison:
+    """Leave out what cannot be brought back to the teacher's units.
+
+    Raises:
+        ConfigError: the user asked for it.
+    """
+    for place in at.inputs:
+        if place.tensor in dof_map.channel_index:
+            continue
+        if place.asked is not None:
+            raise ConfigError(
+                f"FinetuneConfig.{place.field} should name what reads an activation with one scale in each channel. "
+                f"Found {place.asked!r}, whose input {place.tensor} has several. Name a module before or behind it."
+            )
+        logger.info("the scales of %s differ inside a channel: the network's outputs are compared", place.tensor)
+        return Comparison(at.inputs[: at.blocks], outputs=True, blocks=at.blocks)
+    return at
+
+
+def _unfolds(dof_map: DofMap, at: Comparison, log_c: Tensor) -> tuple[Unfold | None, ...]:
+    """Return what brings each compared activation back to real units."""
+    factors = torch.cat([log_c.new_zeros(1), log_c]).exp()
+    indexes = [dof_map.channel_index[place.tensor].to(log_c.device) for place in at.inputs]
+    return tuple((index, factors[index]) if bool((index != PINNED).any()) else None for index in indexes)
 
 
 @torch.no_grad()
@@ -436,6 +481,18 @@ def _compensated(
             continue
         result[layer.weight] = moved.reshape(W.shape).to(W)
     return result
+
+
+@torch.no_grad()
+def _correct_biases(start: Start, problem: Problem) -> None:
+    """Let each layer's mean output be that of the float network, in folded units; changes `start.dof`."""
+    dof, student, tensors = start.dof, start.student, start.placed.tensors
+    layers = correctable(dof.map.layers, dof.weight_grids)
+    call = problem.inputs.batch(slice(0, BIAS_IMAGES))
+    means = output_means(layers, tensors, lambda: student.watch(tensors, call, {}))
+    solution = solve(dof)
+    for weight, change in corrections(layers, solution.tensors, lambda: student(solution, call), means).items():
+        dof.shift_bias(weight, change)
 
 
 def _weight_grids(

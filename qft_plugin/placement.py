@@ -1,7 +1,7 @@
 """Where a host put its quantizers, and what that means for the layers around them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -198,38 +198,90 @@ class ComparedInput:
         op: name of the operation that reads it.
         index: which of its activation inputs it is.
         tensor: name of the activation.
+        weight: how much its difference counts in the loss, relative to the others.
         asked: the name that the user gave for it, if any.
+        field: the setting that the name stands in.
     """
 
     op: str
     index: int
     tensor: str
+    weight: float = 1.0
     asked: str | None = None
+    field: str = "loss_at"
 
 
-def backbone_output(graph: LayerGraph, loss_at: str | None) -> ComparedInput | None:
-    """Choose where teacher and student are compared: at the output of the backbone (Sec. 4).
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that teacher and student are compared at.
+
+    Attributes:
+        inputs: inputs of operations: first those that end a block, with weight 0, then those of the loss.
+        outputs: the outputs of the network are compared too, behind the inputs and with weight 1 each.
+        blocks: how many of the inputs end a block.
+    """
+
+    inputs: tuple[ComparedInput, ...]
+    outputs: bool
+    blocks: int = 0
+
+    def weights(self, count: int) -> tuple[float, ...]:
+        """Return the weight in the loss of each of `count` compared tensors."""
+        return (*(at.weight for at in self.inputs), *[1.0] * (count - len(self.inputs)))
+
+
+def comparison(
+    graph: LayerGraph, loss_at: str | Mapping[str, float] | Sequence[str] | None, blocks: Sequence[str] = ()
+) -> Comparison:
+    """Choose where teacher and student are compared.
 
     Args:
         graph: the network.
-        loss_at: name of a module or of an operation whose input is compared; `None` chooses the input of the last
-            global pool, else of the last linear layer.
-
-    Returns:
-        The input of an operation, or `None` for the output of the network.
+        loss_at: names of modules or operations whose inputs are compared, with their weights if they differ; `None`
+            for the output of the backbone.
+        blocks: names of modules or operations whose inputs end the blocks.
 
     Raises:
-        ConfigError: no operation has the name `loss_at`.
+        ConfigError: a name is none of this network's.
     """
-    if loss_at is not None:
-        path = loss_at.replace(".", "/")
-        for op in graph.ops:
-            if op.inputs and (op.name in (loss_at, path) or op.name.startswith(f"{path}/")):
-                return ComparedInput(op.name, 0, op.inputs[0], asked=loss_at)
-        raise ConfigError(
-            f"FinetuneConfig.loss_at should name a module that computes something, or an operation. Found {loss_at!r}; "
-            f"operations of this model: {', '.join(op.name for op in graph.ops)}."
-        )
+    ends = [named_input(graph, name, weight=0.0, field="blocks") for name in blocks]
+    if loss_at is None:
+        found = backbone_output(graph)
+        return Comparison((*ends, *([] if found is None else [found])), found is None, len(ends))
+    names = [loss_at] if isinstance(loss_at, str) else loss_at
+    weights = names if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
+    places = [named_input(graph, name, weight=w) for name, w in weights.items()]
+    return Comparison((*ends, *places), False, len(ends))
+
+
+def named_input(graph: LayerGraph, name: str, *, weight: float = 1.0, field: str = "loss_at") -> ComparedInput:
+    """Find the first activation that a module or an operation reads.
+
+    Args:
+        graph: the network.
+        name: of the module, with dots or slashes, or of the operation.
+        weight: how much it counts in the loss.
+        field: the setting that the name stands in.
+
+    Raises:
+        ConfigError: nothing has this name.
+    """
+    path = name.replace(".", "/")
+    for op in graph.ops:
+        if op.inputs and (op.name in (name, path) or op.name.startswith(f"{path}/")):
+            return ComparedInput(op.name, 0, op.inputs[0], weight, asked=name, field=field)
+    raise ConfigError(
+        f"FinetuneConfig.{field} should name a module that computes something, or an operation. Found {name!r}; "
+        f"operations of this model: {', '.join(op.name for op in graph.ops)}."
+    )
+
+
+def backbone_output(graph: LayerGraph) -> ComparedInput | None:
+    """Find the output of the backbone (Sec. 4): the input of the last global pool, else of the last linear layer.
+
+    Returns:
+        The input of an operation, or `None` where there is neither.
+    """
     for op in reversed(graph.ops):
         if _is_global_pool(graph, op):
             return ComparedInput(op.name, 0, op.inputs[0])

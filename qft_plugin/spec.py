@@ -2,7 +2,7 @@
 
 import fnmatch
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -32,6 +32,15 @@ def _number(
         raise ConfigError(f"{type(owner).__name__}.{name} should be at least {at_least}. Found {found!r}.")
     if at_most is not None and found > at_most:
         raise ConfigError(f"{type(owner).__name__}.{name} should be at most {at_most}. Found {found!r}.")
+
+
+def _names(owner: object, name: str, *, empty: bool) -> None:
+    found = getattr(owner, name)
+    if not isinstance(found, (list, tuple, Mapping)) or not all(isinstance(n, str) for n in found):
+        raise ConfigError(f"{type(owner).__name__}.{name} should hold names of modules or operations. Found {found!r}.")
+    if len(set(found)) != len(found) or (not found and not empty):
+        least = "" if empty else "at least one name, and "
+        raise ConfigError(f"{type(owner).__name__}.{name} should hold {least}each name once. Found {found!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +119,15 @@ class FinetuneConfig:
         learning_rate: of weights and biases, relative to their own quantization step (see `offline.Dof`).
         scale_learning_rate: of the logarithms of the scales.
         restarts: number of cosine cycles, each starting at half the learning rate of the one before.
-        loss_at: name of the module whose input is compared with the teacher's, `None` to find the backbone's output:
-            the input of the last global pool, else of the last linear layer, else the output of the network.
-        cross_entropy: weight of the cross entropy between the two networks' class probabilities, added to the loss.
+        loss_at: the module or operation whose input is compared with the teacher's: one name, several names, or a
+            mapping of names to the positive weight of each. `None` finds the backbone's output: the input of the last
+            global pool, else of the last linear layer, else the output of the network.
+        cross_entropy: proportion p of the cross entropy between the two networks' class probabilities in the loss,
+            (1 - p) * features + p * cross entropy (Fig. 6); 1 uses it alone.
+        blocks: names of the modules or operations whose inputs end the blocks of the network, in the order of
+            execution. With any, training runs one phase for each block, against the teacher's activation at its end,
+            and only what belongs to the block trains; the last phase is the loss above. Each phase gets an equal
+            share of the images fed, an optimizer, and `restarts` cosine cycles of its own.
         memory_limit: bytes of images and teacher outputs held in memory; above it they are memory-mapped files.
         compile: fuse the fake-quantization with `torch.compile` (a GPU's many small kernels gain; on CPUs the
             built-in function is as fast and needs no compiler). Falls back with a log line where it does not work.
@@ -125,8 +140,9 @@ class FinetuneConfig:
     learning_rate: float = 0.015
     scale_learning_rate: float = 3e-3
     restarts: int = 1
-    loss_at: str | None = None
+    loss_at: str | Mapping[str, float] | Sequence[str] | None = None
     cross_entropy: float = 0.0
+    blocks: Sequence[str] = ()
     memory_limit: int = 2 * 2**30
     compile: bool = False
     seed: int = 0
@@ -134,12 +150,24 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         for name in ("images_fed", "max_images", "batch_size", "restarts"):
             _number(self, name, at_least=1, whole=True)
-        for name in ("learning_rate", "scale_learning_rate", "cross_entropy"):
+        for name in ("learning_rate", "scale_learning_rate"):
             _number(self, name, at_least=0)
+        _number(self, "cross_entropy", at_least=0, at_most=1)
         _number(self, "memory_limit", at_least=0, whole=True)
         _number(self, "seed", at_least=0, at_most=2**63 - 1, whole=True)
         if self.loss_at is not None and not isinstance(self.loss_at, str):
-            raise ConfigError(f"FinetuneConfig.loss_at should be a module's name or None. Found {self.loss_at!r}.")
+            _names(self, "loss_at", empty=False)
+        if isinstance(self.blocks, Mapping):
+            raise ConfigError(f"FinetuneConfig.blocks should be a list of names. Found {self.blocks!r}.")
+        _names(self, "blocks", empty=True)
+        if isinstance(self.loss_at, Mapping):
+            for name, weight in self.loss_at.items():
+                number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+                if not number or not math.isfinite(weight) or weight <= 0:
+                    raise ConfigError(
+                        "FinetuneConfig.loss_at should map names to positive finite weights. Found "
+                        f"{name!r}: {weight!r}. Leave out what should not count."
+                    )
         _flag(self, "compile")
 
 
@@ -157,6 +185,8 @@ class QFTConfig:
         activation_range: where activation scales start: `"host"` (the host's own calibration), `"max"` or `"mse"`.
         equalize: start from 4-bit cross-layer equalization (Eq. 19-21) instead of equal factors.
         compensate: start from weights whose rounding errors compensate each other (GPTQ) instead of the nearest ones.
+        bias_correction: start from biases that undo the mean error of each layer's output (Nagel et al. 2019); a
+            finetune trains all biases anyway, without one this is a heuristic of its own.
         train_cross_layer: train the per-channel factors that tie neighbouring layers.
         train_scales: train all scales and zero points, cross-layer factors included; else weights and biases alone.
         bounded: what becomes of ReLU6 and Hardtanh modules. `"exact"` keeps them, with a bound for each channel where
@@ -173,6 +203,7 @@ class QFTConfig:
     activation_range: Range = "host"
     equalize: bool = True
     compensate: bool = True
+    bias_correction: bool = False
     train_cross_layer: bool = True
     train_scales: bool = True
     bounded: Bounded = "exact"
@@ -194,7 +225,7 @@ class QFTConfig:
                     raise ConfigError(
                         f"QFTConfig.{name} should map names to {least} to 8 bits. Found {pattern!r}: {bits!r}."
                     )
-        for name in ("equalize", "compensate", "train_cross_layer", "train_scales"):
+        for name in ("equalize", "compensate", "bias_correction", "train_cross_layer", "train_scales"):
             _flag(self, name)
         if self.layer_activation_bits and self.hardware.activation_bits is None:
             raise ConfigError(

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import torch
@@ -17,7 +17,7 @@ logger = logging.getLogger("qft_plugin")
 
 FakeQuantize = Callable[..., Tensor]
 Unfold = tuple[Tensor, Tensor]
-"""The variable of each channel of the compared activation, and the factor that the start has folded into it already;
+"""The variable of each channel of a compared activation, and the factor that the start has folded into it already;
 both `[channels]`."""
 
 
@@ -84,21 +84,22 @@ QUANTIZER_OP: Final = "clone"
 """The operation that a recorded model shows in the place of a `FakeQuantizer` without a scale."""
 
 
-def unfolded(prediction: Prediction, unfold: Unfold | None, factors: Tensor) -> Prediction:
-    """Bring the compared activation of a folded network, x / c, back to the teacher's units.
+def unfolded(prediction: Prediction, unfolds: Sequence[Unfold | None], factors: Tensor) -> Prediction:
+    """Bring the compared activations of a folded network, x / c, back to the teacher's units.
 
     Args:
         prediction: of the folded network.
-        unfold: `None` where no channel is rescaled.
+        unfolds: of each of the first features, `None` where no channel of it is rescaled; what comes behind these
+            features is in the teacher's units already.
         factors: trained cross-layer factor of every variable, `[1 + size]`.
     """
-    if unfold is None:
-        return prediction
-    index, start = unfold
-    c = start * factors.index_select(0, index)
-    (x,) = prediction.features
-    on_axis = c.view(-1, *(1,) * (x.dim() - 2)) if x.dim() > 3 else c
-    return Prediction((x * on_axis,), prediction.logits)
+    features = list(prediction.features)
+    for number, unfold in enumerate(unfolds):
+        if unfold is not None:
+            index, start = unfold
+            x, c = features[number], start * factors.index_select(0, index)
+            features[number] = x * (c.view(-1, *(1,) * (x.dim() - 2)) if x.dim() > 3 else c)
+    return Prediction(tuple(features), prediction.logits)
 
 
 @functools.cache
@@ -114,8 +115,14 @@ def compiled_fake_quantize() -> FakeQuantize:
     return fused
 
 
-def prediction_of(outputs: list[Tensor], compared: Tensor | None) -> Prediction:
-    """Collect what is compared: one activation, or without one all outputs of the network."""
+def prediction_of(outputs: list[Tensor], compared: Sequence[Tensor], *, with_outputs: bool) -> Prediction:
+    """Collect what is compared.
+
+    Args:
+        outputs: all tensors that the network returned.
+        compared: activations.
+        with_outputs: compare the outputs in floating point too.
+    """
     outputs = [t for t in outputs if t.is_floating_point()]
     logits = outputs[0] if len(outputs) == 1 and outputs[0].dim() == 2 else None
-    return Prediction(tuple(outputs) if compared is None else (compared,), logits)
+    return Prediction((*compared, *(outputs if with_outputs else ())), logits)

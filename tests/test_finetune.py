@@ -12,13 +12,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
 from qft_plugin.data import Call, Inputs
 from qft_plugin.errors import ModelError, QFTWarning
 from qft_plugin.finetune import (
     FinetuneResult,
+    Loss,
+    Phase,
     Prediction,
     Step,
+    class_divergence,
     distillation_loss,
     finetune,
     learning_rate_factor,
@@ -70,15 +74,59 @@ def test_normalised_l2_of_a_silent_teacher_is_finite_or_huge_but_not_nan() -> No
     assert float(normalised_l2(torch.zeros(3), torch.zeros(3))) == 0
 
 
-def test_distillation_loss_takes_the_mean_and_adds_cross_entropy() -> None:
-    """Several features count equally, and the cross entropy between the class probabilities comes on top."""
-    teacher = Prediction((torch.ones(2, 2), torch.ones(4)), torch.tensor([[0.0, math.log(3)]]))
-    student = Prediction((torch.ones(2, 2) * 2, torch.ones(4)), torch.tensor([[0.0, 0.0]]))
-    assert float(distillation_loss(student, teacher, cross_entropy=0.0)) == pytest.approx(0.5)
-    # The teacher says (1/4, 3/4), the student (1/2, 1/2): the cross entropy is log 2.
-    assert float(distillation_loss(student, teacher, cross_entropy=0.1)) == pytest.approx(0.5 + 0.1 * math.log(2))
-    silent = Prediction(student.features, None)
-    assert float(distillation_loss(silent, teacher, cross_entropy=0.1)) == pytest.approx(0.5)
+TEACHER = Prediction((torch.ones(2, 2), torch.ones(4)), torch.tensor([[0.0, math.log(3)]]))
+STUDENT = Prediction((torch.ones(2, 2) * 2, torch.ones(4) * 3), torch.tensor([[0.0, 0.0]]))
+"""The losses of the two features are 1 and 4; the class probabilities (1/4, 3/4) and (1/2, 1/2)."""
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [((1.0, 1.0), 2.5), ((3.0, 1.0), 1.75), ((0.5, 2.0), 3.4), ((2.0, 0.0), 1.0), ((0.0, 7.0), 4.0)],
+)
+def test_distillation_loss_is_the_weighted_mean_of_the_features(weights: tuple[float, ...], expected: float) -> None:
+    """By hand: sum of weight times loss over the sum of weights, so only the ratio of the weights counts."""
+    for factor in (1.0, 0.01):
+        loss = Loss(tuple(factor * w for w in weights), 0.0)
+        assert float(distillation_loss(STUDENT, TEACHER, loss)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
+def test_distillation_loss_mixes_by_a_proportion(p: float) -> None:
+    """(1 - p) * features + p * divergence; by hand it is 1/4 log(1/2) + 3/4 log(3/2) for the two probabilities."""
+    divergence = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    found = float(distillation_loss(STUDENT, TEACHER, Loss((1.0, 1.0), p)))
+    assert found == pytest.approx((1 - p) * 2.5 + p * divergence)
+
+
+def test_cross_entropy_alone_needs_no_features() -> None:
+    """With p = 1 nothing but the logits is looked at."""
+    teacher, student = Prediction((), TEACHER.logits), Prediction((), STUDENT.logits)
+    alone = float(distillation_loss(student, teacher, Loss((), 1.0)))
+    assert alone == float(distillation_loss(STUDENT, TEACHER, Loss((1.0, 1.0), 1.0)))
+
+
+@given(seed=st.integers(0, 1000), size=st.floats(0.1, 1e3))
+def test_divergence_is_cross_entropy_less_the_teachers_entropy(seed: int, size: float) -> None:
+    """Its value is 0 for an equal student and never negative; its gradient is that of the cross entropy."""
+    teacher, logits = size * torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert float(class_divergence(teacher, teacher)) == 0
+    student = logits.requires_grad_()
+    divergence = class_divergence(student, teacher)
+    cross_entropy = functional.cross_entropy(student, teacher.softmax(1))
+    entropy = functional.cross_entropy(teacher, teacher.softmax(1))
+    assert float(divergence.detach()) >= 0
+    torch.testing.assert_close(divergence, cross_entropy - entropy)
+    ours, theirs = (torch.autograd.grad(loss, student)[0] for loss in (divergence, cross_entropy))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_feature_without_weight_gets_no_gradient() -> None:
+    """What has weight 0 is not looked at, even where it is NaN."""
+    x = torch.full((2, 2), math.nan, requires_grad=True)
+    y = torch.ones(4, requires_grad=True)
+    distillation_loss(Prediction((x, y), None), TEACHER, Loss((0.0, 1.0), 0.0)).backward()
+    assert x.grad is None
+    assert y.grad is not None
 
 
 def inputs_of(x: Tensor) -> Inputs:
@@ -119,7 +167,14 @@ def run(
     """Finetune with one learning rate; the config's own rates are for the caller to use."""
     groups = [{"params": list(student.parameters()), "lr": rate}, {"params": [], "lr": 1.0}]
     return finetune(
-        student, student, groups, inputs=inputs, targets=targets, config=settings(**changes), callback=callback
+        student,
+        student,
+        [Phase(Loss((1.0,), 0.0), groups)],
+        inputs=inputs,
+        targets=targets,
+        loss=Loss((1.0,), 0.0),
+        config=settings(**changes),
+        callback=callback,
     )
 
 
@@ -281,7 +336,9 @@ def test_every_group_trains_at_its_own_rate() -> None:
     student, inputs, targets = problem()
     bias, weight = student.linear.bias.detach().clone(), student.linear.weight.detach().clone()
     groups = [{"params": [student.linear.weight], "lr": 0.05}, {"params": [student.linear.bias], "lr": 0.0}]
-    finetune(student, student, groups, inputs=inputs, targets=targets, config=settings())
+    loss = Loss((1.0,), 0.0)
+    phases = [Phase(loss, groups)]
+    finetune(student, student, phases, inputs=inputs, targets=targets, loss=loss, config=settings())
     assert torch.equal(student.linear.bias, bias)
     assert not torch.equal(student.linear.weight, weight)
     assert [g["lr"] for g in groups] == [0.05, 0.0]
@@ -329,3 +386,108 @@ def test_a_teacher_that_is_not_finite_is_refused(value: float, tmp_path: Path, m
     with pytest.raises(ModelError, match=r"finite.*batch 2"):
         teacher_predictions(lambda call: Prediction((call[0][0],), None), inputs_of(x), batch_size=2, memory_limit=0)
     assert not list(tmp_path.iterdir())
+
+
+class Two(nn.Module):
+    """Two layers, compared behind each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def __call__(self, call: Call) -> Any:
+        hidden = self.first(call[0][0])
+        return Prediction((hidden, self.second(hidden)), None)
+
+
+def in_two_phases(
+    student: Two, *, masks: Any = (), callback: Callable[[Step], None] | None = None, **changes: Any
+) -> FinetuneResult:
+    """Train the first layer against the hidden activation, then the second against the output."""
+    inputs, teacher = inputs_of(torch.randn(40, 5)), Two()
+    targets = teacher_predictions(teacher, inputs, batch_size=16, memory_limit=2**20)
+    first, second = ([{"params": list(layer.parameters()), "lr": 0.05}] for layer in (student.first, student.second))
+    output = Loss((0.0, 1.0), 0.0)
+    phases = [Phase(Loss((1.0, 0.0), 0.0), first, masks), Phase(output, second)]
+    config = settings(**changes)
+    return finetune(
+        student, student, phases, inputs=inputs, targets=targets, loss=output, config=config, callback=callback
+    )
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in module.state_dict().items()}
+
+
+def test_each_phase_trains_its_own_layer_only() -> None:
+    """In the first half of the steps one layer moves and the other has no gradient, in the second the other moves."""
+    student, states, gradients = Two(), [], []
+
+    def watch(step: Step) -> None:
+        states.append(snapshot(student))
+        gradients.append((student.first.weight.requires_grad, student.second.weight.requires_grad))
+
+    states.append(snapshot(student))
+    result = in_two_phases(student, callback=watch)
+    assert result.steps == 40
+    assert gradients == [(True, False)] * 20 + [(False, True)] * 20
+    for step in range(1, 41):
+        moved = {n.split(".")[0] for n, t in states[step].items() if not torch.equal(t, states[step - 1][n])}
+        assert moved == {"first" if step <= 20 else "second"}
+    assert all(p.requires_grad for p in student.parameters())
+
+
+def test_each_phase_has_its_own_cycles() -> None:
+    """Two phases of 20 steps, each with the same two cosine cycles; an odd step goes to the later phase."""
+    steps: list[Step] = []
+    in_two_phases(Two(), callback=steps.append)
+    one = [0.05 * learning_rate_factor(i, 20, 2) for i in range(20)]
+    assert [s.learning_rate for s in steps] == pytest.approx([*one, *one])
+    assert [s.number for s in steps] == list(range(1, 41))
+    steps.clear()
+    assert in_two_phases(Two(), images_fed=50, restarts=1, callback=steps.append).steps == 5
+    expected = [*(0.05 * learning_rate_factor(i, 2, 1) for i in range(2))]
+    assert [s.learning_rate for s in steps[:2]] == pytest.approx(expected)
+    assert in_two_phases(Two(), images_fed=1).steps == 2  # one for each phase
+
+
+def test_what_counts_is_the_final_loss() -> None:
+    """The reported losses and the kept state are those of the last phase's loss, also after a bad last phase."""
+    student = Two()
+    result = in_two_phases(student)
+    assert result.final_loss < 0.5 * result.start_loss
+    student, kept = Two(), {}
+
+    def ruin(step: Step) -> None:
+        if step.number == 20:
+            kept.update(snapshot(student))
+        if step.number == 30:
+            with torch.no_grad():
+                student.second.weight.add_(100)
+
+    ruined = in_two_phases(student, callback=ruin, restarts=1)
+    assert ruined.final_loss <= ruined.start_loss
+    if ruined.final_loss < ruined.start_loss:
+        assert all(torch.equal(t, kept[n]) for n, t in student.state_dict().items())
+
+
+def test_an_interrupted_phase_gives_its_gradients_back() -> None:
+    """Where a callback stops the finetune in the first phase, all parameters ask for gradients as before."""
+    student = Two()
+
+    def stop(step: Step) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        in_two_phases(student, callback=stop)
+    assert all(p.requires_grad for p in student.parameters())
+
+
+def test_a_mask_keeps_a_part_of_a_parameter() -> None:
+    """Where the mask is False not a bit changes, everywhere else it trains."""
+    student = Two()
+    mask = torch.rand(4, 5) < 0.5
+    before = student.first.weight.detach().clone()
+    in_two_phases(student, masks=[(student.first.weight, mask)])
+    assert torch.equal(student.first.weight[~mask], before[~mask])
+    assert not bool((student.first.weight[mask] == before[mask]).any())

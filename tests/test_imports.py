@@ -17,8 +17,8 @@ LEVELS = [
     {"spec", "quantize"},
     {"graph", "data", "partial", "norms"},
     {"relations", "placement", "initialize", "compensate", "model", "bounded"},
-    {"dof_map", "offline", "finetune", "record"},
-    {"report", "student"},
+    {"dof_map", "offline", "finetune", "record", "blocks"},
+    {"report", "student", "bias_correction"},
     {"pipeline"},
     {"cli"},
 ]

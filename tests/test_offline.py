@@ -331,6 +331,30 @@ def test_the_left_scale_is_trained_with_the_other_scales() -> None:
     assert all(module.log_L is None and module.scale_in is None for module in make_dof(model, x).layers)
 
 
+def test_a_part_of_the_degrees_of_freedom_trains() -> None:
+    """Only the named layers with all that is theirs, the named quantizers, and the factors if asked."""
+    dof = make_dof(*two_layers("grouped"), doubly=True)
+    layer, step = dof.trained_weight("2.weight"), dof.log_s[1]
+    settings = {"learning_rate": 1.0, "scale_learning_rate": 2.0}
+    values, scales = dof.parameter_groups(**settings, layers={"2.weight"}, quantizers={"b"}, factors=False)
+    assert {id(p) for p in values["params"]} == {id(layer.W), id(layer.bias)}
+    assert {id(p) for p in scales["params"]} == {id(step), id(layer.log_F), id(layer.log_L)}
+    _, scales = dof.parameter_groups(**settings, layers=(), quantizers=())
+    assert [id(p) for p in scales["params"]] == [id(dof.log_c)]
+
+
+@pytest.mark.parametrize("channelwise", [True, False])
+def test_a_shifted_bias_is_shifted_in_the_folded_network(channelwise: bool) -> None:
+    """At any factors and units, the solved bias changes by what was added, and nothing else changes."""
+    dof = make_dof(*two_layers("grouped"), channelwise=channelwise)
+    before = solve(dof).tensors
+    change = torch.randn_like(before["2.bias"])
+    dof.shift_bias("2.weight", change)
+    for name, after in solve(dof).tensors.items():
+        expected = before[name] + change if name == "2.bias" else before[name]
+        torch.testing.assert_close(after, expected, rtol=EXACT, atol=EXACT)
+
+
 def test_both_scales_of_a_kernel_have_one_common_factor_too_many() -> None:
     """Moving a factor from the left scale to the rescale factor changes no integer and no weight."""
     dof = make_dof(*two_layers("conv"), doubly=True)

@@ -1,5 +1,7 @@
 """Which quantizer stands on a layer's input and output, and where teacher and student are compared."""
 
+from typing import Any
+
 import pytest
 from graphs import chain, conv_op, linear_op, record, unary_op
 from models import Gate, image
@@ -8,7 +10,15 @@ from torch import Tensor, nn
 from qft_plugin.dof_map import map_dof
 from qft_plugin.errors import ConfigError
 from qft_plugin.graph import LayerGraph, Op, Ref
-from qft_plugin.placement import ComparedInput, Placement, backbone_output, quantizer_after, quantizer_before
+from qft_plugin.placement import (
+    ComparedInput,
+    Comparison,
+    Placement,
+    backbone_output,
+    comparison,
+    quantizer_after,
+    quantizer_before,
+)
 
 MAP = (1, 4, 2, 2)
 
@@ -90,7 +100,8 @@ def compared(model: nn.Module, shape: tuple[int, ...] | None = None) -> str | No
     """Return the function whose input is compared, for a real network."""
     x = image() if shape is None else image().new_zeros(shape)
     graph = record(model.double().eval(), x)
-    found = backbone_output(graph, None)
+    found = backbone_output(graph)
+    assert comparison(graph, None) == Comparison(() if found is None else (found,), outputs=found is None)
     if found is None:
         return None
     op = next(op for op in graph.ops if op.name == found.op)
@@ -122,7 +133,7 @@ def test_the_last_of_several_global_pools_is_chosen() -> None:
     """The squeeze of a gate inside the network is a global pool too, but not the last one."""
     model = nn.Sequential(Gate(), nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).double()
     graph = record(model, image())
-    found = backbone_output(graph, None)
+    found = backbone_output(graph)
     assert found is not None
     assert found.op == [op.name for op in graph.ops if op.function == "adaptive_avg_pool2d"][-1]
 
@@ -131,7 +142,7 @@ def test_without_a_global_pool_the_last_linear_layer_is_chosen() -> None:
     """A pool that leaves several positions is not global."""
     model = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     graph = record(model, image())
-    found = backbone_output(graph, None)
+    found = backbone_output(graph)
     assert found is not None
     assert found.op == graph.ops[-1].name
 
@@ -184,12 +195,35 @@ def named() -> LayerGraph:
 )
 def test_loss_at_names_a_module_or_an_operation(loss_at: str, op: str, tensor: str) -> None:
     """A module stands for the first operation inside it, and `layer1` is not the beginning of `layer10`."""
-    assert backbone_output(named(), loss_at) == ComparedInput(op, 0, tensor, asked=loss_at)
+    assert comparison(named(), loss_at) == Comparison((ComparedInput(op, 0, tensor, asked=loss_at),), outputs=False)
 
 
 @pytest.mark.parametrize("loss_at", ["layer", "body", "", "x"])
 def test_a_wrong_loss_at_is_an_error_that_lists_the_names(loss_at: str) -> None:
     """A name that is neither is refused, with the operations there are."""
     with pytest.raises(ConfigError, match=r"loss_at.*head/linear/0") as caught:
-        backbone_output(named(), loss_at)
+        comparison(named(), loss_at)
     assert repr(loss_at) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("loss_at", "weights"),
+    [
+        ({"head": 2.0, "layer1.0": 0.5}, (2.0, 0.5)),
+        (["head", "layer1.0"], (1.0, 1.0)),
+        (("head", "layer1.0"), (1.0, 1.0)),
+    ],
+)
+def test_several_names_keep_their_order_and_weights(loss_at: Any, weights: tuple[float, ...]) -> None:
+    """A mapping gives each place its weight, a list gives all the same; outputs would come behind with weight 1."""
+    found = comparison(named(), loss_at)
+    assert [at.op for at in found.inputs] == ["head/linear/0", "layer1/0/relu/0"]
+    assert not found.outputs
+    assert found.weights(2) == weights
+    assert found.weights(4) == (*weights, 1.0, 1.0)
+
+
+def test_one_wrong_name_among_several_is_an_error() -> None:
+    """Every name is looked up, and the one that is wrong is shown."""
+    with pytest.raises(ConfigError, match=r"loss_at.*'body'"):
+        comparison(named(), {"head": 1.0, "body": 1.0})

@@ -18,18 +18,21 @@ WRONG: list[tuple[type, str, Any]] = [
       for bad in (0, -1, 1.5, "8", True, None)),
     *((FinetuneConfig, name, bad) for name in ("learning_rate", "scale_learning_rate", "cross_entropy")
       for bad in (-0.1, math.nan, "fast", True, None)),
+    (FinetuneConfig, "cross_entropy", 1.01),
+    *((FinetuneConfig, "blocks", bad) for bad in (7, None, "a", ["a", "a"], ["a", 1], {"a": 1.0})),
     (FinetuneConfig, "memory_limit", -1),
     (FinetuneConfig, "memory_limit", 0.5),
     (FinetuneConfig, "seed", -1),
     (FinetuneConfig, "seed", 2**63),
     (FinetuneConfig, "seed", "0"),
-    (FinetuneConfig, "loss_at", 7),
+    *((FinetuneConfig, "loss_at", bad) for bad in (7, [], {}, ["a", "a"], ["a", 1], {1: 1.0}, {"a", "b"})),
+    *((FinetuneConfig, "loss_at", {"a": bad}) for bad in (0, -1.0, math.nan, math.inf, "1", True, None)),
     (FinetuneConfig, "compile", 1),
     *((QFTConfig, name, bad) for name in ("weight_bits", "small_layer_bits") for bad in (1, 9, 4.0, "4", False)),
     *((QFTConfig, "small_layer_share", bad) for bad in (-0.01, 1.01, math.nan, None)),
     (QFTConfig, "activation_range", "minmax"),
     *((QFTConfig, "layer_bits", bad) for bad in (8, [("a", 8)], {"a": 1}, {"a": 9}, {"a": 8.0}, {"a": True}, {1: 8})),
-    *((QFTConfig, name, 1) for name in ("equalize", "train_cross_layer")),
+    *((QFTConfig, name, 1) for name in ("equalize", "compensate", "bias_correction", "train_cross_layer")),
     (QFTConfig, "hardware", "channelwise"),
     (QFTConfig, "finetune", True),
 ]  # fmt: skip
@@ -43,7 +46,7 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(kind: type, name: str
     message = str(caught.value)
     assert f"{kind.__name__}.{name}" in message
     assert "should" in message
-    shown = value if not isinstance(value, dict) else next(iter(value.values()))
+    shown = value if not isinstance(value, dict) or not value else next(iter(value.values()))
     assert repr(shown) in message
     assert isinstance(caught.value, (QFTError, ValueError))
 
@@ -61,7 +64,10 @@ def test_every_field_is_checked(kind: type) -> None:
     [
         (HardwareSpec, {"rescale": "layerwise"}),
         (FinetuneConfig, {"images_fed": 1, "max_images": 1, "batch_size": 1, "restarts": 1, "seed": 2**63 - 1}),
-        (FinetuneConfig, {"learning_rate": 0, "scale_learning_rate": 0, "cross_entropy": 2, "memory_limit": 0}),
+        (FinetuneConfig, {"learning_rate": 0, "scale_learning_rate": 0, "cross_entropy": 1, "memory_limit": 0}),
+        (FinetuneConfig, {"loss_at": {"a": 1, "b": 1e-9}}),
+        (FinetuneConfig, {"loss_at": ("a", "b.c"), "blocks": ()}),
+        (FinetuneConfig, {"blocks": ["a", "b.c"]}),
         (QFTConfig, {"weight_bits": 2, "small_layer_bits": 8, "small_layer_share": 1, "finetune": None}),
     ],
 )

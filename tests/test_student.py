@@ -121,7 +121,7 @@ def test_unfolding_by_hand(shape: tuple[int, ...], axis: int) -> None:
     index, start = torch.tensor([2, 0, 1]), torch.tensor([1.0, 3.0, 0.5], dtype=torch.float64)
     factors = torch.tensor([1.0, 4.0, 10.0], dtype=torch.float64)
     logits = torch.randn(2, 3)
-    found = unfolded(Prediction((x,), logits), (index, start), factors)
+    found = unfolded(Prediction((x,), logits), [(index, start)], factors)
     for channel, factor in enumerate([10.0, 3.0, 2.0]):
         assert torch.equal(found.features[0].select(axis, channel), factor * x.select(axis, channel))
     assert found.logits is logits
@@ -130,7 +130,20 @@ def test_unfolding_by_hand(shape: tuple[int, ...], axis: int) -> None:
 def test_nothing_to_unfold() -> None:
     """Where no channel is rescaled the prediction stays as it is."""
     prediction = Prediction((torch.randn(2, 3), torch.randn(2)), None)
-    assert unfolded(prediction, None, torch.ones(4)) is prediction
+    assert unfolded(prediction, [None], torch.ones(4)) == prediction
+
+
+def test_each_activation_is_unfolded_by_its_own_factors() -> None:
+    """Of three features the second has no factors, and the third, an output, is not among those with any."""
+    x, y, z = torch.randn(3, 2, 2)
+    ones, factors = torch.ones(2), torch.tensor([1.0, 4.0, 10.0])
+    found = unfolded(Prediction((x, y, z), None), [(torch.tensor([2, 1]), ones), None], factors)
+    assert torch.equal(found.features[0], x * torch.tensor([10.0, 4.0]))
+    assert found.features[1] is y
+    assert found.features[2] is z
+    found = unfolded(Prediction((x, y), None), [None, (torch.tensor([0, 1]), 2 * ones)], factors)
+    assert found.features[0] is x
+    assert torch.equal(found.features[1], y * torch.tensor([2.0, 8.0]))
 
 
 @pytest.mark.parametrize("names", [("conv", "relu"), ("residual",), ("conv", "halves")])
@@ -151,7 +164,7 @@ def test_unfolding_gives_the_activation_of_the_float_network(names: tuple[str, .
     assert index.tolist() == dof.layers[-2].in_index.tolist()
     assert float((seen[1] - seen[0]).abs().max()) > 0.1
     start = torch.cat([torch.zeros(1), first]).exp()[index]
-    found = unfolded(Prediction((seen[1],), None), (index, start), torch.cat([torch.zeros(1), second]).exp())
+    found = unfolded(Prediction((seen[1],), None), [(index, start)], torch.cat([torch.zeros(1), second]).exp())
     torch.testing.assert_close(found.features[0], seen[0], rtol=EXACT, atol=EXACT)
 
 
@@ -169,11 +182,12 @@ MATRIX, IMAGES, LABELS = torch.randn(2, 3), torch.randn(2, 3, 4, 4), torch.tenso
     ],
     ids=["a matrix", "a matrix and labels", "an image", "two matrices", "a matrix and an image"],
 )
-@pytest.mark.parametrize("compared", [None, IMAGES], ids=["outputs", "an activation"])
-def test_what_is_compared(outputs: list[Tensor], logits: bool, compared: Tensor | None) -> None:
-    """One activation, or without one every floating output; logits are there where the one output is `[N, classes]`."""
-    found = prediction_of(outputs, compared)
-    expected = [t for t in outputs if t is not LABELS] if compared is None else [compared]
+@pytest.mark.parametrize("compared", [[], [IMAGES], [IMAGES, MATRIX]], ids=["none", "an activation", "two"])
+@pytest.mark.parametrize("with_outputs", [False, True], ids=["inside", "outputs too"])
+def test_what_is_compared(outputs: list[Tensor], logits: bool, compared: list[Tensor], with_outputs: bool) -> None:
+    """Activations, then every floating output if asked; logits are there where the one output is `[N, classes]`."""
+    found = prediction_of(outputs, compared, with_outputs=with_outputs)
+    expected = [*compared, *(t for t in outputs if t is not LABELS and with_outputs)]
     assert [id(t) for t in found.features] == [id(t) for t in expected]
     assert (found.logits is MATRIX) if logits else (found.logits is None)
 

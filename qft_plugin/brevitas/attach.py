@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,18 @@ from qft_plugin.brevitas.scalings import ActivationScaling, activation_range
 from qft_plugin.data import Call, Inputs
 from qft_plugin.errors import ConfigError
 from qft_plugin.finetune import Prediction
+from qft_plugin.graph import LayerGraph
 from qft_plugin.model import tensors_in
 from qft_plugin.offline import Solution
-from qft_plugin.placement import ActivationGrid, ComparedInput, Placement, WeightPlace, backbone_output
+from qft_plugin.placement import (
+    ActivationGrid,
+    ComparedInput,
+    Comparison,
+    Placement,
+    WeightPlace,
+    backbone_output,
+    named_input,
+)
 from qft_plugin.quantize import fake_quantize
 from qft_plugin.record import Tap, record
 from qft_plugin.student import (
@@ -125,7 +134,7 @@ class Student:
     """The fake-quantized network; its weights, biases and scales are an argument of every call."""
 
     def __init__(
-        self, placed: Placed, source: Source, at: ComparedInput | None, unfold: Unfold | None, *, compiled: bool
+        self, placed: Placed, source: Source, at: Comparison, unfolds: Sequence[Unfold | None], *, compiled: bool
     ) -> None:
         """Copy the twin and give its stand-ins their grids.
 
@@ -133,19 +142,20 @@ class Student:
             placed: the quantizers.
             source: the model as it was read.
             at: where it is compared with the teacher.
-            unfold: what brings the activation there back to the teacher's units.
+            unfolds: what brings each activation there back to the teacher's units.
             compiled: fuse the fake-quantization with `torch.compile`.
         """
-        if at is not None and at.op.rsplit("/", 2)[0].replace("/", ".") in source.activations:
-            raise ConfigError(
-                f"FinetuneConfig.loss_at should name what reads an activation. Found {at.asked!r}, a quantizer, whose "
-                "input the hardware never has. Name the module behind it."
-            )
+        for place in at.inputs:
+            if place.op.rsplit("/", 2)[0].replace("/", ".") in source.activations:
+                raise ConfigError(
+                    f"FinetuneConfig.{place.field} should name what reads an activation. Found {place.asked!r}, a "
+                    "quantizer, whose input the hardware never has. Name the module behind it."
+                )
         function = compiled_fake_quantize() if compiled else fake_quantize
         self._twin = copy.deepcopy(source.model)
         self._graph = source.graph
         self._at = at
-        self._unfold = unfold
+        self._unfolds = unfolds
         self._quantizers = _stand_ins(self._twin, source)
         for name, module in self._quantizers.items():
             module.set_grid(placed.placement.activations[name], function)
@@ -153,10 +163,10 @@ class Student:
     def __call__(self, solution: Solution, call: Call) -> Prediction:
         """Run the student on one batch, with gradients to everything in `solution`."""
         set_grids(self._quantizers, solution)
-        compared: list[Tensor] = []
-        watchers = {} if self._at is None else {self._at.op: compared.append}
-        outputs = self._run(solution.tensors, call, watchers)
-        return unfolded(prediction_of(outputs, compared[0] if compared else None), self._unfold, solution.factors)
+        kept = _Kept(self._at.inputs)
+        outputs = self._run(solution.tensors, call, kept.watchers)
+        prediction = prediction_of(outputs, kept.values(), with_outputs=self._at.outputs)
+        return unfolded(prediction, self._unfolds, solution.factors)
 
     def observe(self, tensors: Mapping[str, Tensor], call: Call) -> dict[str, Tensor]:
         """Run with float activations and return what each activation quantizer would have had as its input."""
@@ -184,7 +194,22 @@ class Student:
             return list(tensors_in(torch.func.functional_call(self._twin, dict(tensors), args, kwargs)))
 
 
-def teacher(model: nn.Module, source: Source, at: ComparedInput | None, call: Call) -> Callable[[Call], Prediction]:
+class _Kept:
+    """Keeps the compared activations of one run; copies, because what reads one may change it in place."""
+
+    def __init__(self, places: Sequence[ComparedInput]) -> None:
+        self._places = places
+        self._values: dict[str, Tensor] = {}
+        self.watchers = {place.op: functools.partial(self._keep, place.op) for place in places}
+
+    def _keep(self, op: str, x: Tensor) -> None:
+        self._values[op] = x.clone()
+
+    def values(self) -> list[Tensor]:
+        return [self._values[place.op] for place in self._places]
+
+
+def teacher(model: nn.Module, source: Source, at: Comparison, call: Call) -> Callable[[Call], Prediction]:
     """Return a float model as a function from the arguments of a call to a prediction.
 
     It may be of another class than the student: it is compared at its own backbone's output, or where the user said.
@@ -196,24 +221,31 @@ def teacher(model: nn.Module, source: Source, at: ComparedInput | None, call: Ca
         call: arguments to trace it with.
 
     Raises:
-        ConfigError: the place that the user asked for has another shape in the two networks.
+        ConfigError: a place has another shape in the two networks, or is in one of them only.
     """
     copied = copy.deepcopy(model).eval()
     graph = record(copied, call)
-    own = None if at is None else backbone_output(graph, at.asked)
-    if at is not None and (own is None or graph.shapes[own.tensor] != source.graph.shapes[at.tensor]):
-        found = None if own is None else list(graph.shapes[own.tensor])
-        raise ConfigError(
-            f"Teacher and student should have activations of one shape where they are compared. Found {found} in the "
-            f"teacher and {list(source.graph.shapes[at.tensor])} in the student. Set FinetuneConfig.loss_at to a "
-            "module that both have."
-        )
+    places = [_place_in_teacher(graph, place, source.graph) for place in at.inputs]
 
     def run(call: Call) -> Prediction:
         args, kwargs = call
-        compared: list[Tensor] = []
-        with torch.no_grad(), Tap({} if own is None else {own.op: compared.append}, graph):
+        kept = _Kept(places)
+        with torch.no_grad(), Tap(kept.watchers, graph):
             outputs = list(tensors_in(copied(*args, **kwargs)))
-        return prediction_of(outputs, compared[0] if compared else None)
+        return prediction_of(outputs, kept.values(), with_outputs=at.outputs)
 
     return run
+
+
+def _place_in_teacher(graph: LayerGraph, place: ComparedInput, student: LayerGraph) -> ComparedInput:
+    """Find the activation of the teacher that one of the student is compared with."""
+    own = backbone_output(graph) if place.asked is None else named_input(graph, place.asked, field=place.field)
+    if own is None or graph.shapes[own.tensor] != student.shapes[place.tensor]:
+        found = None if own is None else list(graph.shapes[own.tensor])
+        where = "the backbone's output" if place.asked is None else repr(place.asked)
+        raise ConfigError(
+            f"Teacher and student should have activations of one shape where they are compared. Found {found} in the "
+            f"teacher and {list(student.shapes[place.tensor])} in the student, at {where}. Set "
+            f"FinetuneConfig.{place.field} to a module that both have."
+        )
+    return own

@@ -1,7 +1,7 @@
 """From a description to a trainable student: NNCF places and calibrates, light modules take the quantizers' places."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from qft_plugin.graph import ADDS, Const, Ref
 from qft_plugin.model import tensor_of, tensors_in
 from qft_plugin.nncf.read import Source, tensor_name
 from qft_plugin.offline import Solution
-from qft_plugin.placement import ActivationGrid, ComparedInput, Placement, WeightPlace
+from qft_plugin.placement import ActivationGrid, Comparison, Placement, WeightPlace
 from qft_plugin.quantize import fake_quantize
 from qft_plugin.relations import LAYERS
 from qft_plugin.spec import HardwareSpec
@@ -202,14 +202,14 @@ class _FixedQuantizer(nn.Module):
 
 
 class _Capture(nn.Module):
-    """Keeps the value that passes."""
+    """Keeps the value that passes; a copy, because what reads it may change it in place."""
 
     def __init__(self) -> None:
         super().__init__()
         self.value: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        self.value = x
+        self.value = x.clone()
         return x
 
 
@@ -226,31 +226,30 @@ class _Watch(nn.Module):
 
 
 class Observed:
-    """A wrapped model and the place where it is compared."""
+    """A wrapped model and the places where it is compared."""
 
-    def __init__(self, model: nn.Module, at: ComparedInput | None, source: Source) -> None:
-        """Put a capture on the compared input.
+    def __init__(self, model: nn.Module, at: Comparison, source: Source) -> None:
+        """Put a capture on each compared input.
 
         Args:
             model: wrapped by NNCF.
-            at: the input of an operation, `None` for the model's output.
+            at: where it is compared.
             source: the model as it was read.
         """
         self.model = model
-        self._capture: _Capture | None = None
-        if at is not None:
-            self._capture = _Capture()
-            port = _ports_of_input(source, at.index)[at.op]
-            get_hook_storage(model).register_pre_function_hook(at.op, port, self._capture)
+        self._with_outputs = at.outputs
+        self._captures = [_Capture() for _ in at.inputs]
+        for place, capture in zip(at.inputs, self._captures, strict=True):
+            port = _ports_of_input(source, place.index)[place.op]
+            get_hook_storage(model).register_pre_function_hook(place.op, port, capture)
 
     def predict(self, run: Callable[[], Any]) -> Prediction:
         """Call the model through `run` and collect what is compared."""
         outputs = list(tensors_in(run()))
-        if self._capture is None:
-            return prediction_of(outputs, None)
-        value, self._capture.value = self._capture.value, None
-        assert value is not None
-        return prediction_of(outputs, value)
+        values = [capture.value for capture in self._captures if capture.value is not None]
+        for capture in self._captures:
+            capture.value = None
+        return prediction_of(outputs, values, with_outputs=self._with_outputs)
 
 
 def _ports_of_input(source: Source, index: int) -> dict[str, int]:
@@ -258,7 +257,7 @@ def _ports_of_input(source: Source, index: int) -> dict[str, int]:
     return {op: port for (op, port), what in source.ports.items() if what == Ref(index)}
 
 
-def teacher(source: Source, at: ComparedInput | None) -> Callable[[Call], Prediction]:
+def teacher(source: Source, at: Comparison) -> Callable[[Call], Prediction]:
     """Return the untouched float model as a function from the arguments of a call to a prediction."""
     observed = Observed(wrap_model(copy.deepcopy(source.teacher)), at, source)
 
@@ -276,8 +275,8 @@ class Student:
         self,
         placed: Placed,
         source: Source,
-        at: ComparedInput | None,
-        unfold: Unfold | None,
+        at: Comparison,
+        unfolds: Sequence[Unfold | None],
         *,
         compiled: bool,
     ) -> None:
@@ -287,7 +286,7 @@ class Student:
             placed: the model with NNCF's quantizers.
             source: the model as it was read.
             at: where it is compared with the teacher.
-            unfold: what brings the activation there back to the teacher's units.
+            unfolds: what brings each activation there back to the teacher's units.
             compiled: fuse the fake-quantization with `torch.compile`.
         """
         model = copy.deepcopy(placed.model)
@@ -309,13 +308,13 @@ class Student:
                 storage.set_submodule(name, _FixedQuantizer(hook, len(hook.scale_shape)))
         self._names = _remove_neutral_norms(model, source)
         self._observed = Observed(model, at, source)
-        self._unfold = unfold
+        self._unfolds = unfolds
         self._first_port = _ports_of_input(source, 0)
 
     def __call__(self, solution: Solution, call: Call) -> Prediction:
         """Run the student on one batch, with gradients to everything in `solution`."""
         set_grids(self._quantizers, solution)
-        return unfolded(self._run(solution.tensors, call), self._unfold, solution.factors)
+        return unfolded(self._run(solution.tensors, call), self._unfolds, solution.factors)
 
     def observe(self, tensors: Mapping[str, Tensor], call: Call) -> dict[str, Tensor]:
         """Run with float activations and return what each activation quantizer would have had as its input."""

@@ -136,7 +136,8 @@ def _host_settings(original: Callable[..., Any], host: dict[str, Any], config: Q
     if host.get("fast_bias_correction", True) is not True:
         raise HostError(
             'fast_bias_correction should be left at True with algorithm="qft", which trains every bias '
-            f"itself. Found {host['fast_bias_correction']}."
+            f"itself; without a finetune, QFTConfig.bias_correction corrects them. Found "
+            f"{host['fast_bias_correction']}."
         )
     given = host.get("advanced_parameters")
     advanced = AdvancedQuantizationParameters() if given is None else copy.deepcopy(given)
