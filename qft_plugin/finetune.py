@@ -180,6 +180,8 @@ def finetune(
     targets: Prediction,
     config: FinetuneConfig,
     callback: Callable[[Step], None] | None = None,
+    schedule: Callable[[float], None] | None = None,
+    penalty: Callable[[], Tensor | None] | None = None,
 ) -> FinetuneResult:
     """Train the student to compute what the teacher computed, and leave the best state in it.
 
@@ -194,12 +196,17 @@ def finetune(
         targets: what the teacher computed for them.
         config: the settings.
         callback: called after each step.
+        schedule: told the position of the training before each step, from 0 to below 1, and 1 before each comparison
+            of states and at the end.
+        penalty: added to the loss of each step with `config.rounding_weight`, but not to what is compared or reported.
     """
+    at = schedule or (lambda _: None)
     batch_size = min(config.batch_size, len(inputs))
     total = max(1, round(config.images_fed / batch_size))
     optimizer = torch.optim.Adam([dict(g) for g in groups if g["params"]], fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     cycle_ends = {math.ceil(total * (i + 1) / config.restarts) for i in range(config.restarts)}
+    at(1.0)
     start_loss = best_loss = _evaluate(student, inputs, targets, config)
     best_state = copy.deepcopy(state.state_dict())
     losses: list[float] = []
@@ -208,10 +215,12 @@ def finetune(
         factor = learning_rate_factor(step, total, config.restarts)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
+        at(step / total)
         optimizer.zero_grad(set_to_none=True)
         wanted = _targets(targets, index, inputs.device)
         loss = distillation_loss(student(inputs.batch(index)), wanted, cross_entropy=config.cross_entropy)
-        loss.backward()  # type: ignore[no-untyped-call]
+        extra = None if penalty is None else penalty()
+        (loss if extra is None else loss + config.rounding_weight * extra).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
@@ -225,9 +234,11 @@ def finetune(
         if callback is not None:
             callback(Step(step + 1, total, losses[-1], rates[0] * factor))
         if step + 1 in cycle_ends:
+            at(1.0)
             now = _evaluate(student, inputs, targets, config)
             if now < best_loss:
                 best_loss, best_state = now, copy.deepcopy(state.state_dict())
+    at(1.0)
     state.load_state_dict(best_state)
     logger.info("finetune: loss %.5f after %d steps", best_loss, len(losses))
     return FinetuneResult(start_loss, best_loss, len(losses), tuple(losses))

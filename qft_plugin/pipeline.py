@@ -174,6 +174,8 @@ def start(
         weights,
         grids,
         train_cross_layer=config.train_cross_layer,
+        rounding=config.rounding,
+        sparsity=config.sparsity,
     )
     return Start(placed, student, dof, log_c)
 
@@ -222,6 +224,8 @@ def train(
         targets=targets,
         config=settings,
         callback=callback,
+        schedule=dof.set_progress,
+        penalty=dof.penalty,
     )
 
 

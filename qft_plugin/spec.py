@@ -10,6 +10,8 @@ from qft_plugin.errors import ConfigError
 
 Rescale = Literal["layerwise", "channelwise"]
 Range = Literal["host", "max", "mse"]
+Rounding = Literal["ste", "soft", "blend"]
+Sparsity = float | Literal["2:4"] | None
 
 
 def _choice(owner: object, name: str, allowed: tuple[str, ...]) -> None:
@@ -30,6 +32,13 @@ def _number(
         raise ConfigError(f"{type(owner).__name__}.{name} should be at least {at_least}. Found {found!r}.")
     if at_most is not None and found > at_most:
         raise ConfigError(f"{type(owner).__name__}.{name} should be at most {at_most}. Found {found!r}.")
+
+
+def _sparsity(found: object) -> None:
+    if found is None or found == "2:4":
+        return
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 <= found < 1:
+        raise ConfigError(f"QFTConfig.sparsity should be a share from 0 to below 1, '2:4', or None. Found {found!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +70,7 @@ class FinetuneConfig:
         loss_at: name of the module whose input is compared with the teacher's, `None` to find the backbone's output:
             the input of the last global pool, else of the last linear layer, else the output of the network.
         cross_entropy: weight of the cross entropy between the two networks' class probabilities, added to the loss.
+        rounding_weight: weight of soft rounding's regulariser (0 decided, 1 undecided), added to the loss.
         memory_limit: bytes of images and teacher outputs held in memory; above it they are memory-mapped files.
         compile: fuse the fake-quantization with `torch.compile` (a GPU's many small kernels gain; on CPUs the
             built-in function is as fast and needs no compiler). Falls back with a log line where it does not work.
@@ -75,6 +85,7 @@ class FinetuneConfig:
     restarts: int = 1
     loss_at: str | None = None
     cross_entropy: float = 0.0
+    rounding_weight: float = 0.01
     memory_limit: int = 2 * 2**30
     compile: bool = False
     seed: int = 0
@@ -82,7 +93,7 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         for name in ("images_fed", "max_images", "batch_size", "restarts"):
             _number(self, name, at_least=1, whole=True)
-        for name in ("learning_rate", "scale_learning_rate", "cross_entropy"):
+        for name in ("learning_rate", "scale_learning_rate", "cross_entropy", "rounding_weight"):
             _number(self, name, at_least=0)
         _number(self, "memory_limit", at_least=0, whole=True)
         _number(self, "seed", at_least=0, at_most=2**63 - 1, whole=True)
@@ -104,7 +115,12 @@ class QFTConfig:
         activation_range: where activation scales start: `"host"` (the host's own calibration), `"max"` or `"mse"`.
         equalize: start from 4-bit cross-layer equalization (Eq. 19-21) instead of equal factors.
         compensate: start from weights whose rounding errors compensate each other (GPTQ) instead of the nearest ones.
-        train_cross_layer: train the per-channel factors that tie neighbouring layers.
+        train_cross_layer: train the per-channel factors that tie neighbouring layers (with `rounding="ste"` only).
+        rounding: what makes integers of weights in training: `"ste"` rounds to the nearest with the straight-through
+            estimator, `"soft"` learns for each weight whether it goes up or down (AdaRound), `"blend"` fades the
+            quantized weight in (alpha-blending).
+        sparsity: share of each layer's weights that become 0, or `"2:4"`: at most two of every four consecutive input
+            channels are not 0, at each position of a kernel.
         hardware: what the target can do.
         finetune: the distillation; `None` returns the initialization (calibration, PPQ, equalization) untrained.
     """
@@ -117,6 +133,8 @@ class QFTConfig:
     equalize: bool = True
     compensate: bool = True
     train_cross_layer: bool = True
+    rounding: Rounding = "ste"
+    sparsity: Sparsity = None
     hardware: HardwareSpec = field(default_factory=HardwareSpec)
     finetune: FinetuneConfig | None = field(default_factory=FinetuneConfig)
 
@@ -125,6 +143,8 @@ class QFTConfig:
             _number(self, name, at_least=2, at_most=8, whole=True)
         _number(self, "small_layer_share", at_least=0, at_most=1)
         _choice(self, "activation_range", ("host", "max", "mse"))
+        _choice(self, "rounding", ("ste", "soft", "blend"))
+        _sparsity(self.sparsity)
         if not isinstance(self.layer_bits, Mapping):
             raise ConfigError(f"QFTConfig.layer_bits should map patterns to bits. Found {self.layer_bits!r}.")
         for pattern, bits in self.layer_bits.items():

@@ -16,7 +16,7 @@ LEVELS = [
     {"errors"},
     {"spec", "quantize"},
     {"graph", "data", "partial", "norms"},
-    {"relations", "placement", "initialize", "compensate", "model"},
+    {"relations", "placement", "initialize", "compensate", "model", "elements"},
     {"dof_map", "offline", "finetune", "record"},
     {"report", "student"},
     {"pipeline"},
