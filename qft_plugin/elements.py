@@ -28,8 +28,12 @@ ZETA: Final = 1.1
 GAMMA: Final = -0.1
 """AdaRound's stretched sigmoid runs from `GAMMA` to `ZETA`, so that 0 and 1 are reached."""
 
-SLOPE: Final = (ZETA - GAMMA) / 4
-"""Of the stretched sigmoid in its middle."""
+PACE: Final = 4.0
+"""How many times further a step of the optimizer moves a soft integer than it would move a weight. One short training
+must be able to carry it over a whole step before the learning rate falls; at 1 hardly any rounding changed."""
+
+STRETCH: Final = 4 * PACE / (ZETA - GAMMA)
+"""V over what is stored of it; the slope of h(V) in its middle is (zeta - gamma) / 4."""
 
 UNDECIDED: Final = 1e-3
 """How far at least the soft rounding starts from its middle and from its ends, so that it starts on the right side."""
@@ -37,8 +41,14 @@ UNDECIDED: Final = 1e-3
 WARM_UP: Final = 0.2
 """Share of the training without AdaRound's regulariser."""
 
-FIRST_BETA: Final = 20.0
+DECIDED: Final = 0.6
+"""Position of the training where beta has fallen to its last value, while the learning rate is still large."""
+
+FIRST_BETA: Final = 8.0
 LAST_BETA: Final = 2.0
+
+BLENDED: Final = 0.8
+"""Position of the training from which on a blended weight is the quantized one; biases and scales finish on it."""
 
 FOUR: Final = 4
 TWO: Final = 2
@@ -190,8 +200,11 @@ class AlphaBlend(NearestRounding):
         W_used = (1 - alpha) * W + alpha * step * clip(round(W / step), low, high)
 
     The weight's gradient is that of the first term alone, so nothing has to pass through the rounding; the integers
-    count as constants, and the gradient of the step is that of what it multiplies, alpha * integers. `alpha` is the
-    position of the training: the start is a float kernel, the end a quantized one.
+    count as constants, and the gradient of the step is that of what it multiplies, alpha * integers.
+
+        alpha = 1 - (1 - progress / 0.8)^3      1 from 0.8 on
+
+    so that the start is a float kernel and the end a quantized one, on which biases and scales finish.
 
     Departure: cross-layer factors do not train with this element. They leave a float network as it is and change the
     rounding only, and that is where no gradient passes; what is left of theirs is wrong.
@@ -200,7 +213,12 @@ class AlphaBlend(NearestRounding):
     def forward(self, W: Tensor, step: Tensor, progress: float) -> Tensor:
         """Return the blended weight; the arguments are those of `NearestRounding.forward`."""
         quantized = to_integer(W.detach(), step.detach(), low=self.low, high=self.high) * step
-        return quantized if progress >= 1 else torch.lerp(W, quantized, progress)
+        return torch.lerp(W, quantized, alpha(progress)) if progress < BLENDED else quantized
+
+
+def alpha(progress: float) -> float:
+    """Return the share of the quantized weight in a blend at a position of the training, both 0 to 1."""
+    return 1 - (1 - min(1.0, progress / BLENDED)) ** 3
 
 
 def rectified_sigmoid(V: Tensor) -> Tensor:
@@ -214,11 +232,14 @@ class SoftRounding(NearestRounding):
         W_used = step * (base + h(V))        base = clip(floor(W / step), low, high - 1) at the start
 
     V starts where the weight is and trains in its place; the steps multiply outside, so that their gradient is that
-    of what they multiply. Where h(V) >= 1/2 at the end the integer is base + 1, else base. V is stored times the slope
-    of h in its middle, so that one step of the optimizer moves an integer by as much as it would move a weight.
+    of what they multiply. Where h(V) >= 1/2 at the end the integer is base + 1, else base. V is stored in such a unit
+    that the learning rate of weights suits it.
 
     Departure: AdaRound fixes the step, trains layer by layer and clips base + h(V); here steps and biases train with
     all V together, and a base that is clipped in advance keeps every weight on the grid.
+
+    Departure: beta falls from 8 to 2 by the middle of the training instead of from 20 over all of it, because hundreds
+    of steps at a falling learning rate, instead of ten thousand at a constant one, leave no time to decide late.
 
     Departure: the base is taken once, of the equalized and folded weight at the start. A kernel of fixed integers does
     not follow the cross-layer factors any more, which would only rescale what is compared, so they do not train.
@@ -237,11 +258,11 @@ class SoftRounding(NearestRounding):
         share = (W - base).clamp_(UNDECIDED, 1 - UNDECIDED)
         share = torch.where(up, share.clamp(min=0.5 + UNDECIDED), share.clamp(max=0.5 - UNDECIDED))
         self.register_buffer("base", base)
-        self.V = nn.Parameter(torch.logit((share - GAMMA) / (ZETA - GAMMA)) * SLOPE)
+        self.V = nn.Parameter(torch.logit((share - GAMMA) / (ZETA - GAMMA)) / STRETCH)
 
     def share(self) -> Tensor:
         """Return how far each weight is from its base to the next integer, 0 to 1."""
-        return rectified_sigmoid(self.V / SLOPE)
+        return rectified_sigmoid(self.V * STRETCH)
 
     def kept(self, W: Tensor, step: Tensor) -> Tensor | None:
         """Return `None`: the float weight does not decide."""
@@ -293,7 +314,7 @@ def element_of(
 def undecided(elements: Iterable[nn.Module], progress: float) -> Tensor | None:
     """Return AdaRound's regulariser, the mean over all weights of  1 - |2 h(V) - 1|^beta  (Eq. 24 there has the sum).
 
-    Beta falls from 20 to 2 after a warm-up in which nothing is asked for.
+    After a warm-up in which nothing is asked for, beta falls in a straight line and stays at its last value.
 
     Args:
         elements: those of all layers; only soft rounding is ever undecided.
@@ -305,7 +326,8 @@ def undecided(elements: Iterable[nn.Module], progress: float) -> Tensor | None:
     soft = [element for element in elements if isinstance(element, SoftRounding)]
     if not soft or not WARM_UP <= progress < 1:
         return None
-    beta = FIRST_BETA + (LAST_BETA - FIRST_BETA) * (progress - WARM_UP) / (1 - WARM_UP)
+    fallen = min(1.0, (progress - WARM_UP) / (DECIDED - WARM_UP))
+    beta = FIRST_BETA + (LAST_BETA - FIRST_BETA) * fallen
     terms = [1 - (2 * element.share() - 1).abs().pow(beta) for element in soft]
     return torch.stack([t.sum() for t in terms]).sum() / math.fsum(t.numel() for t in terms)
 

@@ -70,7 +70,8 @@ class FinetuneConfig:
         loss_at: name of the module whose input is compared with the teacher's, `None` to find the backbone's output:
             the input of the last global pool, else of the last linear layer, else the output of the network.
         cross_entropy: weight of the cross entropy between the two networks' class probabilities, added to the loss.
-        rounding_weight: weight of soft rounding's regulariser (0 decided, 1 undecided), added to the loss.
+        rounding_weight: weight of soft rounding's regulariser in the loss. It is a mean over all weights (0 where all are
+            decided, 1 where none is), so each weight has little of it.
         memory_limit: bytes of images and teacher outputs held in memory; above it they are memory-mapped files.
         compile: fuse the fake-quantization with `torch.compile` (a GPU's many small kernels gain; on CPUs the
             built-in function is as fast and needs no compiler). Falls back with a log line where it does not work.
@@ -85,7 +86,7 @@ class FinetuneConfig:
     restarts: int = 1
     loss_at: str | None = None
     cross_entropy: float = 0.0
-    rounding_weight: float = 0.01
+    rounding_weight: float = 300.0
     memory_limit: int = 2 * 2**30
     compile: bool = False
     seed: int = 0
