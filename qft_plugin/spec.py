@@ -70,8 +70,8 @@ class FinetuneConfig:
         loss_at: name of the module whose input is compared with the teacher's, `None` to find the backbone's output:
             the input of the last global pool, else of the last linear layer, else the output of the network.
         cross_entropy: weight of the cross entropy between the two networks' class probabilities, added to the loss.
-        rounding_weight: weight of soft rounding's regulariser in the loss. It is a mean over all weights (0 where all are
-            decided, 1 where none is), so each weight has little of it.
+        rounding_weight: weight of soft rounding's regulariser in the loss. It is a mean over all weights, 0 where all
+            are decided and 1 where none is, so each weight has little of it.
         memory_limit: bytes of images and teacher outputs held in memory; above it they are memory-mapped files.
         compile: fuse the fake-quantization with `torch.compile` (a GPU's many small kernels gain; on CPUs the
             built-in function is as fast and needs no compiler). Falls back with a log line where it does not work.
