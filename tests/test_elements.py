@@ -150,7 +150,7 @@ def test_soft_rounding_of_random_weights() -> None:
     found = made(u, step, 0.3).detach().numpy()
     for o, i in np.ndindex(*u.shape):
         base = min(max(math.floor(u[o, i]), LOW), HIGH - 1)
-        expected = float(step[o, 0]) * (base + reference.rectified_sigmoid(float(made.V[o, i]) * STRETCH))
+        expected = float(step[o, 0]) * (base + reference.rectified_sigmoid(float(made.V.detach()[o, i]) * STRETCH))
         assert found[o, i] == pytest.approx(expected, rel=EXACT, abs=EXACT)
 
 
@@ -181,8 +181,8 @@ def test_regulariser_is_that_of_the_reference(progress: float, seed: int) -> Non
     beta = 8 - 6 * min(1, (progress - 0.2) / 0.4)
     h = np.concatenate([m.share().detach().numpy().ravel() for m in made if isinstance(m, SoftRounding)])
     assert found is not None
-    assert float(found) == pytest.approx(reference.undecided(h, beta), rel=1e-9)
-    assert 0 <= float(found) <= 1
+    assert found.item() == pytest.approx(reference.undecided(h, beta), rel=1e-9)
+    assert 0 <= found.item() <= 1
 
 
 def test_regulariser_drives_to_a_decision() -> None:
@@ -198,7 +198,7 @@ def test_regulariser_drives_to_a_decision() -> None:
         assert found is not None
         found.backward()
         optimizer.step()
-    assert float(found) < 1e-3
+    assert found.item() < 1e-3
     assert torch.equal(made.integers(u, torch.ones(())), nearest)
     assert undecided([element("ste", u), element("blend", u)], 0.9) is None
     assert undecided([made], 1.0) is None
@@ -265,7 +265,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_two_of_four(name: str) -> None:
-    """The mask is that of the loops for every kind of layer, and of n channels in a group's last four min(n, 2) stay."""
+    """The mask is that of the loops for every kind of layer; of n channels in a group's last four min(n, 2) stay."""
     kind, shape, groups = SHAPES[name]
     u = torch.randn(shape, dtype=torch.float64)
     kept = two_of_four(u, kind=kind, groups=groups)
@@ -296,7 +296,7 @@ def test_a_mask_passes_the_gradient_straight_through() -> None:
     x = torch.tensor([-3.0, 2.0, -1.0], requires_grad=True)
     y = masked(x, torch.tensor([True, True, False]))
     assert y.tolist() == [-3, 2, 0]
-    assert math.copysign(1, float(y[2])) == 1
+    assert math.copysign(1, y[2].item()) == 1
     y.backward(torch.tensor([1.0, 2.0, 4.0]))
     assert x.grad is not None
     assert x.grad.tolist() == [1, 2, 4]
