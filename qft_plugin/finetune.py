@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 import logging
 import math
 import warnings
@@ -263,7 +262,14 @@ def _training(state: nn.Module, phase: Phase) -> Iterator[None]:
 
 
 def _steps(
-    student: Network, phase: Phase, batches: Iterator[tuple[Call, Prediction]], best: _Best, *, count: int, cycles: int
+    student: Network,
+    phase: Phase,
+    batches: Iterator[tuple[Call, Prediction]],
+    best: _Best,
+    extra: Callable[[], Tensor | None],
+    *,
+    count: int,
+    cycles: int,
 ) -> Generator[tuple[float, float]]:
     """Train one phase; yields loss and learning rate of each step."""
     optimizer = torch.optim.Adam([dict(g) for g in phase.groups if g["params"]], fused=True)
@@ -275,8 +281,10 @@ def _steps(
             group["lr"] = rate * factor
         optimizer.zero_grad(set_to_none=True)
         loss = distillation_loss(student(call), wanted, phase.loss)
-        if loss.requires_grad:  # else nothing that trains reaches what is compared
-            loss.backward()  # type: ignore[no-untyped-call]
+        added = extra()
+        whole = loss if added is None else loss + added
+        if whole.requires_grad:  # else nothing that trains reaches what is compared
+            whole.backward()  # type: ignore[no-untyped-call]
         for parameter, mask in phase.masks:
             if parameter.grad is not None:
                 parameter.grad.mul_(mask)
@@ -292,6 +300,7 @@ def _all_steps(
     phases: Sequence[Phase],
     batches: Iterator[tuple[Call, Prediction]],
     best: _Best,
+    extra: Callable[[], Tensor | None],
     *,
     total: int,
     cycles: int,
@@ -300,7 +309,7 @@ def _all_steps(
     for number, phase in enumerate(phases):
         count = total * (number + 1) // len(phases) - total * number // len(phases)
         with _training(state, phase):
-            yield from _steps(student, phase, batches, best, count=count, cycles=cycles)
+            yield from _steps(student, phase, batches, best, extra, count=count, cycles=cycles)
 
 
 def finetune(
@@ -313,6 +322,8 @@ def finetune(
     loss: Loss,
     config: FinetuneConfig,
     callback: Callable[[Step], None] | None = None,
+    schedule: Callable[[float], None] | None = None,
+    penalty: Callable[[], Tensor | None] | None = None,
 ) -> FinetuneResult:
     """Train the student to compute what the teacher computed, and leave the best state in it.
 
@@ -329,17 +340,32 @@ def finetune(
         loss: decides which state is the best.
         config: the settings.
         callback: called after each step.
+        schedule: told the position of the training before each step, from 0 to below 1, and 1 before each comparison
+            of states and at the end.
+        penalty: added to the loss of each step with `config.rounding_weight`, but not to what is compared or reported.
     """
+    at = schedule or (lambda _: None)
     batch_size = min(config.batch_size, len(inputs))
     total = max(len(phases), round(config.images_fed / batch_size))
-    evaluate = functools.partial(_evaluate, student, inputs, targets, loss, batch_size=config.batch_size)
+
+    def evaluate() -> float:
+        at(1.0)
+        return _evaluate(student, inputs, targets, loss, batch_size=config.batch_size)
+
+    def batches() -> Iterator[tuple[Call, Prediction]]:
+        for step, index in enumerate(_orders(len(inputs), batch_size, config.seed)):
+            at(step / total)
+            yield inputs.batch(index), _targets(targets, index, inputs.device)
+
+    def extra() -> Tensor | None:
+        found = None if penalty is None else penalty()
+        return None if found is None else config.rounding_weight * found
+
     best = _Best(state, evaluate)
     start_loss = best.loss
-    orders = _orders(len(inputs), batch_size, config.seed)
-    batches = ((inputs.batch(index), _targets(targets, index, inputs.device)) for index in orders)
     losses: list[float] = []
     logger.info("finetune: %d steps of %d images, loss %.5f at the start", total, batch_size, start_loss)
-    steps = _all_steps(student, state, phases, batches, best, total=total, cycles=config.restarts)
+    steps = _all_steps(student, state, phases, batches(), best, extra, total=total, cycles=config.restarts)
     with contextlib.closing(steps):
         for number, (found, rate) in enumerate(steps, start=1):
             losses.append(found)
@@ -353,6 +379,7 @@ def finetune(
                 break
             if callback is not None:
                 callback(Step(number, total, found, rate))
+    at(1.0)
     state.load_state_dict(best.state)
     logger.info("finetune: loss %.5f after %d steps", best.loss, len(losses))
     return FinetuneResult(start_loss, best.loss, len(losses), tuple(losses))

@@ -19,6 +19,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from qft_plugin.elements import NearestRounding, check_masks, element_of, masked, undecided
 from qft_plugin.graph import PINNED, DofMap, Layer, is_kernel
 from qft_plugin.initialize import out_slices
 from qft_plugin.placement import ActivationGrid
@@ -29,9 +30,8 @@ from qft_plugin.quantize import (
     per_out,
     quantize_factor,
     round_ste,
-    to_integer,
 )
-from qft_plugin.spec import Elementwise, HardwareSpec
+from qft_plugin.spec import Elementwise, HardwareSpec, Rounding, Sparsity
 
 DEFAULT: Final = HardwareSpec()
 
@@ -155,7 +155,12 @@ class Dof(nn.Module):
 
     Departure: the paper trains weights in real units; there the learning rate must be retuned where weights are
     scaled differently, and equalized and original networks train differently.
+
+    Attributes:
+        progress: position of the training, 0 to 1, that the elements hear of; at 1 what is solved is what is deployed.
     """
+
+    progress: float = 1.0
 
     def __init__(
         self,
@@ -168,6 +173,8 @@ class Dof(nn.Module):
         train_scales: bool = True,
         hardware: HardwareSpec = DEFAULT,
         addends: Sequence[Sequence[str]] = (),
+        rounding: Rounding = "ste",
+        sparsity: Sparsity = None,
     ) -> None:
         """Start every degree of freedom at its initial value.
 
@@ -176,10 +183,16 @@ class Dof(nn.Module):
             tensors: weights and biases by name, real units, of the equalized network.
             weights: grid of each weight that is quantized; all others stay as they are but for folding.
             activations: grid of each activation quantizer, by name.
-            train_cross_layer: train the cross-layer factors; else they stay as the tensors have them.
+            train_cross_layer: train the cross-layer factors; else they stay as the tensors have them. They train with
+                `"ste"` only (see the other elements for why).
             train_scales: train all scales and zero points, the cross-layer factors included.
             hardware: the constraints between scales, and on biases.
             addends: groups of activation quantizers that `hardware.elementwise_rescale` ties to each other.
+            rounding: what makes integers of weights in training.
+            sparsity: which weights become 0.
+
+        Raises:
+            ModelError: the sparsity fits no layer.
         """
         super().__init__()
         self.map = dof_map
@@ -187,7 +200,8 @@ class Dof(nn.Module):
         self.hardware = hardware
         self.activation_grids = tied_grids(activations, addends, hardware.elementwise_rescale)
         first = next(iter(tensors.values()))
-        self.log_c = nn.Parameter(first.new_zeros(dof_map.size), requires_grad=train_cross_layer and train_scales)
+        trains_factors = train_cross_layer and train_scales and rounding == "ste"
+        self.log_c = nn.Parameter(first.new_zeros(dof_map.size), requires_grad=trains_factors)
         self._root = {name: group[0] for group in addends for name in group}
         one_scale = hardware.elementwise_rescale == "none"
         own = [name for name in activations if not one_scale or self._root.get(name, name) == name]
@@ -204,11 +218,15 @@ class Dof(nn.Module):
         )
         for layer_dof in self._quantized():
             grid = weights[layer_dof.layer.weight]
+            layer_dof.set_element(
+                element_of(layer_dof.layer, layer_dof.W, bits=grid.bits, rounding=rounding, sparsity=sparsity)
+            )
             s_in, s_out = self._initial_step(grid.s_in), self._initial_step(grid.s_out)
             layer_dof.log_F.data.copy_((grid.scale.to(first) * s_in / s_out).log())
             for scale in (layer_dof.log_F, layer_dof.log_L):
                 if scale is not None:
                     scale.requires_grad_(train_scales)
+        check_masks(self._elements(), sparsity)
 
     def _initial_step(self, name: str | None) -> float:
         return 1.0 if name is None else self.activation_grids[name].scale
@@ -221,6 +239,17 @@ class Dof(nn.Module):
 
     def _quantized(self) -> "list[_LayerDof]":
         return [d for d in self.layers if isinstance(d, _LayerDof) and d.layer.weight in self.weight_grids]
+
+    def _elements(self) -> dict[str, NearestRounding]:
+        return {d.layer.weight: d.element for d in self._quantized() if d.element is not None}
+
+    def set_progress(self, progress: float) -> None:
+        """Tell the elements the position of the training, 0 to 1."""
+        self.progress = progress
+
+    def penalty(self) -> Tensor | None:
+        """Return what the elements ask for in addition to a small loss, `[]`; `None` where that is nothing."""
+        return undecided(self._elements().values(), self.progress)
 
     def trained_weight(self, name: str) -> "_LayerDof":
         """Return the degrees of freedom of a quantized layer by the name of its weight."""
@@ -297,6 +326,7 @@ class Dof(nn.Module):
             if layers is not None and layer.layer.weight not in layers:
                 continue
             values.extend(p for p in (layer.W, layer.bias) if p is not None)
+            values.extend(() if layer.element is None else layer.element.parameters())
             scales.append(layer.log_F)
             if layer.log_L is not None:
                 scales.append(layer.log_L)
@@ -335,18 +365,30 @@ class _LayerDof(nn.Module):
         self.bias = nn.Parameter(B / self.bias_unit, requires_grad=trains) if B is not None else None
         self.log_F = nn.Parameter(torch.zeros_like(step), requires_grad=trains)
         self.log_L = nn.Parameter(left.log()) if left is not None else None
+        self.element: NearestRounding | None = None
+
+    def set_element(self, element: NearestRounding) -> None:
+        """Choose what makes integers of the weight."""
+        self.element = element
+        self.W.requires_grad_(element.trains_weight)
 
     @property
     def scale_in(self) -> Tensor | None:
         """The trained left scale of a doubly per-channel kernel, `[in]`."""
         return None if self.log_L is None else self.log_L.exp()
 
-    def folded(self, c: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return weight and bias with the cross-layer factors moved into them, real units."""
+    def folded(self, c: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias with the cross-layer factors moved into them, real units.
+
+        Args:
+            c: factor of every variable, `[1 + size]`.
+            kept: weights that are not 0, a boolean tensor of the shape of the weight; `None` where none is dropped.
+        """
         layer = self.layer
         out = self.unit
         B = None if self.bias is None else self.bias * self.bias_unit
-        W: Tensor = self.W
+        # A weight that is dropped hears of its gradient, the factors do not.
+        W: Tensor = self.W if kept is None else masked(self.W, kept)
         if self.folds_out:
             c_out = c.index_select(0, self.out_index)
             out = self.unit / per_out(c_out, W, groups=layer.groups, kind=layer.kind)
@@ -404,10 +446,10 @@ def solve(dof: Dof) -> Solution:
         assert isinstance(module, _LayerDof)
         layer = module.layer
         W, B = module.folded(c)
-        if layer.weight in steps:
-            step = steps[layer.weight]
-            low, high = integer_range(dof.weight_grids[layer.weight].bits, signed=True, narrow=True)
-            W = fake_quantize(W, on_weight(step, module.scale_in, W, layer), low=low, high=high)
+        if module.element is not None:
+            step = on_weight(steps[layer.weight], module.scale_in, W, layer)
+            kept = module.element.kept(W, step)
+            W = module.element(W if kept is None else module.folded(c, kept)[0], step, dof.progress)
         tensors[layer.weight] = W
         if layer.bias is not None and B is not None:
             tensors[layer.bias] = _on_hardware(dof, module, B, steps, scales)
@@ -474,9 +516,8 @@ def deployed_weights(dof: Dof) -> dict[str, DeployedWeight]:
         layer, grid = module.layer, dof.weight_grids[module.layer.weight]
         W, _ = module.folded(c)
         step = steps[layer.weight]
-        low, high = integer_range(grid.bits, signed=True, narrow=True)
-        on_axes = on_weight(step, module.scale_in, W, layer)
-        integers = to_integer(W, on_axes, low=low, high=high)
+        assert module.element is not None
+        integers = module.element.integers(W, on_weight(step, module.scale_in, W, layer))
         result[layer.weight] = DeployedWeight(integers, step, module.scale_in, grid.bits)
     return result
 
@@ -485,7 +526,8 @@ def deployed_weights(dof: Dof) -> dict[str, DeployedWeight]:
 def folded_tensors(dof: Dof) -> dict[str, Tensor]:
     """Return weights and biases by name with the trained cross-layer factors folded in, real units.
 
-    Weights are not yet rounded; biases are what the hardware holds.
+    Weights are not yet rounded; where an element has decided on another integer than the nearest one, the weight is
+    moved next to it. Biases are what the hardware holds.
     """
     c, scales = dof.factors(), dof.activation_scales()
     steps = weight_steps(dof, scales)
@@ -493,6 +535,8 @@ def folded_tensors(dof: Dof) -> dict[str, Tensor]:
     for module in dof.layers:
         assert isinstance(module, _LayerDof)
         W, B = module.folded(c)
+        if module.element is not None:
+            W = module.element.near(W, on_weight(steps[module.layer.weight], module.scale_in, W, module.layer))
         tensors[module.layer.weight] = W
         if module.layer.bias is not None and B is not None:
             tensors[module.layer.bias] = _on_hardware(dof, module, B, steps, scales)

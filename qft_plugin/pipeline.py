@@ -205,6 +205,8 @@ def start(
         train_scales=config.train_scales,
         hardware=config.hardware,
         addends=groups if kind != "tensor" else (),
+        rounding=config.rounding,
+        sparsity=config.sparsity,
     )
     return Start(placed, student, dof, log_c)
 
@@ -284,6 +286,8 @@ def _finetuned(
         loss=loss,
         config=settings,
         callback=callback,
+        schedule=dof.set_progress,
+        penalty=dof.penalty,
     )
 
 

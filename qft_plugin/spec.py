@@ -12,6 +12,8 @@ Rescale = Literal["layerwise", "channelwise"]
 Range = Literal["host", "max", "mse"]
 Bounded = Literal["exact", "relu"]
 Elementwise = Literal["none", "tensor", "power_of_two"]
+Rounding = Literal["ste", "soft", "blend"]
+Sparsity = float | Literal["2:4"] | None
 
 
 def _choice(owner: object, name: str, allowed: tuple[str, ...]) -> None:
@@ -41,6 +43,13 @@ def _names(owner: object, name: str, *, empty: bool) -> None:
     if len(set(found)) != len(found) or (not found and not empty):
         least = "" if empty else "at least one name, and "
         raise ConfigError(f"{type(owner).__name__}.{name} should hold {least}each name once. Found {found!r}.")
+
+
+def _sparsity(found: object) -> None:
+    if found is None or found == "2:4":
+        return
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 <= found < 1:
+        raise ConfigError(f"QFTConfig.sparsity should be a share from 0 to below 1, '2:4', or None. Found {found!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +137,8 @@ class FinetuneConfig:
             execution. With any, training runs one phase for each block, against the teacher's activation at its end,
             and only what belongs to the block trains; the last phase is the loss above. Each phase gets an equal
             share of the images fed, an optimizer, and `restarts` cosine cycles of its own.
+        rounding_weight: weight of soft rounding's regulariser in the loss. It is a mean over all weights, 0 where all
+            are decided and 1 where none is, so each weight has little of it.
         memory_limit: bytes of images and teacher outputs held in memory; above it they are memory-mapped files.
         compile: fuse the fake-quantization with `torch.compile` (a GPU's many small kernels gain; on CPUs the
             built-in function is as fast and needs no compiler). Falls back with a log line where it does not work.
@@ -143,6 +154,7 @@ class FinetuneConfig:
     loss_at: str | Mapping[str, float] | Sequence[str] | None = None
     cross_entropy: float = 0.0
     blocks: Sequence[str] = ()
+    rounding_weight: float = 300.0
     memory_limit: int = 2 * 2**30
     compile: bool = False
     seed: int = 0
@@ -150,7 +162,7 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         for name in ("images_fed", "max_images", "batch_size", "restarts"):
             _number(self, name, at_least=1, whole=True)
-        for name in ("learning_rate", "scale_learning_rate"):
+        for name in ("learning_rate", "scale_learning_rate", "rounding_weight"):
             _number(self, name, at_least=0)
         _number(self, "cross_entropy", at_least=0, at_most=1)
         _number(self, "memory_limit", at_least=0, whole=True)
@@ -187,10 +199,15 @@ class QFTConfig:
         compensate: start from weights whose rounding errors compensate each other (GPTQ) instead of the nearest ones.
         bias_correction: start from biases that undo the mean error of each layer's output (Nagel et al. 2019); a
             finetune trains all biases anyway, without one this is a heuristic of its own.
-        train_cross_layer: train the per-channel factors that tie neighbouring layers.
+        train_cross_layer: train the per-channel factors that tie neighbouring layers (with `rounding="ste"` only).
         train_scales: train all scales and zero points, cross-layer factors included; else weights and biases alone.
         bounded: what becomes of ReLU6 and Hardtanh modules. `"exact"` keeps them, with a bound for each channel where
             its scale is free; `"relu"` drops the upper bound of those that start at 0: only a finetune makes it good.
+        rounding: what makes integers of weights in training: `"ste"` rounds to the nearest with the straight-through
+            estimator, `"soft"` learns for each weight whether it goes up or down (AdaRound), `"blend"` fades the
+            quantized weight in (alpha-blending).
+        sparsity: share of each layer's weights that become 0, or `"2:4"`: at most two of every four consecutive input
+            channels are not 0, at each position of a kernel.
         hardware: what the target can do.
         finetune: the distillation; `None` returns the initialization (calibration, PPQ, equalization) untrained.
     """
@@ -207,6 +224,8 @@ class QFTConfig:
     train_cross_layer: bool = True
     train_scales: bool = True
     bounded: Bounded = "exact"
+    rounding: Rounding = "ste"
+    sparsity: Sparsity = None
     hardware: HardwareSpec = field(default_factory=HardwareSpec)
     finetune: FinetuneConfig | None = field(default_factory=FinetuneConfig)
 
@@ -215,6 +234,8 @@ class QFTConfig:
             _number(self, name, at_least=2, at_most=8, whole=True)
         _number(self, "small_layer_share", at_least=0, at_most=1)
         _choice(self, "activation_range", ("host", "max", "mse"))
+        _choice(self, "rounding", ("ste", "soft", "blend"))
+        _sparsity(self.sparsity)
         _choice(self, "bounded", ("exact", "relu"))
         for name, least in {"layer_bits": 2, "layer_activation_bits": 4}.items():
             found = getattr(self, name)

@@ -127,3 +127,45 @@ def linear_integers(x_int: np.ndarray, W_int: np.ndarray, bias_int: np.ndarray) 
         for i in range(W_int.shape[1]):
             acc[n, o] += W_int[o, i] * x_int[n, i]
     return acc
+
+
+def smallest_dropped(u: np.ndarray, count: int) -> np.ndarray:
+    """Unstructured sparsity: the `count` smallest magnitudes become 0, of equal ones those that come first."""
+    kept = np.ones(u.size, dtype=bool)
+    for _ in range(count):
+        smallest = min((i for i in range(u.size) if kept[i]), key=lambda i: abs(u.flat[i]))
+        kept[smallest] = False
+    return kept.reshape(u.shape)
+
+
+def two_of_four(u: np.ndarray, groups: int, *, transposed: bool) -> np.ndarray:
+    """2:4 sparsity: of channels 4n to 4n + 3 of the inputs of a group, the two largest are kept at each position.
+
+    A kernel is `[out, in/groups, *k]`, that of a transposed convolution `[in, out/groups, *k]`.
+    """
+    kept = np.ones(u.shape, dtype=bool)
+    per_group = u.shape[0] // groups if transposed else u.shape[1]
+    for at in np.ndindex(u.shape):
+        channel = at[0] % per_group if transposed else at[1]
+        first = channel - channel % 4
+        larger = 0
+        for other in range(first, min(first + 4, per_group)):
+            place = (at[0] - channel + other, *at[1:]) if transposed else (at[0], other, *at[2:])
+            larger += abs(u[place]) > abs(u[at])
+        kept[at] = larger < 2
+    return kept
+
+
+def rectified_sigmoid(V: float) -> float:
+    """AdaRound, Eq. (23):  clip(sigmoid(V) * (1.1 + 0.1) - 0.1, 0, 1)."""
+    return min(max(1.2 / (1 + np.exp(-V)) - 0.1, 0.0), 1.0)
+
+
+def undecided(h: np.ndarray, beta: float) -> float:
+    """AdaRound, Eq. (24), as a mean:  1 - |2 h - 1|^beta."""
+    return sum(1 - abs(2 * x - 1) ** beta for x in h.flat) / h.size
+
+
+def blended(W: float, scale: float, alpha: float, high: int) -> float:
+    """Alpha-blending:  (1 - alpha) W + alpha Q(W)."""
+    return (1 - alpha) * W + alpha * scale * integer_of(W, scale, -high, high)

@@ -16,7 +16,7 @@ LEVELS = [
     {"errors"},
     {"spec", "quantize"},
     {"graph", "data", "partial", "norms"},
-    {"relations", "placement", "initialize", "compensate", "model", "bounded"},
+    {"relations", "placement", "initialize", "compensate", "model", "bounded", "elements"},
     {"dof_map", "offline", "finetune", "record", "blocks"},
     {"report", "student", "bias_correction"},
     {"pipeline"},

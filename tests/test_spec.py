@@ -16,7 +16,8 @@ WRONG: list[tuple[type, str, Any]] = [
     (HardwareSpec, "rescale", None),
     *((FinetuneConfig, name, bad) for name in ("images_fed", "max_images", "batch_size", "restarts")
       for bad in (0, -1, 1.5, "8", True, None)),
-    *((FinetuneConfig, name, bad) for name in ("learning_rate", "scale_learning_rate", "cross_entropy")
+    *((FinetuneConfig, name, bad)
+      for name in ("learning_rate", "scale_learning_rate", "cross_entropy", "rounding_weight")
       for bad in (-0.1, math.nan, "fast", True, None)),
     (FinetuneConfig, "cross_entropy", 1.01),
     *((FinetuneConfig, "blocks", bad) for bad in (7, None, "a", ["a", "a"], ["a", 1], {"a": 1.0})),
@@ -31,6 +32,8 @@ WRONG: list[tuple[type, str, Any]] = [
     *((QFTConfig, name, bad) for name in ("weight_bits", "small_layer_bits") for bad in (1, 9, 4.0, "4", False)),
     *((QFTConfig, "small_layer_share", bad) for bad in (-0.01, 1.01, math.nan, None)),
     (QFTConfig, "activation_range", "minmax"),
+    *((QFTConfig, "rounding", bad) for bad in ("nearest", None, True)),
+    *((QFTConfig, "sparsity", bad) for bad in (-0.1, 1, 1.5, "1:2", True, math.nan, math.inf)),
     *((QFTConfig, "layer_bits", bad) for bad in (8, [("a", 8)], {"a": 1}, {"a": 9}, {"a": 8.0}, {"a": True}, {1: 8})),
     *((QFTConfig, name, 1) for name in ("equalize", "compensate", "bias_correction", "train_cross_layer")),
     (QFTConfig, "hardware", "channelwise"),
@@ -68,6 +71,8 @@ def test_every_field_is_checked(kind: type) -> None:
         (FinetuneConfig, {"loss_at": {"a": 1, "b": 1e-9}}),
         (FinetuneConfig, {"loss_at": ("a", "b.c"), "blocks": ()}),
         (FinetuneConfig, {"blocks": ["a", "b.c"]}),
+        (QFTConfig, {"sparsity": 0, "rounding": "soft"}),
+        (QFTConfig, {"sparsity": "2:4", "rounding": "blend"}),
         (QFTConfig, {"weight_bits": 2, "small_layer_bits": 8, "small_layer_share": 1, "finetune": None}),
     ],
 )
