@@ -15,8 +15,8 @@ HOSTS = {"nncf", "brevitas", "openvino", "onnx", "qonnx", "onnxruntime"}
 LEVELS = [
     {"errors"},
     {"spec", "quantize"},
-    {"graph", "data", "partial", "norms"},
-    {"relations", "placement", "initialize", "compensate", "model"},
+    {"graph", "data", "partial"},
+    {"norms", "relations", "placement", "initialize", "compensate", "model"},
     {"dof_map", "offline", "finetune", "record"},
     {"report", "student"},
     {"pipeline"},
