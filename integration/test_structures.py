@@ -1,6 +1,8 @@
 """What holds for well-known architectures: first without any host, then quantized and exported under each of them."""
 
 import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import structures
@@ -12,6 +14,8 @@ from qft_plugin.errors import QFTError
 from qft_plugin.model import tensors_in
 from qft_plugin.offline import fold_network, names_of
 from qft_plugin.record import record
+
+ROOT = Path(__file__).parent.parent
 
 EXACT = 1e-9
 """float64 keeps 16 digits; the networks are at most a few dozen layers deep."""
@@ -86,3 +90,29 @@ def test_brevitas(name, tmp_path):
     folded = host.fold(host.quantize(model, items, config=four_bits()))
     host.save_qonnx(folded, tmp_path / "qonnx.onnx", few(items[0]))
     host.save_qcdq(folded, tmp_path / "qcdq.onnx", few(items[0]))
+
+
+@pytest.fixture(scope="module")
+def networks():
+    spec = importlib.util.spec_from_file_location("networks", ROOT / "benchmarks" / "networks.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["networks"] = module  # a dataclass looks for its module there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def measured(networks):
+    return networks.measured(structures)
+
+
+@every_structure
+def test_the_free_share_does_not_shrink(name, measured):
+    """As many inputs of layers can be rescaled as ever."""
+    assert measured[name].free_layers >= structures.STRUCTURES[name].free
+    assert measured[name].free_layers + sum(n for _, n in measured[name].reasons) == measured[name].layers
+
+
+def test_the_page_in_the_docs_is_what_the_script_prints(networks, measured):
+    """The table in docs/networks.md is up to date."""
+    assert (ROOT / "docs" / "networks.md").read_text() == networks.page(measured)

@@ -70,7 +70,9 @@ def inspect_file(
         W = model.get_initializer(node.input[0])
         if W is not None:
             scale, zero_point = (model.get_initializer(name) for name in node.input[1:3])
-            constants.append(np.rint(W / scale + zero_point).astype(np.int64).reshape(-1))
+            whole = np.rint(W / scale + zero_point).astype(np.int64)
+            # A linear layer on more than two axes is exported as a product with its weight transposed.
+            constants += [whole.reshape(-1), whole.T.reshape(-1)]
     error = float("nan")
     if integers is not None:
         find_integers(constants, integers)
