@@ -37,9 +37,10 @@ The table is made by `python benchmarks/networks.py`.
 """
 
 TAIL: Final = """
-What no rule can free, as long as the factors are folded: the input of a layer behind SiLU, GELU, Hardswish or tanh, since these are
-not homogeneous, and a residual stream that LayerNorms read, since they mix its channels. The input of a layer behind a
-LayerNorm is free: its gamma and beta absorb the factor. So is what attention makes: it has the scales of the values.
+What no rule can free, as long as the factors are folded: the input of a layer behind SiLU, GELU, Hardswish or tanh,
+since these are not homogeneous, and a residual stream that LayerNorms read, since they mix its channels. The input of a
+layer behind a LayerNorm is free: its gamma and beta absorb the factor. So is what attention makes: it has the scales of
+the values.
 `nn.MultiheadAttention` is one operation as torch records it, and its projections are not counted.
 A BatchNorm that follows no layer (DenseNet) is a barrier.
 """

@@ -883,6 +883,7 @@ class Structure:
 
 
 IMAGE = {"x": (3, 32, 32)}
+
 STRUCTURES: dict[str, Structure] = {
     "resnet18": Structure(lambda: ResNet(BasicBlock, (8, 12, 16)), IMAGE, free=15),
     "resnet50": Structure(lambda: ResNet(Bottleneck, (16, 24, 32)), IMAGE, free=22),
@@ -910,9 +911,8 @@ STRUCTURES: dict[str, Structure] = {
         {"tokens": (12,), "mask": (12,)},
         free=2,
         tokens={"tokens": 32, "mask": 2},
-        refused={
-            "brevitas": r"should be traceable by torch\.fx"
-        },  # its forward cuts a buffer by the length of the input
+        # Its forward cuts a buffer by the length of the input, which a symbolic trace does not know.
+        refused={"brevitas": r"should be traceable by torch\.fx"},
     ),
     "tcn": Structure(TCN, {"x": (4, 64)}, free=5),
     "r2plus1d": Structure(R2Plus1D, {"x": (3, 8, 16, 16)}, free=5),

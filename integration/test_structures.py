@@ -10,7 +10,7 @@ import torch
 from conftest import four_bits, relative_error
 
 from qft_plugin.dof_map import map_dof
-from qft_plugin.errors import QFTError
+from qft_plugin.errors import ModelError
 from qft_plugin.model import tensors_in
 from qft_plugin.offline import fold_network, names_of
 from qft_plugin.record import record
@@ -84,7 +84,7 @@ def test_brevitas(name, tmp_path):
     model, items = structures.build(name), structures.items(name)
     refused = structures.STRUCTURES[name].refused.get("brevitas")
     if refused:
-        with pytest.raises(QFTError, match=refused):
+        with pytest.raises(ModelError, match=refused):
             host.quantize(model, items, config=four_bits())
         return
     folded = host.fold(host.quantize(model, items, config=four_bits()))
