@@ -105,9 +105,9 @@ def skewed(net: nn.Module, example: Tensor) -> nn.Module:
     """
     import copy
 
-    from qft_plugin.brevitas.read import merge_norms
     from qft_plugin.dof_map import map_dof
     from qft_plugin.model import tensor_of
+    from qft_plugin.norms import merge_norms
     from qft_plugin.offline import names_of
     from qft_plugin.record import record
 

@@ -313,17 +313,21 @@ NETS: dict[str, Net] = {
 }
 
 
-def build(name: str) -> nn.Module:
-    """Make a network in eval mode whose BatchNorms have statistics, as after a training."""
-    model = NETS[name].build()
+def settled(model: nn.Module) -> nn.Module:
+    """Put a network into eval mode and give its norms statistics and weights, as after a training."""
     for norm in model.modules():
-        if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
             norm.running_mean.normal_(std=0.3)
             norm.running_var.uniform_(0.5, 2)
             if norm.affine:
                 nn.init.uniform_(norm.weight, 0.5, 2)
                 nn.init.normal_(norm.bias, std=0.3)
     return model.eval()
+
+
+def build(name: str) -> nn.Module:
+    """Make a network in eval mode whose BatchNorms have statistics, as after a training."""
+    return settled(NETS[name].build())
 
 
 def items(name: str, *, batches: int = 4, size: int = 16) -> list[Any]:

@@ -83,6 +83,23 @@ def _is_uniform(rows: Tensor) -> bool:
     return bool((rows == rows[:, :1]).all())
 
 
+def _filled(rows: Tensor) -> Tensor:
+    """Give zeros that were padded to a channel the variable of the channel: any scale represents them."""
+    return torch.where(rows == FREE_ZERO, rows.amax(1, keepdim=True), rows)
+
+
+def _edge(solver: Solver, name: str, function: str, number: Mapping[int, int]) -> Edge:
+    """Describe an activation by its channels, which in `[images, a, b]` are those of a sequence or of a 1-d image."""
+    shadow = solver.shadows[name]
+    axis = channel_axis(tuple(shadow.shape))
+    if shadow.dim() == 3 and _variety(rows_of(shadow, 1)) < _variety(rows_of(shadow, axis)):
+        axis = 1
+    rows = _filled(rows_of(shadow, axis))
+    free = (solver.numbered(rows, number) != PINNED).all(1)
+    reason = solver.reason(rows) or ("a constant 0" if bool((rows == FREE_ZERO).any()) else "")
+    return Edge(name, function, shadow.shape[axis], int(free.sum()), reason)
+
+
 def _collect(solver: Solver, axes: Mapping[str, int]) -> DofMap:
     """Number the free variables and describe layers and edges."""
     # A variable that stands on no layer is left out: rescaling it would have nothing to fold into.
@@ -112,10 +129,8 @@ def _collect(solver: Solver, axes: Mapping[str, int]) -> DofMap:
         shape = solver.graph.shapes[name]
         if not shape:
             continue
-        rows = rows_of(solver.shadows[name], channel_axis(shape))
-        index = solver.numbered(rows, number)
-        is_free = (index != PINNED).all(1)
-        edges.append(Edge(name, function, shape[channel_axis(shape)], int(is_free.sum()), solver.reason(rows)))
+        edges.append(_edge(solver, name, function, number))
+        index = solver.numbered(_filled(rows_of(solver.shadows[name], channel_axis(shape))), number)
         if _is_uniform(index):
             channel_index[name] = index[:, 0]
     vectors = {

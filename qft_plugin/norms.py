@@ -6,6 +6,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from qft_plugin.graph import Const, LayerGraph
 from qft_plugin.quantize import per_out
 
 CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -62,3 +63,55 @@ def folded_norm(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
         shift = shift + layer.bias.double() * factor
     W = layer.weight.double()
     return W * per_out(factor, W, groups=getattr(layer, "groups", 1), kind=kind_of(layer)), shift
+
+
+@torch.no_grad()
+def merge_norms(model: nn.Module, twin: nn.Module, graph: LayerGraph) -> list[str]:
+    """Fold every BatchNorm that alone follows a layer into it, in place; an `Identity` takes its place.
+
+    Args:
+        model: the model to change.
+        twin: a float copy with the same names; the same model where it is a float one.
+        graph: what `record` returned for the twin.
+
+    Returns:
+        The names of the layers that changed.
+    """
+    changed = []
+    for layer_name, norm_name, between in _norms_behind_layers(graph):
+        layer, norm = model.get_submodule(layer_name), twin.get_submodule(norm_name)
+        if not can_fold(layer, norm, graph.shapes[between]):
+            continue
+        assert isinstance(layer.weight, Tensor)
+        W, shift = folded_norm(layer, norm)
+        layer.weight.copy_(W)
+        if layer.bias is None:
+            layer.bias = nn.Parameter(shift.to(layer.weight))
+        else:
+            assert isinstance(layer.bias, Tensor)
+            layer.bias.copy_(shift)
+        model.set_submodule(norm_name, nn.Identity())
+        changed.append(layer_name)
+    return changed
+
+
+def _norms_behind_layers(graph: LayerGraph) -> list[tuple[str, str, str]]:
+    """List layer and BatchNorm of each pair of which nothing else uses a part, by the names of their modules.
+
+    The third name is that of the activation between them.
+    """
+    makers = {name: op for op in graph.ops for name in op.outputs}
+    pairs = []
+    for op in graph.ops:
+        if op.function != "batch_norm" or not op.inputs or op.inputs[0] not in makers:
+            continue
+        before = makers[op.inputs[0]]
+        weight, mean = before.argument(1, "weight"), op.argument(1, "running_mean")
+        readers = [o for o in graph.ops if op.inputs[0] in o.inputs]
+        if not isinstance(weight, Const) or not isinstance(mean, Const) or len(readers) != 1:
+            continue
+        uses = [o for o in graph.ops if weight in (*o.args, *(o.kwargs or {}).values())]
+        norms = [o for o in graph.ops if o.argument(1, "running_mean") == mean]
+        if len(uses) == len(norms) == 1 and op.inputs[0] not in graph.outputs:
+            pairs.append((weight.name.rpartition(".")[0], mean.name.rpartition(".")[0], op.inputs[0]))
+    return pairs

@@ -227,6 +227,7 @@ MOVES: Final[dict[str, Callable[..., Any]]] = {
 REDUCES: Final = frozenset(["mean", "sum", "amax", "amin"])
 MULTIPLIES: Final = frozenset(["mul", "multiply", "__mul__", "__rmul__", "__imul__"])
 DIVIDES: Final = frozenset(["div", "divide", "true_divide", "__truediv__", "__itruediv__"])
+MATRIX_PRODUCTS: Final = frozenset(["matmul", "bmm", "mm", "__matmul__"])
 LAYERS: Final = frozenset(
     ["linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
 )
@@ -276,7 +277,16 @@ def _rule(function: str) -> Rule | None:
         return _multiply
     if function in LAYERS:
         return _layer
-    return {"pad": _pad, "layer_norm": _norm, "rms_norm": _norm, "hardtanh": _bounded}.get(function)
+    if function in MATRIX_PRODUCTS:
+        return _matrix_product
+    named = {
+        "pad": _pad,
+        "layer_norm": _norm,
+        "rms_norm": _norm,
+        "hardtanh": _bounded,
+        "scaled_dot_product_attention": _attention,
+    }
+    return named.get(function)
 
 
 def _barrier(solver: Solver, op: Op, reason: str) -> None:
@@ -391,6 +401,40 @@ def _multiply(solver: Solver, op: Op) -> None:
         feature, gate = shadows[::-1] if by_size else shadows
         solver.pin(gate, f"gate of {op.function}")
     solver.shadows[op.outputs[0]] = feature.expand(solver.graph.shapes[op.outputs[0]])
+
+
+def _matrix_product(solver: Solver, op: Op) -> None:
+    """A product of matrices is homogeneous in each column of its right factor while the left one stays.
+
+    So what attention makes has the scales of the values that it mixes.
+    """
+    if len(op.inputs) != 2 or op.args[:2] != (Ref(0), Ref(1)):
+        raise _NotExpressibleError("is not a product of two activations")
+    left, right = (solver.shadows[name] for name in op.inputs)
+    if min(left.dim(), right.dim()) < 2:
+        raise _NotExpressibleError("of a vector mixes the channels")
+    solver.pin(left, f"left factor of {op.function}")
+    solver.shadows[op.outputs[0]] = _columns(solver, right).expand(solver.graph.shapes[op.outputs[0]])
+
+
+def _attention(solver: Solver, op: Op) -> None:
+    """Attention is a matrix product whose left factor comes from queries and keys, and its right one is the values."""
+    names = ("query", "key", "value")
+    places = [op.argument(i, name) for i, name in enumerate(names)]
+    if places != [Ref(0), Ref(1), Ref(2)] or op.argument(7, "enable_gqa", False):
+        raise _NotExpressibleError("was called in a way that could not be followed")
+    for i, name in enumerate(op.inputs):
+        if i != 2:
+            solver.pin(solver.shadows[name], f"{names[i] if i < 2 else 'mask'} of {op.function}")
+    values = solver.shadows[op.inputs[2]]
+    solver.shadows[op.outputs[0]] = _columns(solver, values).expand(solver.graph.shapes[op.outputs[0]])
+
+
+def _columns(solver: Solver, matrices: Tensor) -> Tensor:
+    """Return one variable per column, `[..., 1, columns]`, after forcing each column to have one over all rows."""
+    columns = matrices.amax(-2, keepdim=True)
+    solver.tie(matrices, columns)
+    return columns
 
 
 def _pad(solver: Solver, op: Op) -> None:

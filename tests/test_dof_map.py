@@ -318,3 +318,16 @@ def test_the_map_with_everything_pinned_has_vectors_of_ones() -> None:
     pinned = tied(model, image(), (conv_of(0),)).all_pinned("because").vectors[conv_of(0)]
     assert pinned.axis == 1
     assert pinned.index.tolist() == [PINNED] * 5
+
+
+def test_channels_of_one_axis_are_counted_as_channels() -> None:
+    """The table counts the channels of 1-d images, padded zeros are no channels of their own, whole ones are named."""
+
+    def run(m: Steps, x: Tensor) -> Tensor:
+        return m[1](functional.pad(m[0](functional.pad(x, (1, 1))), (2, 0, 0, 3)))
+
+    model = Steps(run, nn.Conv1d(3, 4, 3), nn.Conv1d(7, 2, 1))
+    edges = {e.name: e for e in map_dof(record(model, torch.randn(2, 3, 9))).edges}
+    first, padded = (edges[name] for name in ("layers/0/conv1d/0", "pad/1"))
+    assert (first.channels, first.free, first.reason) == (4, 4, "")
+    assert (padded.channels, padded.free, padded.reason) == (7, 4, "a constant 0")

@@ -15,8 +15,8 @@ HOSTS = {"nncf", "brevitas", "openvino", "onnx", "qonnx", "onnxruntime"}
 LEVELS = [
     {"errors"},
     {"spec", "quantize"},
-    {"graph", "data", "partial", "norms"},
-    {"relations", "placement", "initialize", "compensate", "model", "bounded", "elements"},
+    {"graph", "data", "partial"},
+    {"norms", "relations", "placement", "initialize", "compensate", "model", "bounded", "elements"},
     {"dof_map", "offline", "finetune", "record", "blocks"},
     {"report", "student", "bias_correction"},
     {"pipeline"},

@@ -250,6 +250,18 @@ class TwoInputs(nn.Module):
         return self.last(self.meet(self.a(x), self.b(x)))
 
 
+class Sequences(nn.Module):
+    """Two linear layers on sequences that meet in a given function."""
+
+    def __init__(self, meet: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.meet = nn.Linear(3, 4), nn.Linear(3, 4), meet
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.meet(self.a(x), self.b(x)))
+
+
 def test_subtraction_ties_and_concatenation_does_not() -> None:
     """A difference has one vector for both inputs, a concatenation one after the other."""
     dof = checked(TwoInputs(lambda a, b: a - b).double(), image())
@@ -280,11 +292,62 @@ def test_the_divisor_is_pinned() -> None:
     assert dof.layer("b.weight").out_index.tolist() == [PINNED] * 4
 
 
-def test_attention_is_a_barrier_on_both_inputs() -> None:
-    """The product of two activations pins both of them."""
-    dof, error = folding_error(TwoInputs(torch.matmul).double(), image())
-    assert dof.size == 0
-    assert error == 0
+def test_a_matrix_product_passes_the_columns_of_its_right_factor() -> None:
+    """The left factor is pinned; a column of the right one has one variable over all rows and keeps it."""
+    model = Sequences(lambda a, b: torch.matmul(a.transpose(1, 2), b)).double()
+    dof = checked(model, torch.randn(2, 7, 3, dtype=torch.float64))
+    assert dof.layer("a.weight").out_index.tolist() == [PINNED] * 4
+    assert dof.layer("b.weight").out_index.tolist() == [1, 2, 3, 4]
+    assert dof.layer("last.weight").in_index.tolist() == [1, 2, 3, 4]
+    assert "left factor of matmul" in str(dof)
+
+
+def test_a_matrix_product_that_mixes_channels_ties_them() -> None:
+    """Where the rows of the right factor are the channels, they are summed, so they have one variable together."""
+    mixed = Sequences(lambda a, b: torch.matmul(b.transpose(1, 2) @ a, b.transpose(1, 2)).transpose(1, 2)).double()
+    dof, error = folding_error(mixed, torch.randn(2, 7, 3, dtype=torch.float64))
+    assert dof.size == 0  # b is a left factor as well
+    assert error < 1e-10
+    mixed = Sequences(lambda a, b: torch.matmul(a.transpose(1, 2) @ a, b.transpose(1, 2)).transpose(1, 2)).double()
+    dof = checked(mixed, torch.randn(2, 7, 3, dtype=torch.float64))
+    assert dof.layer("b.weight").out_index.tolist() == [1] * 4
+    assert dof.layer("a.weight").out_index.tolist() == [PINNED] * 4
+
+
+@pytest.mark.parametrize(
+    "product", [lambda a, _: a @ torch.ones(4, 4).double(), lambda a, _: a @ a[0, 0], lambda a, b: torch.mm(a[0], b[0])]
+)
+def test_other_matrix_products(product: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """A product with a constant or with a vector is a barrier, one of two plain matrices is not."""
+    dof, error = folding_error(Sequences(product).double(), torch.randn(2, 4, 3, dtype=torch.float64))
+    assert error < 1e-10
+    assert (dof.size > 0) == (product.__code__.co_names == ("torch", "mm"))
+
+
+def test_attention_passes_the_values() -> None:
+    """What attention makes has the scales of the values; queries, keys and a mask are pinned."""
+
+    def attention(a: Tensor, b: Tensor) -> Tensor:
+        mask = (a @ a.transpose(1, 2)).sigmoid()
+        return functional.scaled_dot_product_attention(a, a + 1, b, attn_mask=mask)
+
+    dof = checked(Sequences(attention).double(), torch.randn(2, 7, 3, dtype=torch.float64))
+    assert dof.layer("a.weight").out_index.tolist() == [PINNED] * 4
+    assert dof.layer("b.weight").out_index.tolist() == [1, 2, 3, 4]
+    assert dof.layer("last.weight").in_index.tolist() == [1, 2, 3, 4]
+
+
+def test_attention_whose_heads_share_values() -> None:
+    """Grouped-query attention is a barrier."""
+
+    def attention(a: Tensor, b: Tensor) -> Tensor:
+        query, key = a.unflatten(2, (2, 2)).transpose(1, 2), a[..., :2].unsqueeze(1)
+        y = functional.scaled_dot_product_attention(query, key, b[..., :2].unsqueeze(1), enable_gqa=True)
+        return y.transpose(1, 2).flatten(2)
+
+    dof, error = folding_error(Sequences(attention).double(), torch.randn(2, 7, 3, dtype=torch.float64))
+    assert error < 1e-10
+    assert "scaled_dot_product_attention was called in a way" in str(dof)
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])

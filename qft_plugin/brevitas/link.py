@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qft_plugin.brevitas.quantizers import adopt, take_plain_inputs
-from qft_plugin.brevitas.read import Source, check, check_unshared, merge_norms, read, runnable_twin
+from qft_plugin.brevitas.read import Source, check, check_unshared, fold_norms, read, runnable_twin
 from qft_plugin.brevitas.scalings import ActivationScaling, CrossLayerFactors, Neighbours, WeightScaling
 from qft_plugin.brevitas.twin import weight_scaling
 from qft_plugin.brevitas.version import check_version
@@ -75,7 +75,7 @@ def link_on(model: nn.Module, call: Call) -> Source:
     adopt(model)
     _wake(model, call)  # a clear error where the example does not fit
     twin = runnable_twin(model, call)
-    merge_norms(model, twin, record(twin, call))
+    fold_norms(model, twin, record(twin, call))
     _wake(model, call)
     source = read(model, call)
     for scaling in source.activations.values():

@@ -11,9 +11,9 @@ from qft_plugin.brevitas.scalings import ActivationScaling, WeightScaling
 from qft_plugin.brevitas.twin import PLAIN, activation_scaling, make_twin, weight_scaling
 from qft_plugin.data import Call
 from qft_plugin.errors import DataError, ModelError
-from qft_plugin.graph import Const, LayerGraph
+from qft_plugin.graph import LayerGraph
 from qft_plugin.model import check_finite, check_model, first_outputs
-from qft_plugin.norms import can_fold, folded_norm
+from qft_plugin.norms import merge_norms
 from qft_plugin.record import record
 from qft_plugin.student import QUANTIZER_OP, FakeQuantizer
 
@@ -140,49 +140,15 @@ def read(model: nn.Module, call: Call) -> Source:
 
 
 @torch.no_grad()
-def merge_norms(model: nn.Module, twin: nn.Module, graph: LayerGraph) -> None:
-    """Fold every BatchNorm that alone follows a layer into it, in place; an `Identity` takes its place.
+def fold_norms(model: nn.Module, twin: nn.Module, graph: LayerGraph) -> None:
+    """Fold every BatchNorm that alone follows a layer into it, in place; scales of these layers start anew.
 
     Args:
         model: the model to change.
-        twin: a float copy with the same names; the same model where it is a float one.
+        twin: a float copy with the same names.
         graph: what `record` returned for the twin.
     """
-    for layer_name, norm_name, between in _norms_behind_layers(graph):
-        layer, norm = model.get_submodule(layer_name), twin.get_submodule(norm_name)
-        if not can_fold(layer, norm, graph.shapes[between]):
-            continue
-        assert isinstance(layer.weight, Tensor)
-        W, shift = folded_norm(layer, norm)
-        layer.weight.copy_(W)
-        if layer.bias is None:
-            layer.bias = nn.Parameter(shift.to(layer.weight))
-        else:
-            assert isinstance(layer.bias, Tensor)
-            layer.bias.copy_(shift)
-        scaling = weight_scaling(layer)
+    for name in merge_norms(model, twin, graph):
+        scaling = weight_scaling(model.get_submodule(name))
         if scaling is not None:
             scaling.ready = False
-        model.set_submodule(norm_name, nn.Identity())
-
-
-def _norms_behind_layers(graph: LayerGraph) -> list[tuple[str, str, str]]:
-    """List layer and BatchNorm of each pair of which nothing else uses a part, by the names of their modules.
-
-    The third name is that of the activation between them.
-    """
-    makers = {name: op for op in graph.ops for name in op.outputs}
-    pairs = []
-    for op in graph.ops:
-        if op.function != "batch_norm" or not op.inputs or op.inputs[0] not in makers:
-            continue
-        before = makers[op.inputs[0]]
-        weight, mean = before.argument(1, "weight"), op.argument(1, "running_mean")
-        readers = [o for o in graph.ops if op.inputs[0] in o.inputs]
-        if not isinstance(weight, Const) or not isinstance(mean, Const) or len(readers) != 1:
-            continue
-        uses = [o for o in graph.ops if weight in (*o.args, *(o.kwargs or {}).values())]
-        norms = [o for o in graph.ops if o.argument(1, "running_mean") == mean]
-        if len(uses) == len(norms) == 1 and op.inputs[0] not in graph.outputs:
-            pairs.append((weight.name.rpartition(".")[0], mean.name.rpartition(".")[0], op.inputs[0]))
-    return pairs

@@ -20,8 +20,8 @@ from qft_plugin.deploy.files import checked_path, draft_of
 from qft_plugin.errors import DeployabilityError
 from qft_plugin.model import accepts, evaluating, tensors_in
 
-OPSET: Final = 13
-"""The first with quantization per channel, and what Brevitas' exporters are made for."""
+OPSET: Final = 14
+"""The first with torch's attention function; quantization per channel, and Brevitas' exporters, begin with 13."""
 
 
 def save_qonnx(
@@ -54,7 +54,8 @@ def save_qcdq(
 ) -> qcdq.QCDQReport:
     """Save a Brevitas model as QCDQ in standard ONNX, and prove that ONNX Runtime and OpenVINO compute the same.
 
-    The clips behind the weights, which Brevitas exports and which keep OpenVINO from int8, are removed.
+    The clips behind the weights, which Brevitas exports and which keep OpenVINO from int8, are removed, and signed
+    quantizers behind a concatenation, whose scale OpenVINO loses, become unsigned ones with a zero point.
 
     Args:
         model: any Brevitas model whose weights have scales per tensor or per output channel, such as `fold` returns.
@@ -80,6 +81,7 @@ def save_qcdq(
     with _exported(export_onnx_qcdq, model, path, example_input, check=check, free_batch=True) as made:
         file = onnx.load(made.draft)
         qcdq.strip_weight_clips(file)
+        qcdq.shift_behind_concatenations(file)
         onnx.save(file, made.draft)
         report = qcdq.inspect_file(made.draft, integers=made.integers, inputs=made.inputs, outputs=made.outputs)
     return replace(report, path=made.target)
@@ -112,7 +114,7 @@ def _exported(
     # The exporter takes inputs by position, in the order of the forward's arguments.
     names = [n for n in inspect.signature(model.forward).parameters if n in kwargs]
     inputs = (*args, *(kwargs[n] for n in names))
-    with evaluating(model), torch.no_grad(), draft_of(target) as draft:
+    with evaluating(model), torch.no_grad(), _attention_in_parts(), draft_of(target) as draft:
         called: set[nn.Module] = set()
         handles = [m.register_forward_hook(lambda m, *_: called.add(m)) for _, m in _quantized_layers(model)]
         try:
@@ -135,6 +137,17 @@ def _exported(
         )
         yield _Exported(target, draft, integers, inputs, outputs)
         os.replace(draft, target)
+
+
+@contextlib.contextmanager
+def _attention_in_parts() -> Iterator[None]:
+    """Let `nn.MultiheadAttention` compute in eval mode what it computes in training, which can be exported."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @torch.no_grad()

@@ -17,12 +17,12 @@ from qft_plugin.brevitas.quantizers import (
     QFTInt8ActPerTensorFloat,
     QFTUint8ActPerTensorFloat,
 )
-from qft_plugin.brevitas.read import merge_norms
 from qft_plugin.brevitas.twin import make_twin
 from qft_plugin.data import Call, Inputs
 from qft_plugin.errors import ModelError
 from qft_plugin.graph import ADDS, LayerGraph
 from qft_plugin.model import SAME, first_outputs, largest_change
+from qft_plugin.norms import merge_norms
 from qft_plugin.placement import KEEPS_GRID
 from qft_plugin.record import function_name, record
 from qft_plugin.relations import LAYERS

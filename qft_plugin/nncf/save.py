@@ -83,11 +83,16 @@ def weight_integers(model: nn.Module, example_input: Any) -> dict[str, Tensor]:
 
 
 def _constant(graph: Any, op: str, port: int) -> str | None:
-    """Find the parameter that an input port reads, through the quantizer that the graph of a quantized model shows."""
+    """Find the parameter that an input port reads, through the quantizer that the graph of a quantized model shows.
+
+    An activation has parameters among its sources too, such as a class token, but none of them is what is quantized.
+    """
     for edge in graph.get_input_edges(graph.get_node_by_name(op)):
         if edge.input_port_id != port:
             continue
         node = edge.from_node
+        if _reads_inputs(graph, node):
+            return None
         while node.node_type != "nncf_model_const":
             before = graph.get_input_edges(node)
             if not before:
@@ -95,3 +100,16 @@ def _constant(graph: Any, op: str, port: int) -> str | None:
             node = min(before, key=lambda e: e.input_port_id).from_node
         return str(node.node_name)
     return None
+
+
+def _reads_inputs(graph: Any, node: Any) -> bool:
+    """Whether a tensor depends on an input of the network."""
+    seen, left = set(), [node]
+    while left:
+        node = left.pop()
+        if node.node_type == "nncf_model_input":
+            return True
+        if node.node_name not in seen:
+            seen.add(node.node_name)
+            left += [edge.from_node for edge in graph.get_input_edges(node)]
+    return False
