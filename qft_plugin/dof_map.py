@@ -106,7 +106,7 @@ def _collect(solver: Solver, axes: Mapping[str, int]) -> DofMap:
     )
     made_by = dict.fromkeys(solver.graph.inputs, "input")
     made_by |= {name: op.function for op in solver.graph.ops for name in op.outputs}
-    edges, channel_index = [], {}
+    edges, channel_index, channel_axes = [], {}, {}
     for name, function in made_by.items():
         shape = solver.graph.shapes[name]
         if not shape:
@@ -115,10 +115,13 @@ def _collect(solver: Solver, axes: Mapping[str, int]) -> DofMap:
         index = solver.numbered(rows, number)
         is_free = (index != PINNED).all(1)
         edges.append(Edge(name, function, shape[channel_axis(shape)], int(is_free.sum()), solver.reason(rows)))
-        if _is_uniform(index):
-            channel_index[name] = index[:, 0]
+        for axis in dict.fromkeys([channel_axis(shape), *([1, len(shape) - 1] if len(shape) > 2 else [])]):
+            along = solver.numbered(rows_of(solver.shadows[name], axis), number)
+            if _is_uniform(along):
+                channel_index[name], channel_axes[name] = along[:, 0], axis
+                break
     vectors = {
         name: VectorScale(axis, solver.numbered(rows_of(solver.shadows[name], axis).amax(1), number))
         for name, axis in axes.items()
     }
-    return DofMap(layers, tuple(edges), len(number), channel_index, vectors)
+    return DofMap(layers, tuple(edges), len(number), channel_index, vectors, channel_axes)

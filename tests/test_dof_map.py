@@ -318,3 +318,23 @@ def test_the_map_with_everything_pinned_has_vectors_of_ones() -> None:
     pinned = tied(model, image(), (conv_of(0),)).all_pinned("because").vectors[conv_of(0)]
     assert pinned.axis == 1
     assert pinned.index.tolist() == [PINNED] * 5
+
+
+@pytest.mark.parametrize("length", [4, 8])
+def test_the_axis_of_the_channels_of_an_activation(length: int) -> None:
+    """Between convolutions over sequences it is 1, between linear layers the last one, as long as either."""
+    conv = nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU(), nn.Conv1d(8, 4, 1)).double()
+    dof = mapped(conv, torch.randn(2, 3, length, dtype=torch.float64))
+    inside = dof.layers[1].inputs[0]
+    assert dof.channel_axes[inside] == 1
+    assert dof.channel_index[inside].tolist() == dof.layers[1].in_index.tolist()
+    linear = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4)).double()
+    dof = mapped(linear, torch.randn(2, length, 3, dtype=torch.float64))
+    inside = dof.layers[1].inputs[0]
+    assert dof.channel_axes[inside] == 2
+    assert dof.channel_index[inside].tolist() == dof.layers[1].in_index.tolist()
+    dof = mapped(linear, torch.randn(2, length, 8, 3, dtype=torch.float64))
+    inside = dof.layers[1].inputs[0]
+    assert dof.channel_axes[inside] == 3
+    assert dof.channel_index[inside].tolist() == dof.layers[1].in_index.tolist()
+    assert dof.all_pinned("for a reason").channel_axes == dof.channel_axes
