@@ -84,10 +84,10 @@ def start_loss(host, name, **settings):
     return result.start_loss
 
 
-@pytest.mark.parametrize("name", ["residual", "linear_only"])
+@pytest.mark.parametrize("name", ["residual", "linear_only", "one_d"])
 def test_two_named_tensors_with_weights(name, host):
     """The loss is the weighted mean of the losses at the two places alone, each in the teacher's units."""
-    one, other = {"residual": ("conv2", "fc"), "linear_only": ("fc2", "fc3")}[name]
+    one, other = {"residual": ("conv2", "fc"), "linear_only": ("fc2", "fc3"), "one_d": ("conv2", "fc")}[name]
     a, b = (start_loss(host, name, loss_at=at) for at in (one, other))
     assert a != b
     assert start_loss(host, name, loss_at=[one, other]) == pytest.approx((a + b) / 2, rel=SUMS)
@@ -202,6 +202,29 @@ def test_blocks_that_are_none(ends, host):
     """Ends in the wrong order, at the input, without a name, or behind the loss are refused before any step."""
     with pytest.raises(ConfigError, match=r"FinetuneConfig\.blocks should name"):
         host.finetuned(nets.build("residual"), nets.items("residual"), four_bits(finetune=few_steps(blocks=ends)))
+
+
+@pytest.mark.parametrize(("at", "comparable"), [("reshape/0", False), ("view/0", True), ("fc", True)])
+def test_a_tensor_whose_channels_cannot_be_told(at, comparable, host):
+    """Where the positions of one channel have different scales, naming it is an error that says so."""
+    model, items = Heads().eval(), [torch.randn(16, 6) for _ in range(4)]
+    config = four_bits(finetune=few_steps(loss_at=at))
+    if comparable:
+        assert host.finetuned(model, items, config)[0].steps == 8
+    else:
+        with pytest.raises(ConfigError, match=r"loss_at.*one scale in each channel.*'reshape/0'.*several"):
+            host.finetuned(model, items, config)
+
+
+class Heads(torch.nn.Module):
+    """Features that are cut into heads for a while, without anything that mixes them."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.fc = torch.nn.Linear(6, 8), torch.nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.fc(self.up(x).relu().view(-1, 2, 4).reshape(-1, 8))
 
 
 @pytest.mark.parametrize("at", ["body", {"conv2": 1, "body": 2}, ["conv2", "body"]])

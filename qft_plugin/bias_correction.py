@@ -92,6 +92,9 @@ def output_means(
 
     with _Outputs(layers, tensors, look):
         run()
+    hidden = [layer.weight for layer in layers if layer.weight not in means]
+    if hidden:
+        logger.warning("bias correction leaves out what is not called with its own weight: %s", ", ".join(hidden))
     return means
 
 

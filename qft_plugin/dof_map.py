@@ -124,17 +124,19 @@ def _collect(solver: Solver, axes: Mapping[str, int]) -> DofMap:
     )
     made_by = dict.fromkeys(solver.graph.inputs, "input")
     made_by |= {name: op.function for op in solver.graph.ops for name in op.outputs}
-    edges, channel_index = [], {}
+    edges, channel_index, channel_axes = [], {}, {}
     for name, function in made_by.items():
         shape = solver.graph.shapes[name]
         if not shape:
             continue
         edges.append(_edge(solver, name, function, number))
-        index = solver.numbered(_filled(rows_of(solver.shadows[name], channel_axis(shape))), number)
-        if _is_uniform(index):
-            channel_index[name] = index[:, 0]
+        for axis in dict.fromkeys([channel_axis(shape), *([1, len(shape) - 1] if len(shape) > 2 else [])]):
+            along = solver.numbered(_filled(rows_of(solver.shadows[name], axis)), number)
+            if _is_uniform(along):
+                channel_index[name], channel_axes[name] = along[:, 0], axis
+                break
     vectors = {
         name: VectorScale(axis, solver.numbered(rows_of(solver.shadows[name], axis).amax(1), number))
         for name, axis in axes.items()
     }
-    return DofMap(layers, tuple(edges), len(number), channel_index, vectors)
+    return DofMap(layers, tuple(edges), len(number), channel_index, vectors, channel_axes)

@@ -101,7 +101,7 @@ def teacher_predictions(teacher: Network, inputs: Inputs, *, batch_size: int, me
             prediction = teacher(call)
             outputs = [*prediction.features, *([] if prediction.logits is None else [prediction.logits])]
             has_logits = prediction.logits is not None
-            rows = rows or [Rows(memory_limit) for _ in outputs]
+            rows = rows or [Rows(memory_limit // len(outputs)) for _ in outputs]
             for row, output in zip(rows, outputs, strict=True):
                 if not bool(torch.isfinite(output).all()):
                     raise ModelError(

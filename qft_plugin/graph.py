@@ -157,9 +157,10 @@ class DofMap:
         layers: every weight layer, in the order of execution.
         edges: every activation tensor, in the order of execution.
         size: number of free variables; they are numbered from 1, 0 is `PINNED`.
-        channel_index: per channel (see `channel_axis`) the variable of an activation
-            tensor, where it is the same over all other axes.
+        channel_index: per channel the variable of an activation tensor, where it is the same over all other axes.
         vectors: the scale of each group of `LayerGraph.vectors`, by the first tensor of the group.
+        channel_axes: the axis that the channels of `channel_index` are on: that of `channel_axis`, else 1 (convolutions
+            over sequences) or the last one (images with their channels last).
     """
 
     layers: tuple[Layer, ...]
@@ -167,6 +168,7 @@ class DofMap:
     size: int
     channel_index: Mapping[str, Tensor]
     vectors: Mapping[str, VectorScale] = field(default_factory=dict)
+    channel_axes: Mapping[str, int] = field(default_factory=dict)
 
     def layer(self, weight: str) -> Layer:
         """Return the layer of a weight."""
@@ -186,6 +188,7 @@ class DofMap:
             0,
             {name: torch.zeros_like(index) for name, index in self.channel_index.items()},
             {name: replace(v, index=torch.zeros_like(v.index)) for name, v in self.vectors.items()},
+            self.channel_axes,
         )
 
     def __str__(self) -> str:

@@ -402,8 +402,12 @@ def _comparable(at: Comparison, dof_map: DofMap) -> Comparison:
 def _unfolds(dof_map: DofMap, at: Comparison, log_c: Tensor) -> tuple[Unfold | None, ...]:
     """Return what brings each compared activation back to real units."""
     factors = torch.cat([log_c.new_zeros(1), log_c]).exp()
-    indexes = [dof_map.channel_index[place.tensor].to(log_c.device) for place in at.inputs]
-    return tuple((index, factors[index]) if bool((index != PINNED).any()) else None for index in indexes)
+    unfolds: list[Unfold | None] = []
+    for place in at.inputs:
+        index = dof_map.channel_index[place.tensor].to(log_c.device)
+        rescaled = bool((index != PINNED).any())
+        unfolds.append(Unfold(index, factors[index], dof_map.channel_axes[place.tensor]) if rescaled else None)
+    return tuple(unfolds)
 
 
 @torch.no_grad()
@@ -495,7 +499,10 @@ def _correct_biases(start: Start, problem: Problem) -> None:
     call = problem.inputs.batch(slice(0, BIAS_IMAGES))
     means = output_means(layers, tensors, lambda: student.watch(tensors, call, {}))
     solution = solve(dof)
-    for weight, change in corrections(layers, solution.tensors, lambda: student(solution, call), means).items():
+    # One run is not worth compiling for, and would use up some of the variants that torch compiles of a function.
+    with torch.compiler.set_stance("force_eager"):
+        changes = corrections(layers, solution.tensors, lambda: student(solution, call), means)
+    for weight, change in changes.items():
         dof.shift_bias(weight, change)
 
 

@@ -268,7 +268,8 @@ def named_input(graph: LayerGraph, name: str, *, weight: float = 1.0, field: str
     """
     path = name.replace(".", "/")
     for op in graph.ops:
-        if op.inputs and (op.name in (name, path) or op.name.startswith(f"{path}/")):
+        called = op.name.lstrip("/")  # NNCF begins with one where no module inside the model makes the call
+        if op.inputs and (op.name == name or called in (name, path) or called.startswith(f"{path}/")):
             return ComparedInput(op.name, 0, op.inputs[0], weight, asked=name, field=field)
     raise ConfigError(
         f"FinetuneConfig.{field} should name a module that computes something, or an operation. Found {name!r}; "

@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -16,9 +17,21 @@ from qft_plugin.quantize import ZeroPoint, fake_quantize, fake_quantize_composed
 logger = logging.getLogger("qft_plugin")
 
 FakeQuantize = Callable[..., Tensor]
-Unfold = tuple[Tensor, Tensor]
-"""The variable of each channel of a compared activation, and the factor that the start has folded into it already;
-both `[channels]`."""
+
+
+@dataclass(frozen=True)
+class Unfold:
+    """What brings a compared activation of a folded network back to the teacher's units.
+
+    Attributes:
+        index: variable of each channel, `[channels]`.
+        start: the factor that the start has folded into it already, `[channels]`.
+        axis: of the activation, that its channels are on.
+    """
+
+    index: Tensor
+    start: Tensor
+    axis: int
 
 
 class FakeQuantizer(nn.Module):
@@ -96,9 +109,8 @@ def unfolded(prediction: Prediction, unfolds: Sequence[Unfold | None], factors: 
     features = list(prediction.features)
     for number, unfold in enumerate(unfolds):
         if unfold is not None:
-            index, start = unfold
-            x, c = features[number], start * factors.index_select(0, index)
-            features[number] = x * (c.view(-1, *(1,) * (x.dim() - 2)) if x.dim() > 3 else c)
+            x, c = features[number], unfold.start * factors.index_select(0, unfold.index)
+            features[number] = x * c.view(-1, *(1,) * (x.dim() - 1 - unfold.axis))
     return Prediction(tuple(features), prediction.logits)
 
 

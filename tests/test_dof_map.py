@@ -331,3 +331,23 @@ def test_channels_of_one_axis_are_counted_as_channels() -> None:
     first, padded = (edges[name] for name in ("layers/0/conv1d/0", "pad/1"))
     assert (first.channels, first.free, first.reason) == (4, 4, "")
     assert (padded.channels, padded.free, padded.reason) == (7, 4, "a constant 0")
+
+
+@pytest.mark.parametrize("length", [4, 8])
+def test_the_axis_of_the_channels_of_an_activation(length: int) -> None:
+    """Between convolutions over sequences it is 1, between linear layers the last one, as long as either."""
+    conv = nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU(), nn.Conv1d(8, 4, 1)).double()
+    dof = mapped(conv, torch.randn(2, 3, length, dtype=torch.float64))
+    inside = dof.layers[1].inputs[0]
+    assert dof.channel_axes[inside] == 1
+    assert dof.channel_index[inside].tolist() == dof.layers[1].in_index.tolist()
+    linear = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4)).double()
+    dof = mapped(linear, torch.randn(2, length, 3, dtype=torch.float64))
+    inside = dof.layers[1].inputs[0]
+    assert dof.channel_axes[inside] == 2
+    assert dof.channel_index[inside].tolist() == dof.layers[1].in_index.tolist()
+    dof = mapped(linear, torch.randn(2, length, 8, 3, dtype=torch.float64))
+    inside = dof.layers[1].inputs[0]
+    assert dof.channel_axes[inside] == 3
+    assert dof.channel_index[inside].tolist() == dof.layers[1].in_index.tolist()
+    assert dof.all_pinned("for a reason").channel_axes == dof.channel_axes

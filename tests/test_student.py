@@ -15,7 +15,15 @@ from qft_plugin.finetune import Prediction
 from qft_plugin.offline import fold_network
 from qft_plugin.placement import ActivationGrid
 from qft_plugin.quantize import fake_quantize, fake_quantize_composed
-from qft_plugin.student import QUANTIZER_OP, FakeQuantizer, compiled_fake_quantize, observed, prediction_of, unfolded
+from qft_plugin.student import (
+    QUANTIZER_OP,
+    FakeQuantizer,
+    Unfold,
+    compiled_fake_quantize,
+    observed,
+    prediction_of,
+    unfolded,
+)
 
 EXACT = 1e-10
 """float64: a dozen layers with factors up to e^2 on either side, then one product."""
@@ -112,8 +120,8 @@ def test_a_copy_is_a_quantizer_of_its_own() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "axis"),
-    [((2, 3), 1), ((2, 5, 3), 2), ((2, 3, 4, 4), 1), ((2, 3, 2, 2, 2), 1)],
-    ids=["vectors", "sequences", "images", "volumes"],
+    [((2, 3), 1), ((2, 5, 3), 2), ((2, 3, 5), 1), ((2, 3, 4, 4), 1), ((2, 3, 2, 2, 2), 1)],
+    ids=["vectors", "sequences", "signals", "images", "volumes"],
 )
 def test_unfolding_by_hand(shape: tuple[int, ...], axis: int) -> None:
     """Each channel is multiplied by start * factor of its variable, on the axis where its kind of activation has it."""
@@ -121,7 +129,7 @@ def test_unfolding_by_hand(shape: tuple[int, ...], axis: int) -> None:
     index, start = torch.tensor([2, 0, 1]), torch.tensor([1.0, 3.0, 0.5], dtype=torch.float64)
     factors = torch.tensor([1.0, 4.0, 10.0], dtype=torch.float64)
     logits = torch.randn(2, 3)
-    found = unfolded(Prediction((x,), logits), [(index, start)], factors)
+    found = unfolded(Prediction((x,), logits), [Unfold(index, start, axis)], factors)
     for channel, factor in enumerate([10.0, 3.0, 2.0]):
         assert torch.equal(found.features[0].select(axis, channel), factor * x.select(axis, channel))
     assert found.logits is logits
@@ -137,11 +145,11 @@ def test_each_activation_is_unfolded_by_its_own_factors() -> None:
     """Of three features the second has no factors, and the third, an output, is not among those with any."""
     x, y, z = torch.randn(3, 2, 2)
     ones, factors = torch.ones(2), torch.tensor([1.0, 4.0, 10.0])
-    found = unfolded(Prediction((x, y, z), None), [(torch.tensor([2, 1]), ones), None], factors)
+    found = unfolded(Prediction((x, y, z), None), [Unfold(torch.tensor([2, 1]), ones, 1), None], factors)
     assert torch.equal(found.features[0], x * torch.tensor([10.0, 4.0]))
     assert found.features[1] is y
     assert found.features[2] is z
-    found = unfolded(Prediction((x, y), None), [None, (torch.tensor([0, 1]), 2 * ones)], factors)
+    found = unfolded(Prediction((x, y), None), [None, Unfold(torch.tensor([0, 1]), 2 * ones, 1)], factors)
     assert found.features[0] is x
     assert torch.equal(found.features[1], y * torch.tensor([2.0, 8.0]))
 
@@ -164,7 +172,11 @@ def test_unfolding_gives_the_activation_of_the_float_network(names: tuple[str, .
     assert index.tolist() == dof.layers[-2].in_index.tolist()
     assert float((seen[1] - seen[0]).abs().max()) > 0.1
     start = torch.cat([torch.zeros(1), first]).exp()[index]
-    found = unfolded(Prediction((seen[1],), None), [(index, start)], torch.cat([torch.zeros(1), second]).exp())
+    found = unfolded(
+        Prediction((seen[1],), None),
+        [Unfold(index, start, dof.channel_axes[tensor])],
+        torch.cat([torch.zeros(1), second]).exp(),
+    )
     torch.testing.assert_close(found.features[0], seen[0], rtol=EXACT, atol=EXACT)
 
 
