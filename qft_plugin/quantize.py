@@ -96,7 +96,7 @@ def _flat(x: Tensor) -> Tensor:
     return x.as_strided((x.numel(),), (1,), x.storage_offset())
 
 
-def _same_layout(x: Tensor, like: Tensor) -> Tensor:
+def same_layout(x: Tensor, like: Tensor) -> Tensor:
     """Bring `x` into the memory layout of `like`: elementwise kernels are several times slower across layouts."""
     return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
 
@@ -131,7 +131,7 @@ class _FakeQuantize(torch.autograd.Function):
         out = ctx.out
         if out._version != ctx.version:
             out = (x / scale).round_().clamp_(low, high).mul_(scale)
-        g = _same_layout(gradients[0], x)
+        g = same_layout(gradients[0], x)
         if scale.numel() == 1 and x.device.type == "cpu":
             # One fused kernel; reading the scale costs nothing here, on a GPU it would wait for the device.
             s = scale.item()
