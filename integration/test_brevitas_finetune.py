@@ -231,13 +231,15 @@ def test_wrong_data(call, spoil, words):
 
 @pytest.mark.parametrize(("name", "value"), [
     ("weight_bits", 8), ("small_layer_bits", 4), ("small_layer_share", 0.5), ("layer_bits", {"c1.weight": 8}),
-    ("hardware", HardwareSpec(rescale="layerwise")),
+    ("hardware", HardwareSpec(rescale="layerwise")), ("hardware", HardwareSpec(activation_bits=4)),
+    ("layer_activation_bits", {"c1.weight": 4}), ("bounded", "relu"),
 ])  # fmt: skip
 @pytest.mark.parametrize("call", ["initialize", "finetune"])
 def test_settings_that_quantizers_decide(call, name, value):
     """Bit widths and granularity are those of the model's quantizers: the settings for them are refused by name."""
     model, teacher, data = problem()
-    with pytest.raises(ConfigError, match=rf"QFTConfig\.{name} should be left at its default"):
+    setting = r"HardwareSpec\.\w+" if name == "hardware" else rf"QFTConfig\.{name}"
+    with pytest.raises(ConfigError, match=f"{setting} should be left at its default"):
         initialize(model, data, few(**{name: value})) if call == "initialize" else finetune(
             model, teacher, data, few(**{name: value})
         )
