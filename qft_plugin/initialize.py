@@ -1,6 +1,6 @@
 """Where training starts: activation ranges, MMSE weight scales (PPQ), and cross-layer equalization for 4 bits."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 import torch
@@ -14,8 +14,14 @@ SMALLEST_SCALE: Final = 1e-12
 
 PPQ_STARTS: Final = 12
 PPQ_ITERATIONS: Final = 3
+PPQ_LONG: Final = 512
+"""Elements of a row from which on its error has hardly more than one minimum: only the best start of it goes on."""
+
 PPQ_BLOCK: Final = 1 << 16
 """Elements solved at a time, so that the temporaries stay in the cache."""
+
+APQ_TRIAL: Final = 2
+"""Pairs of half-steps after which the better start of APQ is known."""
 
 MSE_CANDIDATES: Final = 80
 
@@ -78,16 +84,26 @@ def _ppq_block(X: Tensor, high: int) -> Tensor:
     peak = X.abs().amax(1)
     S_zero = torch.full_like(peak, SMALLEST_SCALE)
     Y = X / torch.where(peak > 0, peak, torch.ones_like(peak)).unsqueeze(1)
+    Q = torch.empty_like(Y)
     best, best_gain = torch.full_like(peak, 1 / high), torch.full_like(peak, -torch.inf)
+
+    def project(S: Tensor) -> Tensor:
+        nonlocal best, best_gain
+        torch.div(Y, S.unsqueeze(1), out=Q).round_().clamp_(-high, high)
+        qx, qq = torch.linalg.vecdot(Q, Y), torch.linalg.vecdot(Q, Q).clamp_(min=1)
+        # With the scale that is best for these integers, |Y - S Q|^2 = |Y|^2 - <Q, Y>^2 / <Q, Q>.
+        S, gain = (qx / qq).clamp_(min=SMALLEST_SCALE), qx.square() / qq
+        better = gain > best_gain
+        best, best_gain = torch.where(better, S, best), torch.where(better, gain, best_gain)
+        return S
+
+    long = X.shape[1] >= PPQ_LONG
     for start in torch.linspace(0.3, 1.0, PPQ_STARTS).tolist():
         S = torch.full_like(peak, start / high)
-        for _ in range(PPQ_ITERATIONS):
-            Q = (Y / S.unsqueeze(1)).round_().clamp_(-high, high)
-            qx, qq = torch.linalg.vecdot(Q, Y), torch.linalg.vecdot(Q, Q).clamp_(min=1)
-            # With the scale that is best for these integers, |Y - S Q|^2 = |Y|^2 - <Q, Y>^2 / <Q, Q>.
-            S, gain = (qx / qq).clamp_(min=SMALLEST_SCALE), qx.square() / qq
-            better = gain > best_gain
-            best, best_gain = torch.where(better, S, best), torch.where(better, gain, best_gain)
+        for _ in range(1 if long else PPQ_ITERATIONS):
+            S = project(S)
+    for _ in range(PPQ_ITERATIONS if long else 0):
+        project(best)
     return torch.where(peak > 0, best * peak, S_zero)
 
 
@@ -177,7 +193,8 @@ def apq(X: Tensor, *, high: int, iterations: int = 10) -> tuple[Tensor, Tensor]:
     """Find MMSE scales of rows and columns together by alternating projection (APQ, Algorithm 2).
 
     Minimises  || X - S T^T * Q ||^2,  Q = clip(round(X / (S T^T)), -high, high),  over S and T (Eq. 15), starting once
-    from the scales of the rows alone, T = 1, and once from those of the columns; the better end is kept.
+    from the scales of the rows alone, T = 1, and once from the root mean squares of the columns; after a few half-steps
+    the better of the two goes on.
 
     Departure: Algorithm 2 as printed projects X / S, which minimises the error of X / S. The half-steps here are the
     exact minima of Eq. 15 for fixed integers,  T_j = sum_i S_i Q_ij X_ij / sum_i (S_i Q_ij)^2,  so that no step raises
@@ -191,29 +208,60 @@ def apq(X: Tensor, *, high: int, iterations: int = 10) -> tuple[Tensor, Tensor]:
     Returns:
         S, `[rows]`, and T, `[columns]`, both greater than 0; the geometric mean of T is 1.
     """
-    columns = _relative_scales(X.transpose(0, 1).flatten(1), high=high, whole=ppq(X.reshape(1, -1), high=high))
-    ends = [_alternate(X, T, high, iterations) for T in (torch.ones_like(columns), columns)]
-    S, T, _ = min(ends, key=lambda end: float(end[2]))
+    # One matrix: an element of a row is a row of its own, which shares its scale with the others.
+    rows, columns, elements = X.shape
+    flat = X.transpose(1, 2).reshape(rows * elements, columns).contiguous()
+    size = flat.square().mean(0).sqrt() / flat.square().mean().sqrt().clamp(min=torch.finfo(X.dtype).tiny)
+    starts = [torch.ones_like(size), torch.where(size > 0, size, 1)]
+    pairs = [(ppq((flat / T).view(rows, -1), high=high), T) for T in starts]
+    first = min(iterations, APQ_TRIAL)
+    ends = [_alternate(flat, S, T, high, first) for S, T in pairs]
+    S, T = min(ends, key=lambda end: float(_alternation_error(flat, end[0], end[1], high)))
+    S, T = _alternate(flat, S, T, high, iterations - first)
     shift = T.log().mean().exp()
     return S * shift, T / shift
 
 
-def _alternate(X: Tensor, T: Tensor, high: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return S and T after the half-steps that begin with the best S for a given T, and the error of Eq. 15."""
-    S = ppq((X / T[:, None]).flatten(1), high=high)
+def _alternate(X: Tensor, S: Tensor, T: Tensor, high: int, iterations: int) -> tuple[Tensor, Tensor]:
+    """Return S, `[rows]`, and T, `[columns]`, after pairs of half-steps; X is `[rows * elements, columns]`."""
+    elements = X.shape[0] // S.shape[0]
+    tiny = torch.finfo(X.dtype).tiny
     for _ in range(iterations):
-        Q = (X / (S[:, None] * T).unsqueeze(2)).round_().clamp_(-high, high)
-        T = _projection(Q * S[:, None, None], X, (0, 2), T)
-        QT = (X / (S[:, None] * T).unsqueeze(2)).round_().clamp_(-high, high) * T[:, None]
-        S = _projection(QT, X, (1, 2), S)
-    scale = (S[:, None] * T).unsqueeze(2)
-    Q = (X / scale).round_().clamp_(-high, high)
-    return S, T, (X - Q * scale).square().sum()
+        above, below = torch.zeros_like(T), torch.zeros_like(T)
+        for x, s, q, product in _blocks(X, S.repeat_interleave(elements), T, high):
+            q.mul_(s)
+            above += torch.mul(q, x, out=product).sum(0)
+            below += q.square_().sum(0)
+        T = _positive(above / below.clamp(min=tiny), T)
+        sums = [
+            (torch.mul(q, x, out=product) @ T, q.square_() @ T.square())
+            for x, _, q, product in _blocks(X, S.repeat_interleave(elements), T, high)
+        ]
+        above, below = (torch.cat(parts).view(-1, elements).sum(1) for parts in zip(*sums, strict=True))
+        S = _positive(above / below.clamp(min=tiny), S)
+    return S, T
 
 
-def _projection(basis: Tensor, X: Tensor, dims: tuple[int, int], before: Tensor) -> Tensor:
-    """Return the factor of `basis` that is closest to X, along one axis; where it is not positive, the one before."""
-    factor = (basis * X).sum(dims) / basis.square().sum(dims).clamp(min=torch.finfo(X.dtype).tiny)
+def _blocks(X: Tensor, S: Tensor, T: Tensor, high: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield rows of X, `[rows, columns]`, their scales, their integers, and space for a product, in the cache."""
+    size = max(1, PPQ_BLOCK // max(1, X.shape[1]))
+    space = X.new_empty(2, min(size, X.shape[0]), X.shape[1])
+    inverse = 1 / T
+    for i in range(0, X.shape[0], size):
+        x, s = X[i : i + size], S[i : i + size, None]
+        q = space[0, : x.shape[0]]
+        torch.mul(x, 1 / s, out=q)
+        yield x, s, q.mul_(inverse).round_().clamp_(-high, high), space[1, : x.shape[0]]
+
+
+def _alternation_error(X: Tensor, S: Tensor, T: Tensor, high: int) -> Tensor:
+    """Return the error of Eq. 15, `[]`."""
+    blocks = _blocks(X, S.repeat_interleave(X.shape[0] // S.shape[0]), T, high)
+    return torch.stack([q.mul_(s).mul_(T).sub_(x).square_().sum() for x, s, q, _ in blocks]).sum()
+
+
+def _positive(factor: Tensor, before: Tensor) -> Tensor:
+    """Return the factor; where it is not positive, the one before."""
     return torch.where(factor > 0, factor, before)
 
 
