@@ -14,6 +14,7 @@ from nets import as_positional, settled
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qft_plugin.channelwise import free_channels
 from qft_plugin.norms import merge_norms
 from qft_plugin.record import record
 
@@ -946,4 +947,5 @@ def folded_norms(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     model, item = build(name).double(), items(name, batches=1, size=2)[0]
     inputs = tuple(t.double() if t.is_floating_point() else t for t in (item if isinstance(item, tuple) else (item,)))
     merge_norms(model, model, record(model, (inputs, {})))
+    free_channels(model, (inputs, {}), norms=True)
     return model, inputs

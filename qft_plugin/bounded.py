@@ -4,7 +4,7 @@ With x' = x / c the function  min(max(x, low), high)  becomes  c * min(max(x', l
 as soon as its bounds are scaled with the channel, so that bounds absorb any cross-layer factor, as a bias does.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -13,6 +13,7 @@ from torch.overrides import wrap_torch_function
 
 from qft_plugin.data import Call
 from qft_plugin.graph import channel_axis
+from qft_plugin.norms import NORMS
 from qft_plugin.quantize import same_layout
 
 BOUNDED: Final = (nn.ReLU6, nn.Hardtanh)
@@ -57,7 +58,7 @@ def hardtanh(x: Tensor, low: Tensor, high: Tensor, axis: int, from_zero: bool) -
         axis: of the channels, counted from the last one (-1).
         from_zero: whether `low` is 0 everywhere, which runtimes fuse better.
     """
-    low, high = (bound.view(-1, *(1,) * (-axis - 1)) for bound in (low, high))
+    low, high = on_axis(low, axis), on_axis(high, axis)
     if torch.is_grad_enabled() and (x.requires_grad or high.requires_grad):
         out: Tensor = _Clip.apply(x, low, high, from_zero)  # type: ignore[no-untyped-call]
         return out
@@ -96,13 +97,19 @@ class ChannelHardtanh(nn.Module):
         """Clip an activation."""
         return hardtanh(x, self.low, self.high, self.axis, self.from_zero)
 
-    def on_axis(self, v: Tensor) -> Tensor:
-        """Give a value for each channel, `[channels]`, the axes that follow that of the channels."""
-        return v.view(-1, *(1,) * (-self.axis - 1))
-
     def extra_repr(self) -> str:
         """Show the smallest and the largest bound."""
         return f"{float(self.low.amin()):g}..{float(self.high.amax()):g}, channels={self.high.numel()}"
+
+
+def on_axis(v: Tensor, axis: int) -> Tensor:
+    """Give a value for each channel, `[channels]`, the axes that follow that of the channels.
+
+    Args:
+        v: `[channels]`.
+        axis: of the channels, counted from the last one (-1).
+    """
+    return v.view(-1, *(1,) * (-axis - 1))
 
 
 @torch.no_grad()
@@ -117,39 +124,51 @@ def free_bounds(model: nn.Module, call: Call, *, only: Container[str] | None = N
         call: arguments to run it with.
         only: names of the modules to replace; `None` for all.
     """
+    found = [m for name, m in model.named_modules() if type(m) in BOUNDED and (only is None or name in only)]
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    replaced: dict[nn.Module, nn.Module] = {}
+    for module, (axis, channels) in channels_read(model, call, found).items():
+        assert isinstance(module, nn.Hardtanh)
+        replaced[module] = ChannelHardtanh(module, channels, axis=axis, like=like)
+    replace_modules(model, replaced)
+
+
+@torch.no_grad()
+def channels_read(model: nn.Module, call: Call, modules: Sequence[nn.Module]) -> dict[nn.Module, tuple[int, int]]:
+    """Find the axis, counted from the last one, and the number of the channels that elementwise modules read.
+
+    Args:
+        model: the model that calls them.
+        call: arguments to run it with.
+        modules: those to look at.
+
+    Returns:
+        By module, for those that are called with one number of channels only.
+    """
     shapes: dict[nn.Module, set[tuple[int, int]]] = {}
     sequences = any(isinstance(m, (nn.Conv1d, nn.ConvTranspose1d)) for m in model.modules())
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0]
-        axis = 1 if x.dim() == 3 and sequences else channel_axis(tuple(x.shape))
+        first = isinstance(module, NORMS) or (x.dim() == 3 and sequences)
+        axis = 1 if first else channel_axis(tuple(x.shape))
         shapes.setdefault(module, set()).add((axis - x.dim(), x.shape[axis]))
 
-    found = [m for name, m in model.named_modules() if type(m) in BOUNDED and (only is None or name in only)]
-    handles = [module.register_forward_pre_hook(note) for module in found]
+    handles = [module.register_forward_pre_hook(note) for module in modules]
     try:
         model(*call[0], **call[1])
     finally:
         for handle in handles:
             handle.remove()
-    like = next(p for p in model.parameters() if p.is_floating_point())
-    put_bounds(model, {module: shape.pop() for module, shape in shapes.items() if len(shape) == 1}, like)
+    return {module: shape.pop() for module, shape in shapes.items() if len(shape) == 1}
 
 
-def put_bounds(model: nn.Module, shapes: Mapping[nn.Module, tuple[int, int]], like: Tensor) -> None:
-    """Replace modules by ones with bounds for each channel.
-
-    Args:
-        model: the model to change.
-        shapes: axis, counted from the last one, and number of the channels of each ReLU6 or Hardtanh to replace.
-        like: decides device and dtype.
-    """
+def replace_modules(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None:
+    """Put modules into the places of others, wherever these stand in a model."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if child in shapes:
-                assert isinstance(child, nn.Hardtanh)
-                axis, channels = shapes[child]
-                setattr(parent, name, ChannelHardtanh(child, channels, axis=axis, like=like))
+            if child in replaced and parent is not replaced[child]:
+                setattr(parent, name, replaced[child])
 
 
 def replace_by_relu(model: nn.Module) -> None:
@@ -157,7 +176,5 @@ def replace_by_relu(model: nn.Module) -> None:
 
     Departure: the network computes something else where an activation exceeds the bound.
     """
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, BOUNDED) and type(child) in BOUNDED and child.min_val == 0:
-                setattr(parent, name, nn.ReLU())
+    found = [m for m in model.modules() if isinstance(m, nn.Hardtanh) and type(m) in BOUNDED and m.min_val == 0]
+    replace_modules(model, {module: nn.ReLU() for module in found})

@@ -114,7 +114,12 @@ class Layer:
 
 def is_kernel(kind: str) -> bool:
     """Whether a torch function multiplies its input by a weight that absorbs scales on both sides."""
-    return kind not in ("layer_norm", "hardtanh")
+    return kind not in ("layer_norm", "hardtanh", "channel_affine")
+
+
+def absorbs_input(kind: str) -> bool:
+    """Whether the weight of a torch function absorbs the scales of its input."""
+    return is_kernel(kind) or kind == "channel_affine"
 
 
 @dataclass(frozen=True)

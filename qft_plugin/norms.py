@@ -37,6 +37,48 @@ def can_fold(layer: nn.Module, norm: nn.Module, shape: Sequence[int]) -> bool:
     return len(shape) == layer.weight.dim() and norm.running_mean is not None and not norm.training
 
 
+def affine_of(norm: nn.Module, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Return a BatchNorm in eval mode as a factor and a shift of each channel, both `[channels]`.
+
+    Args:
+        norm: it has running statistics.
+        dtype: of the result; `None` for that of the statistics. All is computed in float64.
+    """
+    assert isinstance(norm, NORMS)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    factor = 1 / torch.sqrt(norm.running_var.double() + norm.eps)
+    if norm.weight is not None:
+        factor = factor * norm.weight.double()
+    shift = -norm.running_mean.double() * factor
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    dtype = dtype or norm.running_var.dtype
+    return factor.detach().to(dtype), shift.detach().to(dtype)
+
+
+def set_affine(norm: nn.Module, factor: Tensor, shift: Tensor) -> None:
+    """Make a BatchNorm in eval mode multiply and shift by so much, in place; both `[channels]`."""
+    assert isinstance(norm, NORMS)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.running_mean.zero_()
+    norm.running_var.copy_(neutral_variance(norm.eps, norm.running_var))
+    for name, value in (("weight", factor), ("bias", shift)):
+        if getattr(norm, name) is None:
+            norm.register_parameter(name, nn.Parameter(value.detach().clone()))
+        else:
+            getattr(norm, name).data.copy_(value)
+
+
+def neutral_variance(eps: float, like: Tensor) -> Tensor:
+    """Find a variance for which variance + eps is 1 exactly in the model's dtype, so that the norm divides by 1."""
+    variance = torch.ones_like(like) - eps
+    for _ in range(4):
+        variance = variance + (1 - (variance + eps))
+    return variance
+
+
 def folded_norm(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Return weight and bias of a layer that computes what `layer` and `norm` compute together.
 
@@ -50,15 +92,7 @@ def folded_norm(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
         Weight, of the shape of the layer's, and bias, `[out]`; both float64.
     """
     assert isinstance(layer, (*CONVOLUTIONS, nn.Linear))
-    assert isinstance(norm, NORMS)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    factor = 1 / torch.sqrt(norm.running_var.double() + norm.eps)
-    if norm.weight is not None:
-        factor = factor * norm.weight.double()
-    shift = -norm.running_mean.double() * factor
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
+    factor, shift = (t.double() for t in affine_of(norm, dtype=torch.float64))
     if layer.bias is not None:
         shift = shift + layer.bias.double() * factor
     W = layer.weight.double()

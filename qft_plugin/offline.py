@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qft_plugin.elements import NearestRounding, check_masks, element_of, masked, undecided
-from qft_plugin.graph import PINNED, DofMap, Layer, is_kernel
+from qft_plugin.graph import PINNED, DofMap, Layer, absorbs_input
 from qft_plugin.initialize import out_slices
 from qft_plugin.placement import ActivationGrid
 from qft_plugin.quantize import (
@@ -98,7 +98,7 @@ def fold(W: Tensor, c_in: Tensor, c_out: Tensor, *, kind: str, groups: int) -> T
     Returns:
         W * c_in / c_out, of the shape of `W`.
     """
-    if is_kernel(kind):
+    if absorbs_input(kind):
         W = W * per_in(c_in, W, groups=groups, kind=kind)
     return W / per_out(c_out, W, groups=groups, kind=kind)
 
@@ -359,7 +359,7 @@ class _LayerDof(nn.Module):
         self.register_buffer("bias_unit", step * input_magnitude)
         self.register_buffer("in_index", layer.in_index.to(W.device))
         self.register_buffer("out_index", layer.out_index.to(W.device))
-        self.folds_in = layer.is_kernel and bool((layer.in_index != PINNED).any())
+        self.folds_in = absorbs_input(layer.kind) and bool((layer.in_index != PINNED).any())
         self.folds_out = bool((layer.out_index != PINNED).any())
         self.W = nn.Parameter(W / unit, requires_grad=trains)
         self.bias = nn.Parameter(B / self.bias_unit, requires_grad=trains) if B is not None else None

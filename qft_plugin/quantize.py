@@ -40,6 +40,8 @@ def per_in(v: Tensor, W: Tensor, *, groups: int = 1, kind: str = "conv2d") -> Te
         groups: number of groups.
         kind: the layer's torch function, `"linear"`, `"conv2d"`, `"conv_transpose2d"`, ...
     """
+    if W.dim() == 1:
+        return v
     return _first_axis(v, W) if kind in TRANSPOSED_KINDS else _second_axis(v, W, groups)
 
 

@@ -232,7 +232,7 @@ LAYERS: Final = frozenset(
     ["linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
 )
 BOUNDED: Final = frozenset(["relu6", "hardtanh", "clamp", "clip"])
-ABSORBS: Final = frozenset(["layer_norm", "rms_norm", "hardtanh"])
+ABSORBS: Final = frozenset(["layer_norm", "rms_norm", "hardtanh", "channel_affine"])
 """Beside the layers: their parameters absorb a factor of the output."""
 
 
@@ -284,6 +284,7 @@ def _rule(function: str) -> Rule | None:
         "layer_norm": _norm,
         "rms_norm": _norm,
         "hardtanh": _bounded,
+        "channel_affine": _affine,
         "scaled_dot_product_attention": _attention,
     }
     return named.get(function)
@@ -502,3 +503,14 @@ def _bounded(solver: Solver, op: Op) -> None:
     call = Call(op, op.function, low.name, 1, channel, channel, axis)
     solver.calls.setdefault(high.name, []).append(call)
     solver.shadows[op.outputs[0]] = channel.view(-1, *(1,) * (-axis - 1)).expand(solver.graph.shapes[op.outputs[0]])
+
+
+def _affine(solver: Solver, op: Op) -> None:
+    """A factor for each channel absorbs those on both sides, and a shift the one behind it."""
+    weight, bias, axis = op.argument(1, "weight"), op.argument(2, "bias"), int(op.argument(3, "axis"))
+    assert isinstance(weight, Const)
+    ins = solver.per_channel(solver.shadows[op.inputs[0]], axis)
+    outs = solver.new(ins.numel())
+    call = Call(op, op.function, bias.name if isinstance(bias, Const) else None, 1, ins, outs, axis)
+    solver.calls.setdefault(weight.name, []).append(call)
+    solver.shadows[op.outputs[0]] = outs.view(-1, *(1,) * (-axis - 1)).expand(solver.graph.shapes[op.outputs[0]])

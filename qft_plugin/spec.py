@@ -68,6 +68,9 @@ class HardwareSpec:
         accumulator_bits: width of the accumulator; a layer that could overflow it is named in a warning.
         elementwise_rescale: what the inputs of an elementwise add may have: `"none"` one scale for all of them,
             `"tensor"` each a scale of its own, `"power_of_two"` scales that differ by a shift (App. D).
+        activation_scale: where the scale of an activation may differ by channel. `"folded"`: where the factors can be
+            folded into the weights on both sides. `"explicit"`: behind SiLU, GELU and their like too, at the price of a
+            factor for each channel in front of the quantizer.
     """
 
     rescale: Rescale = "channelwise"
@@ -77,10 +80,12 @@ class HardwareSpec:
     bias_bits: int | None = None
     accumulator_bits: int | None = None
     elementwise_rescale: Elementwise = "tensor"
+    activation_scale: Literal["folded", "explicit"] = "folded"
 
     def __post_init__(self) -> None:
         _choice(self, "rescale", ("layerwise", "channelwise"))
         _choice(self, "elementwise_rescale", ("none", "tensor", "power_of_two"))
+        _choice(self, "activation_scale", ("folded", "explicit"))
         _flag(self, "doubly_per_channel")
         limits = {"activation_bits": (4, 8), "bias_bits": (4, 32), "accumulator_bits": (8, 64)}
         for name, (least, most) in limits.items():

@@ -22,7 +22,7 @@ from qft_plugin.record import record
 logger = logging.getLogger("qft_plugin")
 
 
-def link(model: nn.Module, example_input: Any) -> DofMap:
+def link(model: nn.Module, example_input: Any, *, explicit: bool = False) -> DofMap:
     """Share the degrees of freedom between the layers of a model, in place.
 
     Every quantized activation gets a scale per channel, S_a = s * c, and every weight a scale that is computed from
@@ -32,6 +32,8 @@ def link(model: nn.Module, example_input: Any) -> DofMap:
     Args:
         model: layers of `brevitas.nn` with quantizers of this package.
         example_input: one input, as for the model: a tensor, a tuple of tensors or a dict of tensors.
+        explicit: give what SiLU, GELU and their like make a scale per channel too; `fold` puts a factor for each
+            channel behind them (see `HardwareSpec.activation_scale`).
 
     Returns:
         The DoF map; printed, it names each edge that is not free and why.
@@ -43,7 +45,7 @@ def link(model: nn.Module, example_input: Any) -> DofMap:
     """
     check_version()
     check(model)
-    link_on(model, as_call(example_input, accepts=accepts(model)))
+    link_on(model, as_call(example_input, accepts=accepts(model)), explicit=explicit)
     return dof_map_of(model)
 
 
@@ -69,7 +71,7 @@ def shared_factors(model: nn.Module) -> CrossLayerFactors | None:
 
 
 @torch.no_grad()
-def link_on(model: nn.Module, call: Call) -> Source:
+def link_on(model: nn.Module, call: Call, *, explicit: bool = False) -> Source:
     """Do what `link` does on a model that was checked; returns what was read."""
     check_unshared(model)
     adopt(model)
@@ -77,13 +79,18 @@ def link_on(model: nn.Module, call: Call) -> Source:
     twin = runnable_twin(model, call)
     fold_norms(model, twin, record(twin, call))
     _wake(model, call)
-    source = read(model, call)
+    before = shared_factors(model)
+    explicit = explicit or (before is not None and before.explicit)
+    source = read(model, call, explicit=explicit)
     for scaling in source.activations.values():
         if not scaling.ready:  # 0 everywhere on the example, as behind a dead ReLU
             scaling.start(torch.ones_like(scaling.log_s) / scaling.high)
     dof_map = proven_map(source, call)
     _check_trained(source, dof_map)
     _share(source, dof_map)
+    factors = shared_factors(model)
+    assert factors is not None
+    factors.explicit = explicit
     for name, weight in source.weights.items():
         if weight.in_index is not None:
             take_plain_inputs(model.get_submodule(name.rpartition(".")[0]))

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from qft_plugin.bounded import BOUNDED, free_bounds
+from qft_plugin.bounded import free_bounds
 from qft_plugin.brevitas.scalings import ActivationScaling, WeightScaling
 from qft_plugin.brevitas.twin import PLAIN, activation_scaling, make_twin, weight_scaling
+from qft_plugin.channelwise import free_channels
 from qft_plugin.data import Call
 from qft_plugin.errors import DataError, ModelError
 from qft_plugin.graph import LayerGraph
@@ -84,9 +85,8 @@ def runnable_twin(model: nn.Module, call: Call) -> nn.Module:
         ModelError: it cannot be run on plain tensors, or quantizes a bias.
     """
     twin = make_twin(model)
-    kept = {name for name, module in model.named_modules() if type(module) in BOUNDED}
     try:
-        free_bounds(twin, call, only=kept)
+        free_bounds(twin, call, only=names_of_modules(model))
         first_outputs(twin, call)
     except DataError as error:
         # The model itself ran on these arguments: what it cannot take are plain tensors inside.
@@ -97,17 +97,24 @@ def runnable_twin(model: nn.Module, call: Call) -> nn.Module:
     return twin
 
 
-def read(model: nn.Module, call: Call) -> Source:
+def names_of_modules(model: nn.Module) -> set[str]:
+    """List the names of a model's modules: a twin has others too, in the place of Brevitas' own."""
+    return {name for name, _ in model.named_modules()}
+
+
+def read(model: nn.Module, call: Call, *, explicit: bool = False) -> Source:
     """Describe a model; it is copied, never changed.
 
     Args:
         model: a Brevitas model that passed `check`.
         call: arguments to trace it with.
+        explicit: free the scales behind functions that no scale passes through.
 
     Raises:
         ModelError: it cannot be run on plain tensors, or quantizes a bias.
     """
     twin = runnable_twin(model, call)
+    free_channels(twin, call, norms=True, barriers=explicit, only=names_of_modules(model))
     graph = record(twin, call)
     stand_ins = {name.replace(".", "/"): name for name, m in twin.named_modules() if isinstance(m, FakeQuantizer)}
     on_tensor: dict[str, str] = {}

@@ -159,7 +159,7 @@ def _first(inputs: Inputs) -> Call:
 
 
 def _understood(model: nn.Module, inputs: Inputs, config: QFTConfig) -> tuple[Source, Problem]:
-    source = link_on(model, _first(inputs))
+    source = link_on(model, _first(inputs), explicit=config.hardware.activation_scale == "explicit")
     return source, understand(source, inputs, config)
 
 

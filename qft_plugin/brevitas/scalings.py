@@ -26,6 +26,7 @@ class CrossLayerFactors(nn.Module):
         self.log_c = nn.Parameter(log_c)
         self.dof_map = dof_map
         self.bias_bits: int | None = None  # what the biases were trained for
+        self.explicit = False  # whether scales are free behind functions that no scale passes through
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any

@@ -14,16 +14,18 @@ from brevitas.quant.solver.bias import BiasQuantSolver
 from brevitas.quant.solver.weight import WeightQuantSolver
 from torch import Tensor, nn
 
-from qft_plugin.bounded import put_bounds
+from qft_plugin.bounded import ChannelHardtanh, replace_modules
 from qft_plugin.brevitas.link import dof_map_of, shared_factors
 from qft_plugin.brevitas.quantizers import take_any_inputs
 from qft_plugin.brevitas.read import Source
 from qft_plugin.brevitas.save import weight_integers
 from qft_plugin.brevitas.scalings import ActivationScaling, WeightScaling
 from qft_plugin.brevitas.twin import activation_scaling, weight_scaling
+from qft_plugin.channelwise import Rescaled
 from qft_plugin.errors import ConfigError, DeployabilityError
 from qft_plugin.graph import PINNED, DofMap
 from qft_plugin.model import tensor_of
+from qft_plugin.norms import NORMS, affine_of, set_affine
 from qft_plugin.offline import deployed_weights, fold_network, folded_tensors, names_of, on_weight
 from qft_plugin.pipeline import Start
 
@@ -131,7 +133,7 @@ def fold(model: nn.Module, *, bias_bits: int | None = None) -> nn.Module:
     integers = weight_integers(folded)
     factors = shared_factors(folded)
     assert factors is not None
-    dof_map = _bound_channels(folded, dof_map)
+    dof_map = _channelwise(folded, dof_map)
     tensors = {name: tensor_of(folded, name) for name in names_of(dof_map.layers)}
     for name, tensor in fold_network(dof_map, factors.log_c, tensors).items():
         tensors[name].copy_(tensor)
@@ -150,14 +152,29 @@ def fold(model: nn.Module, *, bias_bits: int | None = None) -> nn.Module:
     return folded.eval()  # new quantizers start in train mode
 
 
-def _bound_channels(model: nn.Module, dof_map: DofMap) -> DofMap:
-    """Give every ReLU6 whose channels have factors a bound for each; return the map without those that have none."""
+def _channelwise(model: nn.Module, dof_map: DofMap) -> DofMap:
+    """Let modules of a model hold what its channels need, in place; return the map without those that need nothing.
+
+    A ReLU6 gets a bound for each channel, a function that no scale passes through a factor behind it, and a BatchNorm
+    becomes one that only multiplies and shifts.
+    """
+    replaced: dict[nn.Module, nn.Module] = {}
+    needless = []
     like = next(p for p in model.parameters() if p.is_floating_point())
-    bounds = [layer for layer in dof_map.layers if layer.kind == "hardtanh"]
-    free = [layer for layer in bounds if bool((layer.out_index != PINNED).any())]
-    modules = {layer.weight: model.get_submodule(layer.weight.rpartition(".")[0]) for layer in free}
-    put_bounds(model, {modules[layer.weight]: (layer.axis, len(layer.out_index)) for layer in free}, like)
-    return replace(dof_map, layers=tuple(la for la in dof_map.layers if la.kind != "hardtanh" or la.weight in modules))
+    for layer in dof_map.layers:
+        if layer.kind not in ("hardtanh", "channel_affine"):
+            continue
+        module, channels = model.get_submodule(layer.weight.rpartition(".")[0]), len(layer.out_index)
+        if isinstance(module, NORMS):
+            set_affine(module, *affine_of(module))
+        elif not bool((layer.out_index != PINNED).any()):
+            needless.append(layer)
+        elif isinstance(module, nn.Hardtanh):
+            replaced[module] = ChannelHardtanh(module, channels, axis=layer.axis, like=like)
+        else:
+            replaced[module] = Rescaled(module, channels, axis=layer.axis, like=like)
+    replace_modules(model, replaced)
+    return replace(dof_map, layers=tuple(layer for layer in dof_map.layers if layer not in needless))
 
 
 def _fix_weight(layer: Any, scaling: WeightScaling, integers: Tensor, proxies: dict[int, Any]) -> None:

@@ -12,13 +12,14 @@ from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_gr
 from torch import Tensor, nn
 
 from qft_plugin.bounded import free_bounds, replace_by_relu
+from qft_plugin.channelwise import free_channels
 from qft_plugin.data import Call, Inputs
 from qft_plugin.errors import DataError, ModelError
 from qft_plugin.graph import Const, LayerGraph, Op, Ref
 from qft_plugin.model import SAME, check_finite, first_outputs, largest_change, tensors_in
 from qft_plugin.model import check_model as check_torch_model
-from qft_plugin.norms import CONVOLUTIONS, NORMS, can_fold, folded_norm
-from qft_plugin.spec import Bounded
+from qft_plugin.norms import CONVOLUTIONS, NORMS, can_fold, folded_norm, neutral_variance
+from qft_plugin.spec import QFTConfig
 
 HOOKS_ATTRIBUTE: Final = "__nncf_hooks"
 
@@ -106,33 +107,40 @@ def example_of(call: Call) -> Any:
 
 
 @torch.no_grad()
-def read(model: nn.Module, inputs: Inputs, *, bounded: Bounded = "exact", rescales: bool = True) -> Source:
+def read(model: nn.Module, inputs: Inputs, config: QFTConfig | None = None) -> Source:
     """Describe a model; it is copied, never changed.
 
     Args:
         model: a float torch model that passed `check_model`.
         inputs: the images; the first ones are used to trace the model.
-        bounded: what to do with ReLU6 (see `QFTConfig.bounded`).
-        rescales: whether activations are quantized. Where they are not, OpenVINO moves the factors around a ReLU6 into
-            the weights before their integers are made, so there they have none.
+        config: what to do with ReLU6 and with functions that no scale passes through.
 
     Raises:
         DataError: the model cannot be run on the first images.
         ModelError: the model cannot be traced, or gives NaN.
     """
+    config = config or QFTConfig()
     teacher = copy.deepcopy(model).eval()
     call = inputs.batch(slice(0, min(2, len(inputs))))
     outputs = first_outputs(teacher, call)
     copied = copy.deepcopy(teacher)
     for parameter in copied.parameters():
         parameter.requires_grad_(False)
-    if bounded == "relu":
+    if config.bounded == "relu":
         replace_by_relu(copied)
         outputs = first_outputs(copied, call)
+    # OpenVINO moves a factor in front of a layer that reads floats into its weights, before their integers are made.
+    rescales = config.hardware.activation_bits is not None
     if rescales:
         free_bounds(copied, call)
     traced = _trace(copied, call)
     norms = _fold_norms(copied, traced)
+    if rescales:
+        # What is left is no part of a layer: the network that it becomes is traced again.
+        explicit = config.hardware.activation_scale == "explicit"
+        left = {name for name, _ in copied.named_modules()} - {norm.norm for norm in norms}
+        if free_channels(copied, call, norms=True, barriers=explicit, only=left):
+            traced = _trace(copied, call)
     graph = _layer_graph(traced, norms)
     tensors = {**dict(copied.named_parameters(remove_duplicate=False)), **dict(copied.named_buffers())}
     change = largest_change(outputs, list(tensors_in(copied(*call[0], **call[1]))))
@@ -165,14 +173,6 @@ def _trace(model: nn.Module, call: Call) -> Any:
             f"The model could not be traced by NNCF. Found {type(error).__name__}: {error}. "
             "Check that nncf.quantize without algorithm works on it."
         ) from error
-
-
-def _neutral_variance(eps: float, like: Tensor) -> Tensor:
-    """Find a variance for which variance + eps is 1 exactly in the model's dtype, so that the norm divides by 1."""
-    variance = torch.ones_like(like) - eps
-    for _ in range(4):
-        variance = variance + (1 - (variance + eps))
-    return variance
 
 
 def _module_of(model: nn.Module, parameter: str) -> nn.Module:
@@ -245,7 +245,7 @@ def _fold(model: nn.Module, found: FoldedNorm) -> None:
     layer.weight.copy_(W)
     model.get_parameter(found.bias).copy_(shift)
     norm.running_mean.zero_()
-    norm.running_var.copy_(_neutral_variance(norm.eps, norm.running_var))
+    norm.running_var.copy_(neutral_variance(norm.eps, norm.running_var))
     if norm.weight is not None:
         norm.weight.fill_(1)
 

@@ -105,7 +105,7 @@ def _quantize(
         check_version()
         check_model(model)
         inputs = images(model, request.items(), config)
-        source = read(model, inputs, bounded=config.bounded, rescales=config.hardware.activation_bits is not None)
+        source = read(model, inputs, config)
         problem = understand(source, inputs, config)
         targets = targets_of(teacher(source, problem.at), problem, config)
         start = initialize(sys.modules["qft_plugin.nncf"], problem, request, config)

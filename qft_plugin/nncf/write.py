@@ -12,10 +12,12 @@ from nncf.torch.quantization.extensions import QuantizedFunctionsCPU
 from nncf.torch.quantization.layers import AsymmetricQuantizer, PTQuantizerSpec, SQMultiply, SymmetricQuantizer
 from torch import Tensor, nn
 
-from qft_plugin.bounded import ChannelHardtanh
+from qft_plugin.bounded import ChannelHardtanh, on_axis
+from qft_plugin.channelwise import ChannelAffine, Rescaled
 from qft_plugin.graph import PINNED
 from qft_plugin.model import tensor_of
 from qft_plugin.nncf.attach import Placed
+from qft_plugin.norms import set_affine
 from qft_plugin.offline import DeployedWeight, Dof, deployed_weights, solve
 from qft_plugin.placement import ActivationGrid
 from qft_plugin.quantize import per_in
@@ -61,7 +63,7 @@ def write(placed: Placed, dof: Dof) -> nn.Module:
         _set_scale(module, replace(grid, zero_point=int(zero_point)), scale)
         for name in names:
             storage.set_submodule(name, module)
-    _unbound_channels(model, dof)
+    _restore_modules(model, dof)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
@@ -69,38 +71,66 @@ def write(placed: Placed, dof: Dof) -> nn.Module:
     return model
 
 
-def _unbound_channels(model: nn.Module, dof: Dof) -> None:
-    """Put every ReLU6 back, between two factors for each channel, so that the model keeps its modules and names.
+def _restore_modules(model: nn.Module, dof: Dof) -> None:
+    """Put back the modules that others stood for, so that the model keeps its modules and names.
 
-    min(max(x', low / c), high / c)  is  clip(x' * c, low, high) / c;  `SQMultiply` is NNCF's own multiplication, which
-    its config and state dict bring back.
+    A ReLU6 stands between two factors:  min(max(x', low / c), high / c)  is  clip(x' * c, low, high) / c.  A function
+    that no scale passes through has one behind it, and a BatchNorm absorbs them.
     """
     storage = get_hook_storage(model)
     for layer in dof.map.layers:
-        if layer.kind != "hardtanh":
+        if layer.kind not in ("hardtanh", "channel_affine"):
             continue
         path = layer.weight.rpartition(".")[0]
-        module = model.get_submodule(path)
-        assert isinstance(module, ChannelHardtanh)
-        model.set_submodule(path, module.original)
-        if not bool((layer.out_index != PINNED).any()):
-            continue
-        c = module.on_axis(module.original.max_val / module.high)
-        for op in layer.calls:
-            behind = [
-                (name, hook)
-                for name, hook in storage.named_hooks(remove_duplicate=False)
-                if decode_hook_name(name) == ("post_hooks", op, 0)
-            ]
-            for name, _ in behind:
-                storage.delete_hook(name)
-            storage.register_pre_function_hook(op, 0, _multiply(c))
-            for hook in [_multiply(1 / c), *(hook for _, hook in behind)]:
-                storage.register_post_function_hook(op, 0, hook)
+        module, free = model.get_submodule(path), bool((layer.out_index != PINNED).any())
+        if isinstance(module, ChannelHardtanh):
+            model.set_submodule(path, module.original)
+            c = on_axis(module.original.max_val / module.high, module.axis)
+            for op in layer.calls if free else ():
+                storage.register_pre_function_hook(op, 0, _multiply(c))
+                _multiply_behind(storage, op, 1 / c)
+        elif isinstance(module, Rescaled):
+            model.set_submodule(path, module.function)
+            for op, inside in zip(layer.calls, layer.inputs, strict=True):
+                own = inside.replace("/function/", "/", 1)
+                _move_hooks(storage, inside, own)
+                _move_hooks(storage, op, own)
+                if free:
+                    _multiply_behind(storage, own, on_axis(module.weight, module.axis))
+        else:
+            assert isinstance(module, ChannelAffine)
+            set_affine(module.original, module.weight, module.bias)
+            model.set_submodule(path, module.original)
+            for op in layer.calls:
+                _move_hooks(storage, op, op.replace("/channel_affine/", "/batch_norm/"))
+
+
+def _hooks_of(storage: Any, op: str) -> list[tuple[str, str, int, nn.Module]]:
+    """List the hooks of an operation: name, kind, port and module."""
+    hooks = storage.named_hooks(remove_duplicate=False)
+    found = [(name, *decode_hook_name(name), hook) for name, hook in hooks]
+    return [(name, kind, port, hook) for name, kind, where, port, hook in found if where == op]
+
+
+def _move_hooks(storage: Any, old: str, new: str) -> None:
+    """Give the hooks of one operation to another."""
+    for name, kind, port, hook in _hooks_of(storage, old):
+        storage.delete_hook(name)
+        add = storage.register_pre_function_hook if kind == "pre_hooks" else storage.register_post_function_hook
+        add(new, port, hook)
+
+
+def _multiply_behind(storage: Any, op: str, factor: Tensor) -> None:
+    """Multiply what an operation makes, before anything else that hooks do with it."""
+    behind = [(name, hook) for name, kind, port, hook in _hooks_of(storage, op) if (kind, port) == ("post_hooks", 0)]
+    for name, _ in behind:
+        storage.delete_hook(name)
+    for hook in [_multiply(factor), *(hook for _, hook in behind)]:
+        storage.register_post_function_hook(op, 0, hook)
 
 
 def _multiply(factor: Tensor) -> nn.Module:
-    """Return NNCF's multiplication by a constant."""
+    """Return NNCF's own multiplication by a constant, which its config and state dict bring back."""
     module: nn.Module = SQMultiply(tuple(factor.shape))
     module.to(factor.device)
     module.scale = factor.detach().clone()

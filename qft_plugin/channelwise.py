@@ -1,0 +1,142 @@
+"""A factor and a shift for each channel: they absorb cross-layer factors on both sides, like a 1x1 depthwise kernel.
+
+A BatchNorm that follows no layer is one. Behind a function that no scale passes through (SiLU, GELU, ...) one can be
+put: then the scale of what it makes differs by channel, explicitly, at the price of a multiplication that runtimes fuse
+into the quantizer behind it.
+"""
+
+from collections.abc import Container
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import wrap_torch_function
+
+from qft_plugin.bounded import channels_read, on_axis, replace_modules
+from qft_plugin.data import Call
+from qft_plugin.norms import NORMS, affine_of
+
+BARRIERS: Final = (
+    nn.SiLU,
+    nn.GELU,
+    nn.Hardswish,
+    nn.Mish,
+    nn.ELU,
+    nn.CELU,
+    nn.SELU,
+    nn.Softplus,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.Hardsigmoid,
+)
+"""Elementwise functions that no scale passes through."""
+
+
+@wrap_torch_function(lambda x, *_: (x,))
+def channel_affine(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int) -> Tensor:
+    """Multiply every channel by a factor and add a shift; a recorder sees one call.
+
+    Args:
+        x: an activation.
+        weight: `[channels]`.
+        bias: `[channels]`, or `None`.
+        axis: of the channels, counted from the last one (-1).
+    """
+    x = x * on_axis(weight, axis)
+    return x if bias is None else x + on_axis(bias, axis)
+
+
+class ChannelAffine(nn.Module):
+    """A BatchNorm in eval mode as a factor and a shift.
+
+    Attributes:
+        weight: `[channels]`.
+        bias: `[channels]`.
+        original: the BatchNorm that it stands for.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    original: nn.Module
+
+    def __init__(self, norm: nn.Module, *, axis: int) -> None:
+        """Take factor and shift of a BatchNorm.
+
+        Args:
+            norm: it has running statistics.
+            axis: of the channels, counted from the last one (-1).
+        """
+        super().__init__()
+        factor, shift = affine_of(norm)
+        self.register_buffer("weight", factor)
+        self.register_buffer("bias", shift)
+        self.axis = axis
+        self.__dict__["original"] = norm  # what it stands for is no part of it
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale and shift an activation."""
+        return channel_affine(x, self.weight, self.bias, self.axis)
+
+
+class Rescaled(nn.Module):
+    """A function with a factor for each channel behind it.
+
+    Attributes:
+        function: the function.
+        weight: `[channels]`, 1 at the start.
+    """
+
+    weight: Tensor
+
+    def __init__(self, function: nn.Module, channels: int, *, axis: int, like: Tensor) -> None:
+        """Start with factors of 1.
+
+        Args:
+            function: elementwise.
+            channels: of what it makes.
+            axis: of the channels, counted from the last one (-1).
+            like: decides device and dtype.
+        """
+        super().__init__()
+        self.function = function
+        self.register_buffer("weight", like.new_ones(channels))
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the function, then the factors."""
+        return channel_affine(self.function(x), self.weight, None, self.axis)
+
+
+@torch.no_grad()
+def free_channels(
+    model: nn.Module, call: Call, *, norms: bool, barriers: bool = False, only: Container[str] | None = None
+) -> bool:
+    """Let modules absorb cross-layer factors that could not before, in place.
+
+    A module that is called with different numbers of channels, or never, stays as it is.
+
+    Args:
+        model: a float network in eval mode that may be changed; its function does not.
+        call: arguments to run it with.
+        norms: those BatchNorms that no layer absorbed; call this after folding.
+        barriers: functions that no scale passes through get a factor behind them.
+        only: names of the modules to replace; `None` for all.
+
+    Returns:
+        Whether anything was replaced.
+    """
+    kinds = (*(NORMS if norms else ()), *(BARRIERS if barriers else ()))
+    found = [
+        m
+        for name, m in model.named_modules()
+        if type(m) in kinds and (only is None or name in only) and getattr(m, "running_var", 0) is not None
+    ]
+    replaced: dict[nn.Module, nn.Module] = {}
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    for module, (axis, channels) in channels_read(model, call, found).items():
+        if type(module) in NORMS:
+            replaced[module] = ChannelAffine(module, axis=axis)
+        else:
+            replaced[module] = Rescaled(module, channels, axis=axis, like=like)
+    replace_modules(model, replaced)
+    return bool(replaced)
