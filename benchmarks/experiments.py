@@ -7,6 +7,7 @@ drawn from the files by `benchmarks/figures.py`.
 """
 
 import argparse
+import functools
 import json
 import os
 import time
@@ -148,13 +149,19 @@ def kernel_errors(net: nn.Module) -> Iterator[dict[str, Any]]:
         yield {"label": name, "weights": W.numel(), **errors}
 
 
+@functools.cache
+def float_classes(real: real_networks.RealNetwork) -> Tensor:
+    """Return the class that the float network names for each test image."""
+    return real_networks.classes(real.net, real.test)
+
+
 def measure(host: str, net: nn.Module, real: real_networks.RealNetwork, config: QFTConfig, images: int) -> dict:
     """Quantize and compare with the float network on the test images."""
     batches = list(real.calibration[:images].split(DATASET_BATCH))
     wall, cpu = time.perf_counter(), time.process_time()
     model = QUANTIZE[host](net, batches, config)
     seconds = time.perf_counter() - wall, time.process_time() - cpu
-    expected, found = real_networks.classes(real.net, real.test), real_networks.classes(model, real.test)
+    expected, found = float_classes(real), real_networks.classes(model, real.test)
     top1, fp_top1 = (real_networks.percent(c == real.labels) for c in (found, expected))
     return {
         "agreement": round(real_networks.percent(found == expected), 2),
@@ -217,18 +224,21 @@ def main() -> None:
     parser.add_argument("--net", default="resnet20")
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--images-fed", type=int, default=FinetuneConfig().images_fed)
+    parser.add_argument("--test-images", type=int, default=10_000, help="of the curves; tables should use all")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="*", help="names of experiments")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     real = real_networks.load(args.real, args.net, FinetuneConfig().max_images)
+    real = replace(real, test=real.test[: args.test_images], labels=real.labels[: args.test_images])
     base = QFTConfig(finetune=FinetuneConfig(images_fed=args.images_fed))
     listed = experiments(base, args.images)
-    facts = {"net": args.net, "images_fed": args.images_fed, "seed": 0}
+    facts = {"net": args.net, "images_fed": args.images_fed, "test_images": len(real.test), "seed": 0}
     names = args.only or [*listed, "fig3_granularity", "skew"]
 
     def results(name: str) -> Results:
         command = f"python benchmarks/experiments.py --real DIR --net {args.net} --images-fed {args.images_fed}"
+        command += "" if len(real.test) == 10_000 else f" --test-images {args.test_images}"
         return Results(args.out / f"{name}_{args.net}.json", {**facts, "command": f"{command} --only {name}"})
 
     for name in names:

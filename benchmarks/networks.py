@@ -42,7 +42,7 @@ since these are not homogeneous, and a residual stream that LayerNorms read, sin
 layer behind a LayerNorm is free: its gamma and beta absorb the factor. So is what attention makes: it has the scales of
 the values.
 `nn.MultiheadAttention` is one operation as torch records it, and its projections are not counted.
-A BatchNorm that follows no layer (DenseNet) is a barrier.
+With `HardwareSpec(activation_scale="explicit")` layers behind SiLU, GELU and Hardswish modules are free too.
 """
 
 
@@ -73,7 +73,7 @@ def shares(graph: LayerGraph, dof_map: DofMap) -> Shares:
         dof_map: its map.
     """
     raw = _before_any_layer(graph, dof_map)
-    layers = [la for la in dof_map.layers if la.kind != "layer_norm" and not raw.issuperset(la.inputs)]
+    layers = [la for la in dof_map.layers if la.is_kernel and not raw.issuperset(la.inputs)]
     pinned = [la for la in layers if bool((la.in_index == PINNED).any())]
     edges = {e.name: e for e in dof_map.edges if e.name not in graph.inputs}
     why = Counter(edges[la.inputs[0]].reason for la in pinned)

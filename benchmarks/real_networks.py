@@ -12,7 +12,7 @@ from torch import Tensor, nn
 BATCH = 500
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RealNetwork:
     """A pretrained network with its images.
 

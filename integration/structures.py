@@ -14,6 +14,7 @@ from nets import as_positional, settled
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qft_plugin.bounded import free_bounds
 from qft_plugin.channelwise import free_channels
 from qft_plugin.norms import merge_norms
 from qft_plugin.record import record
@@ -889,14 +890,14 @@ STRUCTURES: dict[str, Structure] = {
     "resnet18": Structure(lambda: ResNet(BasicBlock, (8, 12, 16)), IMAGE, free=15),
     "resnet50": Structure(lambda: ResNet(Bottleneck, (16, 24, 32)), IMAGE, free=22),
     "vgg": Structure(VGG, IMAGE, free=5),
-    "mobilenet_v2": Structure(MobileNetV2, IMAGE, free=3),
+    "mobilenet_v2": Structure(MobileNetV2, IMAGE, free=13),
     "mobilenet_v3": Structure(MobileNetV3, IMAGE, free=13),
     "mnasnet": Structure(MnasNet, IMAGE, free=16),
     "regnet_x": Structure(lambda: RegNet(se=False), IMAGE, free=15),
     "regnet_y": Structure(lambda: RegNet(se=True), IMAGE, free=23),
     "efficientnet": Structure(EfficientNet, IMAGE, free=3),
     "shufflenet_v2": Structure(ShuffleNetV2, IMAGE, free=21),
-    "densenet": Structure(DenseNet, IMAGE, free=6),
+    "densenet": Structure(DenseNet, IMAGE, free=14),
     "googlenet": Structure(GoogLeNet, IMAGE, free=21),
     "inception_v3": Structure(InceptionV3, IMAGE, free=15),
     "squeezenet": Structure(SqueezeNet, IMAGE, free=10),
@@ -947,5 +948,6 @@ def folded_norms(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     model, item = build(name).double(), items(name, batches=1, size=2)[0]
     inputs = tuple(t.double() if t.is_floating_point() else t for t in (item if isinstance(item, tuple) else (item,)))
     merge_norms(model, model, record(model, (inputs, {})))
+    free_bounds(model, (inputs, {}))
     free_channels(model, (inputs, {}), norms=True)
     return model, inputs

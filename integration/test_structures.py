@@ -38,7 +38,7 @@ def test_factors_fold(name, kind):
     """Factors of any size, folded into the weights on both sides, leave every output as it is."""
     model, inputs = structures.folded_norms(name)
     dof_map = map_dof(record(model, (inputs, {})))
-    parameters = dict(model.named_parameters())
+    parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if kind == "normal":
         log_c = 0.5 * torch.randn(dof_map.size, dtype=torch.float64)
     else:
