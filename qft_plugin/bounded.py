@@ -4,6 +4,7 @@ With x' = x / c the function  min(max(x, low), high)  becomes  c * min(max(x', l
 as soon as its bounds are scaled with the channel, so that bounds absorb any cross-layer factor, as a bias does.
 """
 
+import copy
 from collections.abc import Container, Mapping, Sequence
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from torch.overrides import wrap_torch_function
 
 from qft_plugin.data import Call
 from qft_plugin.graph import channel_axis
+from qft_plugin.model import SAME, largest_change, tensors_in
 from qft_plugin.norms import NORMS
 from qft_plugin.quantize import same_layout
 
@@ -97,6 +99,11 @@ class ChannelHardtanh(nn.Module):
         """Clip an activation."""
         return hardtanh(x, self.low, self.high, self.axis, self.from_zero)
 
+    def factor(self) -> Tensor:
+        """Return the factor that has made the bounds of each channel of the original ones, `[channels]`."""
+        o = self.original
+        return o.max_val / self.high if o.max_val else o.min_val / self.low
+
     def extra_repr(self) -> str:
         """Show the smallest and the largest bound."""
         return f"{float(self.low.amin()):g}..{float(self.high.amax()):g}, channels={self.high.numel()}"
@@ -134,6 +141,18 @@ def free_bounds(model: nn.Module, call: Call, *, only: Container[str] | None = N
 
 
 @torch.no_grad()
+def freed(model: nn.Module, call: Call) -> nn.Module:
+    """Return a copy after `free_bounds`, or the model itself where that changes what it computes.
+
+    A function may be called for what it does in place alone, its result dropped; what stands in its place returns it.
+    """
+    copied = copy.deepcopy(model)
+    free_bounds(copied, call)
+    outputs = (list(tensors_in(m(*call[0], **call[1]))) for m in (model, copied))
+    return copied if largest_change(*outputs) <= SAME else model
+
+
+@torch.no_grad()
 def channels_read(model: nn.Module, call: Call, modules: Sequence[nn.Module]) -> dict[nn.Module, tuple[int, int]]:
     """Find the axis, counted from the last one, and the number of the channels that elementwise modules read.
 
@@ -148,15 +167,18 @@ def channels_read(model: nn.Module, call: Call, modules: Sequence[nn.Module]) ->
     shapes: dict[nn.Module, set[tuple[int, int]]] = {}
     sequences = any(isinstance(m, (nn.Conv1d, nn.ConvTranspose1d)) for m in model.modules())
 
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0]
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = [*args, *kwargs.values()][0]
         first = isinstance(module, NORMS) or (x.dim() == 3 and sequences)
         axis = 1 if first else channel_axis(tuple(x.shape))
         shapes.setdefault(module, set()).add((axis - x.dim(), x.shape[axis]))
 
-    handles = [module.register_forward_pre_hook(note) for module in modules]
+    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
     try:
         model(*call[0], **call[1])
+        # Once more with one image: what changes with their number are no channels.
+        args, kwargs = call
+        model(*(t[:1] for t in args), **{name: t[:1] for name, t in kwargs.items()})
     finally:
         for handle in handles:
             handle.remove()
@@ -166,8 +188,8 @@ def channels_read(model: nn.Module, call: Call, modules: Sequence[nn.Module]) ->
 def replace_modules(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None:
     """Put modules into the places of others, wherever these stand in a model."""
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if child in replaced and parent is not replaced[child]:
+        for name, child in list(parent._modules.items()):  # a child may stand under two names
+            if child is not None and child in replaced and parent is not replaced[child]:
                 setattr(parent, name, replaced[child])
 
 

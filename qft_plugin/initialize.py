@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qft_plugin.graph import PINNED, DofMap, Layer
-from qft_plugin.quantize import TRANSPOSED_KINDS, quantize_factor, to_integer
+from qft_plugin.quantize import TRANSPOSED_KINDS, per_in, quantize_factor, to_integer
 
 SMALLEST_SCALE: Final = 1e-12
 """Keeps the scale of an all-zero slice positive; its integers are 0 whatever the scale is."""
@@ -25,6 +25,9 @@ APQ_TRIAL: Final = 2
 
 MSE_CANDIDATES: Final = 80
 
+SAME_FACTOR: Final = 1e-4
+"""Relative distance below which a rescale factor is one that the hardware can hold: logarithms round."""
+
 
 def range_max(x: Tensor, *, low: int, high: int) -> Tensor:
     """Choose the smallest scale that clips nothing (naive max).
@@ -37,7 +40,7 @@ def range_max(x: Tensor, *, low: int, high: int) -> Tensor:
     Returns:
         The scale, `[]`, real per step.
     """
-    scale = x.amax() / high
+    scale = x.amax() / high if high > 0 else x.new_zeros(())
     if low < 0:
         scale = torch.maximum(scale, x.amin() / low)
     return scale.clamp(min=SMALLEST_SCALE)
@@ -55,7 +58,7 @@ def range_mse(x: Tensor, *, low: int, high: int) -> Tensor:
         The scale, `[]`, real per step.
     """
     flat = x.flatten()
-    scales = range_max(x, low=low, high=high) * torch.linspace(0.1, 1, MSE_CANDIDATES, dtype=x.dtype)
+    scales = range_max(x, low=low, high=high) * torch.linspace(0.1, 1, MSE_CANDIDATES, dtype=x.dtype, device=x.device)
     errors = [(to_integer(flat, s, low=low, high=high) * s - flat).square().sum() for s in scales]
     return scales[int(torch.stack(errors).argmin())]
 
@@ -281,8 +284,12 @@ def doubly_scales(W: Tensor, layer: Layer, *, bits: int) -> tuple[Tensor, Tensor
     return torch.cat([S for S, _ in pairs]), torch.cat([T for _, T in pairs])
 
 
-def nearest_factor(W: Tensor, layer: Layer, F: Tensor, *, unit: float, kind: str | int, bits: int) -> Tensor:
+def nearest_factor(
+    W: Tensor, layer: Layer, F: Tensor, *, unit: float, kind: str | int, bits: int, scale_in: Tensor | None = None
+) -> Tensor:
     """Choose the rescale factor that hardware can multiply by and that rounds a weight best.
+
+    A factor that is one already, as in a model that was trained before, stays.
 
     Args:
         W: the weight, real units.
@@ -291,6 +298,8 @@ def nearest_factor(W: Tensor, layer: Layer, F: Tensor, *, unit: float, kind: str
         unit: the weight's step over the factor.
         kind: see `quantize.quantize_factor`.
         bits: bit width of the weight.
+        scale_in: left scale of a doubly per-channel kernel, `[in]`. The error is then that of W / scale_in,
+            which is the kernel's own up to the weight of its columns.
 
     Returns:
         Of the shape of `F`.
@@ -298,8 +307,12 @@ def nearest_factor(W: Tensor, layer: Layer, F: Tensor, *, unit: float, kind: str
     if kind != "power_of_two":
         return quantize_factor(F, kind)
     high = 2 ** (bits - 1) - 1
+    if scale_in is not None:
+        W = W / per_in(scale_in, W, groups=layer.groups, kind=layer.kind)
     slices = out_slices(W, kind=layer.kind, groups=layer.groups) if F.dim() else W.reshape(1, -1)
+    held = quantize_factor(F, kind)
     candidates = torch.stack([torch.exp2(F.log2().floor() + k) for k in (0, 1)])
     steps = (candidates * unit).reshape(2, -1, 1)
     errors = [(to_integer(slices, s, low=-high, high=high) * s - slices).square().sum(1) for s in steps]
-    return torch.where((errors[0] <= errors[1]).reshape(F.shape), candidates[0], candidates[1])
+    better = torch.where((errors[0] <= errors[1]).reshape(F.shape), candidates[0], candidates[1])
+    return torch.where(torch.isclose(held, F, rtol=SAME_FACTOR, atol=0), held, better)

@@ -248,11 +248,11 @@ def train(
     result = None
     if settings is not None and targets is not None:
         result = _finetuned(start, problem, targets, settings, callback)
-    _check_accumulators(dof)
+    check_accumulators(dof)
     return result
 
 
-def _check_accumulators(dof: Dof) -> None:
+def check_accumulators(dof: Dof) -> None:
     """Warn of every layer whose accumulator could overflow."""
     width = dof.hardware.accumulator_bits
     if width is None:
@@ -537,6 +537,7 @@ def _weight_grids(
         if s_in is not None and s_out is not None:
             F_unit = activations[s_out].scale / activations[s_in].scale
             kind = config.hardware.rescale_factor
-            scale = nearest_factor(W, layer, scale / F_unit, unit=F_unit, kind=kind, bits=width) * F_unit
+            F = nearest_factor(W, layer, scale / F_unit, unit=F_unit, kind=kind, bits=width, scale_in=scale_in)
+            scale = F * F_unit
         grids[layer.weight] = WeightGrid(bits=width, scale=scale, s_in=s_in, s_out=s_out, scale_in=scale_in)
     return grids

@@ -231,7 +231,7 @@ MATRIX_PRODUCTS: Final = frozenset(["matmul", "bmm", "mm", "__matmul__"])
 LAYERS: Final = frozenset(
     ["linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
 )
-BOUNDED: Final = frozenset(["relu6", "hardtanh", "clamp", "clip"])
+HAS_BOUNDS: Final = frozenset(["relu6", "clamp", "clip"])
 ABSORBS: Final = frozenset(["layer_norm", "rms_norm", "hardtanh", "channel_affine"])
 """Beside the layers: their parameters absorb a factor of the output."""
 
@@ -247,7 +247,7 @@ def apply_rule(solver: Solver, op: Op) -> None:
         return
     rule = _rule(op.function)
     if rule is None:
-        words = "has a bound that would differ by channel" if op.function in BOUNDED else "is not homogeneous"
+        words = "has one bound for all channels" if op.function in HAS_BOUNDS else "is not homogeneous"
         _barrier(solver, op, f"{op.function} {words}")
         return
     try:
@@ -496,7 +496,7 @@ def _bounded(solver: Solver, op: Op) -> None:
     """A function with bounds is homogeneous where each channel has bounds of its own, which are scaled with it."""
     low, high = op.argument(1, "low"), op.argument(2, "high")
     if not isinstance(low, Const) or not isinstance(high, Const):
-        raise _NotExpressibleError("has a bound that would differ by channel, and is not a module of its own")
+        raise _NotExpressibleError("has one bound for all channels")
     shadow = solver.shadows[op.inputs[0]]
     axis = int(op.argument(3, "axis"))
     channel = solver.per_channel(shadow, axis)

@@ -95,6 +95,12 @@ class HardwareSpec:
             _choice(self, "rescale_factor", ("float", "power_of_two"))
         else:
             _number(self, "rescale_factor", at_least=2, at_most=24, whole=True)
+        integers = (self.bias_bits, self.accumulator_bits, None if self.rescale_factor == "float" else 0)
+        if self.activation_bits is None and integers != (None, None, None):
+            raise ConfigError(
+                "HardwareSpec.bias_bits, accumulator_bits and rescale_factor should be left at their defaults where "
+                "activation_bits is None: there is no integer accumulator."
+            )
         if self.doubly_per_channel and self.bias_bits is not None:
             raise ConfigError(
                 "HardwareSpec.bias_bits should be None with doubly_per_channel: such a kernel has no accumulator in "
@@ -235,6 +241,9 @@ class QFTConfig:
     finetune: FinetuneConfig | None = field(default_factory=FinetuneConfig)
 
     def __post_init__(self) -> None:
+        _instance(self, "hardware", HardwareSpec)
+        if self.finetune is not None:
+            _instance(self, "finetune", FinetuneConfig)
         for name in ("weight_bits", "small_layer_bits"):
             _number(self, name, at_least=2, at_most=8, whole=True)
         _number(self, "small_layer_share", at_least=0, at_most=1)
@@ -258,9 +267,17 @@ class QFTConfig:
                 "QFTConfig.layer_activation_bits should be empty where HardwareSpec.activation_bits is None. "
                 f"Found {dict(self.layer_activation_bits)}."
             )
-        _instance(self, "hardware", HardwareSpec)
-        if self.finetune is not None:
-            _instance(self, "finetune", FinetuneConfig)
+        if self.rounding != "ste" and self.finetune is not None and self.finetune.blocks:
+            raise ConfigError(
+                'FinetuneConfig.blocks should be empty unless QFTConfig.rounding is "ste": other elements decide over '
+                f"the whole of a training. Found {list(self.finetune.blocks)} with {self.rounding!r}."
+            )
+        shifts = "power_of_two" in (self.hardware.rescale_factor, self.hardware.elementwise_rescale)
+        if self.rounding == "soft" and shifts:
+            raise ConfigError(
+                'QFTConfig.rounding should not be "soft" with scales that are powers of two: its integers do not '
+                'follow a step that doubles. Use "ste".'
+            )
 
     def weight_bits_of(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Choose the bit width of every layer.

@@ -91,6 +91,8 @@ def link_on(model: nn.Module, call: Call, *, explicit: bool = False) -> Source:
     factors = shared_factors(model)
     assert factors is not None
     factors.explicit = explicit
+    if before is not None:
+        factors.bias_bits = before.bias_bits
     for name, weight in source.weights.items():
         if weight.in_index is not None:
             take_plain_inputs(model.get_submodule(name.rpartition(".")[0]))

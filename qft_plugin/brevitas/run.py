@@ -18,7 +18,16 @@ from qft_plugin.data import Call, Inputs, as_call
 from qft_plugin.errors import ConfigError
 from qft_plugin.finetune import FinetuneResult
 from qft_plugin.model import accepts, check_finite, check_model
-from qft_plugin.pipeline import Callback, Problem, images, start, targets_of, train, understand
+from qft_plugin.pipeline import (
+    Callback,
+    Problem,
+    check_accumulators,
+    images,
+    start,
+    targets_of,
+    train,
+    understand,
+)
 from qft_plugin.pipeline import initialize as initialized
 from qft_plugin.spec import QFTConfig
 
@@ -166,7 +175,10 @@ def _understood(model: nn.Module, inputs: Inputs, config: QFTConfig) -> tuple[So
 def _initialize(model: nn.Module, inputs: Inputs, config: QFTConfig) -> None:
     source, problem = _understood(model, inputs, config)
     request = Request(calibrate=True)
-    write(model, source, initialized(sys.modules["qft_plugin.brevitas"], problem, request, config))
+    begin = initialized(sys.modules["qft_plugin.brevitas"], problem, request, config)
+    if config.finetune is None:
+        check_accumulators(begin.dof)
+    write(model, source, begin)
 
 
 def _finetune(

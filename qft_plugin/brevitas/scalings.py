@@ -28,6 +28,14 @@ class CrossLayerFactors(nn.Module):
         self.bias_bits: int | None = None  # what the biases were trained for
         self.explicit = False  # whether scales are free behind functions that no scale passes through
 
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what a state dict holds beside the factors."""
+        return {"bias_bits": self.bias_bits, "explicit": self.explicit}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        self.bias_bits, self.explicit = state["bias_bits"], state["explicit"]
+
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
     ) -> None:

@@ -113,7 +113,7 @@ def _quantize_activations(model: fx.GraphModule, layers: list[fx.Node], inputs: 
         source = _quantized_node(model, node.all_input_nodes[0])
         bits[source] = max(bits.get(source, 0), wanted[f"{node.target}.weight"])
     for node in _additions(model) if config.hardware.quantizes_addends else ():
-        for before in node.all_input_nodes:
+        for before in node.all_input_nodes if node in signs.floating else ():
             bits.setdefault(_quantized_node(model, before), config.hardware.activation_bits or 8)
     for number, (node, width) in enumerate(bits.items()):
         _quantize_activation(model, node, number, signed=node in signs.negative, bits=width)
@@ -162,16 +162,19 @@ def _positional(model: fx.GraphModule, args: tuple[Tensor, ...], kwargs: dict[st
 
 
 class _Signs(fx.Interpreter):
-    """Runs a model and remembers which operations ever gave a negative number."""
+    """Runs a model and remembers which operations gave numbers that are not whole, and which ever a negative one."""
 
     def __init__(self, model: fx.GraphModule) -> None:
         super().__init__(model)
         self.negative: set[fx.Node] = set()
+        self.floating: set[fx.Node] = set()
 
     def run_node(self, node: fx.Node) -> Any:
         result = super().run_node(node)
-        if isinstance(result, Tensor) and result.is_floating_point() and bool((result < 0).any()):
-            self.negative.add(node)
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.floating.add(node)
+            if bool((result < 0).any()):
+                self.negative.add(node)
         return result
 
 

@@ -126,8 +126,8 @@ def fold(model: nn.Module, *, bias_bits: int | None = None) -> nn.Module:
         raise ConfigError(f"bias_bits should be a whole number from 2 to 32, or None. Found {bias_bits!r}.")
     dof_map = dof_map_of(model)
     trained = shared_factors(model)
-    if bias_bits is None and trained is not None:
-        bias_bits = trained.bias_bits
+    assert trained is not None
+    bits = trained.bias_bits if bias_bits is None else bias_bits
     folded = copy.deepcopy(model).eval()
     scalings = {name: s for name, m in folded.named_modules() if (s := weight_scaling(m)) is not None}
     integers = weight_integers(folded)
@@ -141,8 +141,10 @@ def fold(model: nn.Module, *, bias_bits: int | None = None) -> nn.Module:
     for name, module in folded.named_modules():
         if name in scalings:
             _fix_weight(module, scalings[name], integers[f"{name}.weight"], proxies)
-            if bias_bits is not None and module.bias is not None:
-                _fix_bias(name, module, scalings[name], bias_bits)
+            # Training leaves the biases of layers without an accumulator in float; who asks for them here is told.
+            asked = bias_bits is not None or not _missing_accumulator(scalings[name])
+            if bits is not None and module.bias is not None and asked:
+                _fix_bias(name, module, scalings[name], bits)
     for module in list(folded.modules()):
         for attribute in ("input_quant", "act_quant", "output_quant"):
             proxy = getattr(module, attribute, None)
@@ -193,15 +195,19 @@ def _fix_weight(layer: Any, scaling: WeightScaling, integers: Tensor, proxies: d
     layer.weight.copy_(integers * layer.weight_quant.scale())
 
 
-def _fix_bias(name: str, layer: Any, scaling: WeightScaling, bits: int) -> None:
-    """Quantize a bias with the scale of the accumulator,  S_acc = s_in * S_w  (Eq. 8)."""
-    before = scaling.neighbours.before
+def _missing_accumulator(scaling: WeightScaling) -> str:
+    """Say why a layer has no accumulator in one scale; empty where it has."""
     problems = {
-        "its input is not quantized": before is None,
+        "its input is not quantized": scaling.neighbours.before is None,
         "the scale of its weight differs by input channel": scaling.log_L is not None,
         "it is called on activations of several quantizers": not scaling.neighbours.one_input,
     }
-    why = ", ".join(words for words, holds in problems.items() if holds)
+    return ", ".join(words for words, holds in problems.items() if holds)
+
+
+def _fix_bias(name: str, layer: Any, scaling: WeightScaling, bits: int) -> None:
+    """Quantize a bias with the scale of the accumulator,  S_acc = s_in * S_w  (Eq. 8)."""
+    before, why = scaling.neighbours.before, _missing_accumulator(scaling)
     if before is None or why:
         raise DeployabilityError(
             f"Layer {name}: its bias should have the scale of the accumulator. Found none: {why}. "
@@ -209,11 +215,12 @@ def _fix_bias(name: str, layer: Any, scaling: WeightScaling, bits: int) -> None:
         )
     largest = 2.0 ** (bits - 1)
     scale = (before.log_s.exp() * scaling.folded_step()).expand(layer.bias.shape if scaling.per_channel else ())
-    steps = float((layer.bias / scale).abs().max().round())
-    if steps >= largest:
+    steps = (layer.bias / scale).round()
+    peak = int(max(float(steps.amax()), -float(steps.amin()) - 1))
+    if peak >= largest:
         raise DeployabilityError(
-            f"Layer {name}: its bias should fit {bits} bits of the accumulator's scale. Found {steps:.0f} steps. "
-            f"Pass bias_bits={int(steps).bit_length() + 1} or more."
+            f"Layer {name}: its bias should fit {bits} bits of the accumulator's scale. Found {peak} steps. "
+            f"Pass bias_bits={peak.bit_length() + 1} or more."
         )
     injector = FoldedBias.let(bit_width=bits, scaling_init=scale * largest, scaling_shape=tuple(scale.shape))
     layer.bias_quant = injector.proxy_class(layer, injector)

@@ -109,8 +109,8 @@ def place(source: Source, tensors: Mapping[str, Tensor], request: Request, input
                 weight_hooks[what.name] = (*weight_hooks.get(what.name, ()), *names)
                 before = weights.get(what.name, WeightPlace(per_channel=True)).per_channel
                 each = channels == _out_channels(tensors, source, what)
-                kernel = is_kernel_weight(source, what)
-                weights[what.name] = WeightPlace(before and each, doubly=hardware.doubly_per_channel and kernel)
+                doubly = hardware.doubly_per_channel and before and each and is_kernel_weight(source, what)
+                weights[what.name] = WeightPlace(before and each, doubly=doubly)
             continue
         grid = _activation_grid(hook)
         if grid is None:

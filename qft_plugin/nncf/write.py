@@ -12,7 +12,7 @@ from nncf.torch.quantization.extensions import QuantizedFunctionsCPU
 from nncf.torch.quantization.layers import AsymmetricQuantizer, PTQuantizerSpec, SQMultiply, SymmetricQuantizer
 from torch import Tensor, nn
 
-from qft_plugin.bounded import ChannelHardtanh, on_axis
+from qft_plugin.bounded import ChannelHardtanh, on_axis, replace_modules
 from qft_plugin.channelwise import ChannelAffine, Rescaled
 from qft_plugin.graph import PINNED
 from qft_plugin.model import tensor_of
@@ -63,10 +63,10 @@ def write(placed: Placed, dof: Dof) -> nn.Module:
         _set_scale(module, replace(grid, zero_point=int(zero_point)), scale)
         for name in names:
             storage.set_submodule(name, module)
-    _restore_modules(model, dof)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
+    _restore_modules(model, dof)
     model.eval()
     return model
 
@@ -84,13 +84,13 @@ def _restore_modules(model: nn.Module, dof: Dof) -> None:
         path = layer.weight.rpartition(".")[0]
         module, free = model.get_submodule(path), bool((layer.out_index != PINNED).any())
         if isinstance(module, ChannelHardtanh):
-            model.set_submodule(path, module.original)
-            c = on_axis(module.original.max_val / module.high, module.axis)
+            replace_modules(model, {module: module.original})
+            c = on_axis(module.factor(), module.axis)
             for op in layer.calls if free else ():
                 storage.register_pre_function_hook(op, 0, _multiply(c))
                 _multiply_behind(storage, op, 1 / c)
         elif isinstance(module, Rescaled):
-            model.set_submodule(path, module.function)
+            replace_modules(model, {module: module.function})
             for op, inside in zip(layer.calls, layer.inputs, strict=True):
                 own = inside.replace("/function/", "/", 1)
                 _move_hooks(storage, inside, own)
@@ -100,7 +100,7 @@ def _restore_modules(model: nn.Module, dof: Dof) -> None:
         else:
             assert isinstance(module, ChannelAffine)
             set_affine(module.original, module.weight, module.bias)
-            model.set_submodule(path, module.original)
+            replace_modules(model, {module: module.original})
             for op in layer.calls:
                 _move_hooks(storage, op, op.replace("/channel_affine/", "/batch_norm/"))
 
@@ -134,6 +134,7 @@ def _multiply(factor: Tensor) -> nn.Module:
     module: nn.Module = SQMultiply(tuple(factor.shape))
     module.to(factor.device)
     module.scale = factor.detach().clone()
+    module.requires_grad_(False)  # the two around a ReLU6 belong together
     return module
 
 
