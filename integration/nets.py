@@ -61,6 +61,25 @@ class Inverted(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Preactivation(nn.Module):
+    """BatchNorms in front of the layers, as in DenseNet, one ReLU6 module for all blocks, and a SiLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU6()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm1, self.conv1 = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.norm2, self.conv2 = nn.BatchNorm2d(16), nn.Conv2d(16, 8, 1)
+        self.conv3, self.silu = nn.Conv2d(8, 8, 1), nn.SiLU()
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.cat([x, self.act(self.conv1(torch.relu(self.norm1(x))))], 1)
+        x = self.act(self.conv2(torch.relu(self.norm2(x))))
+        return self.head(self.silu(self.conv3(x)).mean((2, 3)))
+
+
 class Branches(nn.Module):
     """A concatenation, a pool, and a flatten by `view` before a linear layer."""
 
@@ -296,6 +315,7 @@ NETS: dict[str, Net] = {
     "residual": Net(Residual, IMAGE, 4),
     "in_place": Net(InPlace, IMAGE, 4),
     "inverted": Net(Inverted, IMAGE, 4),
+    "preactivation": Net(Preactivation, IMAGE, 4),
     "branches": Net(Branches, IMAGE, 3),
     "grouped": Net(Grouped, IMAGE, 3),
     "transposed": Net(Transposed, IMAGE, 4, not_int8=1),  # OpenVINO has no int8 kernel for the grouped transposed one

@@ -9,7 +9,7 @@ from conftest import few_steps, four_bits, relative_error
 
 from qft_plugin.model import tensors_in
 
-NETS = ["residual", "branches", "grouped", "one_d", "linear_only", "bias_and_norm"]
+NETS = ["residual", "preactivation", "branches", "grouped", "one_d", "linear_only", "bias_and_norm"]
 """Networks that both hosts take; the others use something that one of them cannot trace."""
 
 LAST_BIT = 1e-6

@@ -20,21 +20,33 @@ from qft_plugin.quantize import TRANSPOSED_KINDS, per_in, per_out
 class CrossLayerFactors(nn.Module):
     """The cross-layer factors of a linked model, one for each variable of its DoF map."""
 
+    settings: Tensor
+
     def __init__(self, log_c: Tensor, dof_map: DofMap) -> None:
         """Start from logarithms, `[dof_map.size]`."""
         super().__init__()
         self.log_c = nn.Parameter(log_c)
         self.dof_map = dof_map
-        self.bias_bits: int | None = None  # what the biases were trained for
-        self.explicit = False  # whether scales are free behind functions that no scale passes through
+        # A buffer, so that a state dict brings it back: bits of the biases (0: float), whether scales are explicit.
+        self.register_buffer("settings", torch.tensor([0, 0]))
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return what a state dict holds beside the factors."""
-        return {"bias_bits": self.bias_bits, "explicit": self.explicit}
+    @property
+    def bias_bits(self) -> int | None:
+        """Bit width that the biases were trained for, `None` for floats."""
+        return int(self.settings[0]) or None
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take it back."""
-        self.bias_bits, self.explicit = state["bias_bits"], state["explicit"]
+    @bias_bits.setter
+    def bias_bits(self, bits: int | None) -> None:
+        self.settings[0] = bits or 0
+
+    @property
+    def explicit(self) -> bool:
+        """Whether scales are free behind functions that no scale passes through."""
+        return bool(self.settings[1])
+
+    @explicit.setter
+    def explicit(self, free: bool) -> None:
+        self.settings[1] = int(free)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
