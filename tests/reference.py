@@ -129,6 +129,66 @@ def linear_integers(x_int: np.ndarray, W_int: np.ndarray, bias_int: np.ndarray) 
     return acc
 
 
+def conv_integers(
+    x_int: np.ndarray,
+    W_int: np.ndarray,
+    bias_int: np.ndarray,
+    *,
+    zero_point: int,
+    padding: int = 0,
+    stride: int = 1,
+    groups: int = 1,
+) -> np.ndarray:
+    """The accumulator of a 2-d convolution, one multiply-accumulate at a time; padding holds the real 0, which is Z."""
+    images, _, height, width = x_int.shape
+    outs, per_group, kh, kw = W_int.shape
+    padded = np.full((images, x_int.shape[1], height + 2 * padding, width + 2 * padding), zero_point, dtype=np.int64)
+    padded[:, :, padding : padding + height, padding : padding + width] = x_int
+    size = (padded.shape[2] - kh) // stride + 1, (padded.shape[3] - kw) // stride + 1
+    acc = np.zeros((images, outs, *size), dtype=np.int64)
+    for n, o, y, x in np.ndindex(acc.shape):
+        acc[n, o, y, x] = bias_int[o]
+        for i, dy, dx in np.ndindex(per_group, kh, kw):
+            channel = (o // (outs // groups)) * per_group + i
+            acc[n, o, y, x] += W_int[o, i, dy, dx] * padded[n, channel, y * stride + dy, x * stride + dx]
+    return acc
+
+
+def transposed_conv_integers(
+    x_int: np.ndarray,
+    W_int: np.ndarray,
+    bias_int: np.ndarray,
+    *,
+    zero_point: int,
+    padding: int = 0,
+    stride: int = 1,
+    groups: int = 1,
+) -> np.ndarray:
+    """The same of a transposed convolution: an ordinary one, of the flipped kernel, over an input with Z between and
+    around its values.
+    """
+    images, ins, height, width = x_int.shape
+    per_group, kh, kw = W_int.shape[1:]
+    spread = np.full((images, ins, (height - 1) * stride + 1, (width - 1) * stride + 1), zero_point, dtype=np.int64)
+    spread[:, :, ::stride, ::stride] = x_int
+    flipped = np.zeros((per_group * groups, ins // groups, kh, kw), dtype=np.int64)
+    for o, i, dy, dx in np.ndindex(flipped.shape):
+        channel = (o // per_group) * (ins // groups) + i
+        flipped[o, i, dy, dx] = W_int[channel, o % per_group, kh - 1 - dy, kw - 1 - dx]
+    return conv_integers(spread, flipped, bias_int, zero_point=zero_point, padding=kh - 1 - padding, groups=groups)
+
+
+def widest_sum(W_int: np.ndarray, bias_int: int, low: int, high: int) -> tuple[int, int]:
+    """The smallest and the largest number that an accumulator can hold on its way, whatever comes first.
+
+    Every subset of the products, each with either end of the grid of its input, with and without the bias.
+    """
+    sums = {0, bias_int}
+    for w in W_int.flat:
+        sums |= {s + int(w) * q for s in sums for q in (low, high)}
+    return min(sums), max(sums)
+
+
 def smallest_dropped(u: np.ndarray, count: int) -> np.ndarray:
     """Unstructured sparsity: the `count` smallest magnitudes become 0, of equal ones those that come first."""
     kept = np.ones(u.size, dtype=bool)

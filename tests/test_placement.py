@@ -11,9 +11,11 @@ from qft_plugin.dof_map import map_dof
 from qft_plugin.errors import ConfigError
 from qft_plugin.graph import LayerGraph, Op, Ref
 from qft_plugin.placement import (
+    ActivationGrid,
     ComparedInput,
     Comparison,
     Placement,
+    addends,
     backbone_output,
     comparison,
     quantizer_after,
@@ -94,6 +96,153 @@ def test_no_quantizer_is_found_through_a_join() -> None:
     )
     placement = placed({"a": "q"}, {("sum", 1): "p"})
     assert quantizer_before(graph, placement, map_dof(graph).layer("b.weight")) is None
+
+
+def add(name: str, *inputs: str, function: str = "add") -> Op:
+    """Return an addition written by hand."""
+    return Op(name, function, inputs, (name,), tuple(Ref(i) for i in range(len(inputs))))
+
+
+def residuals() -> LayerGraph:
+    """Write down: a + b -> s1 -> relu -> r1; pool(r1) + c(r1) -> s2; s2 + 1 -> plus; d - e -> s3; plus + plus -> s4."""
+    return chain(
+        conv_op("a", "x", shape=(4, 4)),
+        conv_op("b", "x", shape=(4, 4)),
+        add("s1", "a", "b"),
+        unary_op("r1", "relu", "s1"),
+        conv_op("c", "r1", shape=(4, 4)),
+        unary_op("pool", "max_pool2d", "r1", 1),
+        add("s2", "pool", "c", function="__iadd__"),
+        add("plus", "s2"),
+        conv_op("d", "plus", shape=(4, 4)),
+        conv_op("e", "plus", shape=(4, 4)),
+        add("s3", "d", "e", function="sub"),
+        add("s4", "plus", "plus"),
+        shapes=dict.fromkeys(["x", "a", "b", "s1", "r1", "c", "pool", "s2", "plus", "d", "e", "s3", "s4"], MAP),
+        outputs=("s3", "s4"),
+    )
+
+
+def quantized(*tensors: str, on_input: dict[tuple[str, int], str] | None = None) -> Placement:
+    """Return a placement with a quantizer on each tensor, named after it, and perhaps on single inputs."""
+    names = [f"q_{name}" for name in tensors]
+    grids = dict.fromkeys([*names, *(on_input or {}).values()], ActivationGrid(0.1, 0, 255))
+    return Placement(grids, dict(zip(tensors, names, strict=True)), on_input or {}, {})
+
+
+@pytest.mark.parametrize(
+    ("placement", "groups", "loose"),
+    [
+        (quantized("a", "b", "r1", "c", "s2", "d", "e"), {"a b", "r1 c", "d e"}, "s4"),
+        (quantized("a", "b", "r1", "c", "d", "e", "plus"), {"a b", "r1 c", "d e"}, ""),
+        (quantized("a", "b", "pool", "c", "d", "plus"), {"a b", "pool c"}, "s3"),
+        (quantized("a", "c", "d", "e"), {"d e"}, "s1 s2 s4"),
+        (quantized(), set(), "s1 s2 s3 s4"),
+    ],
+)
+def test_addends(placement: Placement, groups: set[str], loose: str) -> None:
+    """What one addition reads is a group, found through what keeps the grid; one that adds floats is named."""
+    found, found_loose = addends(residuals(), placement)
+    assert {" ".join(name.removeprefix("q_") for name in group) for group in found} == groups
+    assert " ".join(found_loose) == loose
+
+
+def test_a_chain_of_residuals_is_one_group() -> None:
+    """A quantizer that several additions read ties all that is added there, in the order of the model."""
+    names = ["x", "a", "s1", "b", "s2", "c", "s3"]
+    graph = chain(
+        conv_op("a", "x", shape=(4, 4)),
+        add("s1", "x", "a"),
+        conv_op("b", "s1", shape=(4, 4)),
+        add("s2", "s1", "b"),
+        conv_op("c", "s2", shape=(4, 4)),
+        add("s3", "c", "s2"),
+        shapes=dict.fromkeys(names, MAP),
+        outputs=("s3",),
+    )
+    apart = addends(graph, quantized(*names))
+    assert apart == ((("q_x", "q_a"), ("q_s1", "q_b"), ("q_s2", "q_c")), ())
+    # One quantizer behind all additions, as where a module is called several times.
+    shared = Placement(
+        dict.fromkeys(["q_x", "q_a", "q_s", "q_b", "q_c"], ActivationGrid(0.1, 0, 255)),
+        {"x": "q_s", "a": "q_a", "s1": "q_s", "b": "q_b", "s2": "q_s", "c": "q_c"},
+        {},
+        {},
+    )
+    assert addends(graph, shared) == ((("q_a", "q_s", "q_b", "q_c"),), ())
+
+
+def test_addends_that_are_quantized_for_the_addition_alone() -> None:
+    """A quantizer on one input of an operation counts, and one tensor added to itself needs no tie."""
+    inputs = {("s1", 0): "left", ("s1", 1): "right"}
+    found, loose = addends(residuals(), quantized("plus", on_input=inputs))
+    assert found == (("left", "right"),)
+    assert loose == ("s2", "s3")
+
+
+def test_groups_that_meet_are_merged() -> None:
+    """Two groups that a later addition joins become one."""
+    graph = chain(
+        conv_op("a", "x", shape=(4, 4)),
+        conv_op("b", "x", shape=(4, 4)),
+        conv_op("c", "x", shape=(4, 4)),
+        conv_op("d", "x", shape=(4, 4)),
+        add("s1", "a", "b"),
+        add("s2", "c", "d"),
+        add("s3", "b", "c"),
+        shapes=dict.fromkeys(["x", "a", "b", "c", "d", "s1", "s2", "s3"], MAP),
+        outputs=("s1", "s2", "s3"),
+    )
+    assert addends(graph, quantized("a", "b", "c", "d")) == ((("q_a", "q_b", "q_c", "q_d"),), ())
+
+
+SYMMETRIC, NARROW, UNSIGNED = (
+    ActivationGrid(0.1, -128, 127),
+    ActivationGrid(0.1, -127, 127),
+    ActivationGrid(0.1, 0, 255),
+)
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
+@pytest.mark.parametrize(
+    "grid",
+    [
+        SYMMETRIC,
+        NARROW,
+        UNSIGNED,
+        ActivationGrid(0.1, 0, 255, 117, shifts=True),
+        ActivationGrid(0.1, -128, 127, -31, shifts=True),
+        ActivationGrid(0.1, 0, 255, 255),
+        ActivationGrid(0.1, -128, 127, -128),
+        ActivationGrid(0.1, 0, 15, 3, shifts=True),
+    ],
+)
+def test_a_grid_of_other_bits_covers_the_same_range(grid: ActivationGrid, bits: int) -> None:
+    """Sign and narrowness stay, it has so many bits, and its ends move by less than its step."""
+    found = grid.with_bits(bits)
+    narrow = grid.low + grid.high == 0
+    assert found.high - found.low == 2**bits - 1 - narrow
+    assert (found.low < 0) == (grid.low < 0)
+    assert (found.low + found.high == 0) == narrow
+    assert found.shifts == grid.shifts
+    assert found.low <= found.zero_point <= found.high
+    assert found.scale * (found.high - found.low) == pytest.approx(grid.scale * (grid.high - grid.low))
+    for end, before in (("low", grid.low), ("high", grid.high)):
+        moved = found.scale * (getattr(found, end) - found.zero_point) - grid.scale * (before - grid.zero_point)
+        # Signed grids have one integer more below 0 than above: half of it is lost to narrower ones.
+        assert abs(moved) <= found.scale / 2 * (1 + 1e-9) + (0 if grid.low == 0 else grid.scale / 2)
+    if grid.zero_point in (grid.low, grid.high):
+        assert found.zero_point == (found.low if grid.zero_point == grid.low else found.high)
+
+
+@pytest.mark.parametrize("grid", [SYMMETRIC, NARROW, UNSIGNED, ActivationGrid(0.1, 0, 255, 117, shifts=True)])
+def test_a_grid_of_its_own_bits_stays(grid: ActivationGrid) -> None:
+    """The same width gives the same grid, and there and back is the same up to the rounding of the zero point."""
+    assert grid.with_bits(8) is grid
+    back = grid.with_bits(4).with_bits(8)
+    assert (back.low, back.high, back.shifts) == (grid.low, grid.high, grid.shifts)
+    assert back.scale == pytest.approx(grid.scale)
+    assert abs(back.zero_point - grid.zero_point) <= 17
 
 
 def compared(model: nn.Module, shape: tuple[int, ...] | None = None) -> str | None:

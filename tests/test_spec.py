@@ -14,6 +14,12 @@ from qft_plugin.spec import FinetuneConfig, HardwareSpec, QFTConfig
 WRONG: list[tuple[type, str, Any]] = [
     (HardwareSpec, "rescale", "per-tensor"),
     (HardwareSpec, "rescale", None),
+    *((HardwareSpec, "elementwise_rescale", bad) for bad in ("channelwise", None, True, 2)),
+    *((HardwareSpec, "doubly_per_channel", bad) for bad in (1, None, "yes")),
+    *((HardwareSpec, "activation_bits", bad) for bad in (3, 9, 0, -8, 8.0, "8", True, math.nan)),
+    *((HardwareSpec, "bias_bits", bad) for bad in (3, 33, 16.0, "32", True)),
+    *((HardwareSpec, "accumulator_bits", bad) for bad in (7, 65, 32.0, "32", False)),
+    *((HardwareSpec, "rescale_factor", bad) for bad in ("shift", "", None, 1, 25, 8.0, True, -4, math.inf)),
     *((FinetuneConfig, name, bad) for name in ("images_fed", "max_images", "batch_size", "restarts")
       for bad in (0, -1, 1.5, "8", True, None)),
     *((FinetuneConfig, name, bad)
@@ -35,7 +41,11 @@ WRONG: list[tuple[type, str, Any]] = [
     *((QFTConfig, "rounding", bad) for bad in ("nearest", None, True)),
     *((QFTConfig, "sparsity", bad) for bad in (-0.1, 1, 1.5, "1:2", True, math.nan, math.inf)),
     *((QFTConfig, "layer_bits", bad) for bad in (8, [("a", 8)], {"a": 1}, {"a": 9}, {"a": 8.0}, {"a": True}, {1: 8})),
-    *((QFTConfig, name, 1) for name in ("equalize", "compensate", "bias_correction", "train_cross_layer")),
+    *((QFTConfig, name, 1)
+      for name in ("equalize", "compensate", "bias_correction", "train_cross_layer", "train_scales")),
+    *((QFTConfig, "bounded", bad) for bad in ("relu6", None, True)),
+    *((QFTConfig, "layer_activation_bits", bad)
+      for bad in (8, [("a", 8)], {"a": 3}, {"a": 9}, {"a": 8.0}, {"a": True}, {1: 8}, {"a": None})),
     (QFTConfig, "hardware", "channelwise"),
     (QFTConfig, "finetune", True),
 ]  # fmt: skip
@@ -66,6 +76,11 @@ def test_every_field_is_checked(kind: type) -> None:
     ("kind", "values"),
     [
         (HardwareSpec, {"rescale": "layerwise"}),
+        (HardwareSpec, {"activation_bits": 4, "bias_bits": 4, "accumulator_bits": 8, "rescale_factor": 2}),
+        (HardwareSpec, {"activation_bits": 8, "bias_bits": 32, "accumulator_bits": 64, "rescale_factor": 24}),
+        (HardwareSpec, {"activation_bits": None, "doubly_per_channel": True, "accumulator_bits": 32}),
+        (HardwareSpec, {"rescale_factor": "power_of_two", "elementwise_rescale": "none"}),
+        (QFTConfig, {"layer_activation_bits": {"a": 4, "b.*": 8}, "bounded": "relu", "train_scales": False}),
         (FinetuneConfig, {"images_fed": 1, "max_images": 1, "batch_size": 1, "restarts": 1, "seed": 2**63 - 1}),
         (FinetuneConfig, {"learning_rate": 0, "scale_learning_rate": 0, "cross_entropy": 1, "memory_limit": 0}),
         (FinetuneConfig, {"loss_at": {"a": 1, "b": 1e-9}}),
@@ -137,3 +152,70 @@ def test_a_pattern_without_a_match_is_an_error() -> None:
     """A misspelt name is not ignored: the message shows it and the names there are."""
     with pytest.raises(ConfigError, match=r"layer_bits.*'haed'.*'body', 'head'"):
         QFTConfig(layer_bits={"haed": 8}).weight_bits_of({"head": 1, "body": 2})
+
+
+def test_a_kernel_without_an_accumulator_has_no_integer_bias() -> None:
+    """Doubly per-channel kernels and integer biases contradict each other, which is said by the name of the field."""
+    with pytest.raises(ConfigError, match=r"HardwareSpec\.bias_bits.*doubly_per_channel.*16"):
+        HardwareSpec(doubly_per_channel=True, bias_bits=16)
+
+
+def test_activations_that_are_floats_have_no_bits() -> None:
+    """Bit widths of single activations need quantized ones; an empty mapping does not."""
+    floats = HardwareSpec(activation_bits=None)
+    with pytest.raises(ConfigError, match=r"layer_activation_bits.*activation_bits is None.*'a': 6"):
+        QFTConfig(hardware=floats, layer_activation_bits={"a": 6})
+    assert QFTConfig(hardware=floats).layer_activation_bits == {}
+
+
+@pytest.mark.parametrize(
+    ("made", "constraints"),
+    [
+        (HardwareSpec.openvino_cpu(), {}),
+        (HardwareSpec.finn(), {"bias_bits": 24, "accumulator_bits": 32, "elementwise_rescale": "none"}),
+        (
+            HardwareSpec.integer_only(),
+            {
+                "rescale_factor": "power_of_two",
+                "bias_bits": 32,
+                "accumulator_bits": 32,
+                "elementwise_rescale": "power_of_two",
+            },
+        ),
+    ],
+)
+def test_presets(made: HardwareSpec, constraints: dict[str, Any]) -> None:
+    """A preset is a specification like any other: the defaults with the constraints of its target."""
+    assert made == HardwareSpec(**constraints)
+
+
+@pytest.mark.parametrize(
+    ("settings", "quantizes"),
+    [
+        ({}, False),
+        ({"bias_bits": 24}, False),
+        ({"elementwise_rescale": "none"}, True),
+        ({"elementwise_rescale": "power_of_two"}, True),
+        ({"rescale_factor": "power_of_two"}, True),
+        ({"rescale_factor": 4}, True),
+    ],
+)
+def test_when_addends_are_integers(settings: dict[str, Any], quantizes: bool) -> None:
+    """Additions are of integers as soon as their scales, or the factors that lead to them, are constrained."""
+    assert HardwareSpec(**settings).quantizes_addends is quantizes
+
+
+def test_activation_bits_follow_patterns() -> None:
+    """All layers read the hardware's width but those that a pattern names; of two that match, the later one counts."""
+    names = ["stem.weight", "body.0.weight", "body.1.weight", "head.weight"]
+    config = QFTConfig(
+        layer_activation_bits={"body.*": 4, "body.1.weight": 7, "head.*": 8}, hardware=HardwareSpec(activation_bits=6)
+    )
+    assert list(config.activation_bits_of(names).values()) == [6, 4, 7, 8]
+    assert list(QFTConfig().activation_bits_of(names).values()) == [8, 8, 8, 8]
+
+
+def test_an_activation_pattern_without_a_match_is_an_error() -> None:
+    """A misspelt name is not ignored: the message shows it and the names there are."""
+    with pytest.raises(ConfigError, match=r"layer_activation_bits.*'haed'.*'body', 'head'"):
+        QFTConfig(layer_activation_bits={"haed": 8}).activation_bits_of(["head", "body"])
