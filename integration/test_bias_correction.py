@@ -10,6 +10,8 @@ from test_both_hosts import HOSTS
 
 from qft_plugin.model import tensors_in
 
+pytestmark = pytest.mark.wide
+
 CORRECTED = 0.05
 """What is left of the error of the mean of an output whose layer was corrected: the hosts' outputs come from their own
 quantizers, with other rounding of single activations."""

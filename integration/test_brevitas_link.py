@@ -86,14 +86,10 @@ def test_the_map_is_printable(name):
     assert "output of the network" in reasons
 
 
-@pytest.mark.parametrize(("name", "reason"), [
-    ("foreign", "foreign_quantizer is not homogeneous"),
-    ("normed", "batch_norm is not homogeneous"),
-])  # fmt: skip
-def test_the_reason_of_a_barrier(name, reason):
+def test_the_reason_of_a_barrier():
     """What cannot be rescaled through is named."""
-    model, x = linked(name)
-    assert reason in str(link(model, x))
+    model, x = linked("foreign")
+    assert "foreign_quantizer is not homogeneous" in str(link(model, x))
 
 
 @every_model

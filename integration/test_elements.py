@@ -11,6 +11,8 @@ from test_both_hosts import HOSTS
 from qft_plugin.elements import two_of_four
 from qft_plugin.model import tensors_in
 
+pytestmark = pytest.mark.wide
+
 ELEMENTS = ["ste", "soft", "blend"]
 SPARSITIES = [None, 0.5, "2:4"]
 SHARE = 0.5

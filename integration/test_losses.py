@@ -11,6 +11,8 @@ from qft_plugin import ConfigError, pipeline
 from qft_plugin.finetune import finetune
 from qft_plugin.model import tensors_in
 
+pytestmark = pytest.mark.wide
+
 SUMS = 1e-4
 """Relative: losses of batches of 16 images, summed in float32 in another order."""
 

@@ -15,6 +15,8 @@ from qft_plugin.model import tensors_in
 from qft_plugin.offline import fold_network, names_of
 from qft_plugin.record import record
 
+pytestmark = pytest.mark.wide
+
 ROOT = Path(__file__).parent.parent
 
 EXACT = 1e-9

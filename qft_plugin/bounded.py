@@ -4,7 +4,6 @@ With x' = x / c the function  min(max(x, low), high)  becomes  c * min(max(x', l
 as soon as its bounds are scaled with the channel, so that bounds absorb any cross-layer factor, as a bias does.
 """
 
-import copy
 from collections.abc import Container, Mapping, Sequence
 from typing import Any, Final
 
@@ -14,7 +13,7 @@ from torch.overrides import wrap_torch_function
 
 from qft_plugin.data import Call
 from qft_plugin.graph import channel_axis
-from qft_plugin.model import SAME, largest_change, tensors_in
+from qft_plugin.model import largest_change, tensors_in
 from qft_plugin.norms import NORMS
 from qft_plugin.quantize import same_layout
 
@@ -43,9 +42,9 @@ class _Clip(torch.autograd.Function):
         dims = tuple(d - x.dim() for d in range(x.dim()) if d - x.dim() != -low.dim())
         g_low = g_high = None
         if needs_high:
-            g_high = (g.sum(dims) - below_high.sum(dims)).view(high.shape)
+            g_high = (g - below_high if not dims else g.sum(dims) - below_high.sum(dims)).view(high.shape)
         if needs_low and not ctx.from_zero:
-            g_low = (below_high.sum(dims) - gx.sum(dims)).view(low.shape)
+            g_low = (below_high - gx if not dims else below_high.sum(dims) - gx.sum(dims)).view(low.shape)
         return gx, g_low, g_high, None
 
 
@@ -95,9 +94,9 @@ class ChannelHardtanh(nn.Module):
         self.axis, self.from_zero = axis, function.min_val == 0
         self.__dict__["original"] = function  # what it stands for is no part of it
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the name that torch's own modules give it)
         """Clip an activation."""
-        return hardtanh(x, self.low, self.high, self.axis, self.from_zero)
+        return hardtanh(input, self.low, self.high, self.axis, self.from_zero)
 
     def factor(self) -> Tensor:
         """Return the factor that has made the bounds of each channel of the original ones, `[channels]`."""
@@ -123,8 +122,8 @@ def on_axis(v: Tensor, axis: int) -> Tensor:
 def free_bounds(model: nn.Module, call: Call, *, only: Container[str] | None = None) -> None:
     """Put bounds for each channel into the place of every ReLU6 and Hardtanh module, in place.
 
-    A module that is called with different numbers of channels, or never, stays as it is; so does a subclass, and what a
-    forward calls as a function.
+    A module that is called with different numbers of channels, or never, stays as it is; so does a subclass, one that
+    works in place on what something else reads later, and what a forward calls as a function.
 
     Args:
         model: a float network that may be changed; its function does not.
@@ -137,19 +136,12 @@ def free_bounds(model: nn.Module, call: Call, *, only: Container[str] | None = N
     for module, (axis, channels) in channels_read(model, call, found).items():
         assert isinstance(module, nn.Hardtanh)
         replaced[module] = ChannelHardtanh(module, channels, axis=axis, like=like)
+    before = list(tensors_in(model(*call[0], **call[1])))
     replace_modules(model, replaced)
-
-
-@torch.no_grad()
-def freed(model: nn.Module, call: Call) -> nn.Module:
-    """Return a copy after `free_bounds`, or the model itself where that changes what it computes.
-
-    A function may be called for what it does in place alone, its result dropped; what stands in its place returns it.
-    """
-    copied = copy.deepcopy(model)
-    free_bounds(copied, call)
-    outputs = (list(tensors_in(m(*call[0], **call[1]))) for m in (model, copied))
-    return copied if largest_change(*outputs) <= SAME else model
+    if largest_change(before, list(tensors_in(model(*call[0], **call[1])))) > 0:
+        # Something else has read what was changed in place.
+        changers = {new: old for old, new in replaced.items() if getattr(old, "inplace", False)}
+        replace_modules(model, changers)
 
 
 @torch.no_grad()
@@ -168,7 +160,7 @@ def channels_read(model: nn.Module, call: Call, modules: Sequence[nn.Module]) ->
     sequences = any(isinstance(m, (nn.Conv1d, nn.ConvTranspose1d)) for m in model.modules())
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = [*args, *kwargs.values()][0]
+        x = args[0] if args else kwargs["input"]
         first = isinstance(module, NORMS) or (x.dim() == 3 and sequences)
         axis = 1 if first else channel_axis(tuple(x.shape))
         shapes.setdefault(module, set()).add((axis - x.dim(), x.shape[axis]))
@@ -199,4 +191,4 @@ def replace_by_relu(model: nn.Module) -> None:
     Departure: the network computes something else where an activation exceeds the bound.
     """
     found = [m for m in model.modules() if isinstance(m, nn.Hardtanh) and type(m) in BOUNDED and m.min_val == 0]
-    replace_modules(model, {module: nn.ReLU() for module in found})
+    replace_modules(model, {module: nn.ReLU(inplace=module.inplace) for module in found})

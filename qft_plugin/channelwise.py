@@ -73,9 +73,9 @@ class ChannelAffine(nn.Module):
         self.axis = axis
         self.__dict__["original"] = norm  # what it stands for is no part of it
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the name that torch's own modules give it)
         """Scale and shift an activation."""
-        return channel_affine(x, self.weight, self.bias, self.axis)
+        return channel_affine(input, self.weight, self.bias, self.axis)
 
 
 class Rescaled(nn.Module):
@@ -102,9 +102,9 @@ class Rescaled(nn.Module):
         self.register_buffer("weight", like.new_ones(channels))
         self.axis = axis
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the name that torch's own modules give it)
         """Apply the function, then the factors."""
-        return channel_affine(self.function(x), self.weight, None, self.axis)
+        return channel_affine(self.function(input), self.weight, None, self.axis)
 
 
 @torch.no_grad()

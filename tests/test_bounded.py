@@ -12,7 +12,7 @@ from models import CHANNELS, Apply, Residual, conv, image, shuffle
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qft_plugin.bounded import ChannelHardtanh, free_bounds, hardtanh, replace_by_relu
+from qft_plugin.bounded import ChannelHardtanh, free_bounds, hardtanh, on_axis, replace_by_relu
 from qft_plugin.graph import DofMap
 from qft_plugin.offline import Dof, fold_network, names_of, solve
 
@@ -271,7 +271,7 @@ def test_channels_are_found_on_their_axis(name: str, at: str, axis: int, channel
     free(model)
     module = model.get_submodule(at)
     assert (module.axis, module.high.numel()) == (axis, channels)
-    assert module.on_axis(module.high).dim() == -axis
+    assert on_axis(module.high, module.axis).dim() == -axis
 
 
 def test_arguments_by_keyword() -> None:
@@ -394,14 +394,14 @@ def test_a_functional_call_stays_a_barrier(function: Callable[[Tensor], Tensor])
     model = strong(conv(), Apply(function), conv(4))
     dof, error = folding_error(model, image())
     assert (dof.size, error) == (0, 0)
-    assert "has a bound that would differ by channel" in str(dof)
+    assert "has one bound for all channels" in str(dof)
 
 
 def test_one_bound_stays_a_barrier() -> None:
     """A module that was not freed is a barrier too, and the map says why."""
     dof = mapped(strong(conv(), nn.ReLU6(), conv(4)), image())
     assert dof.size == 0
-    assert "hardtanh has a bound that would differ by channel" in str(dof)
+    assert "hardtanh has one bound for all channels" in str(dof)
 
 
 def test_replace_by_relu() -> None:
@@ -421,3 +421,67 @@ def test_replace_by_relu_reaches_shared_modules(name: str) -> None:
     assert not any(isinstance(m, nn.Hardtanh) for m in model.modules())
     dof = mapped(model, image())
     assert dof.size > 0
+
+
+class ReadLater(nn.Module):
+    """An in-place ReLU6 whose input is read behind it: what is added is what it has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(), conv(4)
+        self.act = nn.ReLU6(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        y = self.act(x)
+        return x[:, :4] + self.b(y)
+
+
+def test_a_change_in_place_that_is_read_later_stays() -> None:
+    """A ReLU6 that changes what something else reads keeps its place, because nothing else would compute the same."""
+    model, x = strong(ReadLater()), image()
+    with torch.no_grad():
+        before = model(x)
+        assert free(model) == []
+        assert torch.equal(model(x), before)
+
+
+class ByKeyword(nn.Module):
+    """A ReLU6 that gets its input by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.act = conv(), nn.ReLU6()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(input=self.a(x))
+
+
+def test_an_input_by_keyword() -> None:
+    """A function may be called as torch names its argument, before and after it is replaced."""
+    model, x = strong(ByKeyword()), image()
+    before = model(x)
+    assert free(model) == ["0.act"]
+    assert torch.equal(model(x), before)
+
+
+def test_gradient_without_a_batch() -> None:
+    """A vector over the channels alone has nothing to sum."""
+    x, (low, high) = 3 * torch.randn(3, dtype=torch.float64), bounds(from_zero=False)
+    inputs = [t.requires_grad_() for t in (x, low, high)]
+    assert torch.autograd.gradcheck(lambda *t: hardtanh(*t, -1, False), inputs)
+
+
+def test_one_module_under_two_names_is_replaced_under_both() -> None:
+    """A ReLU6 that a chain holds twice is freed at both places, or dropped at both."""
+    assert free(NETWORKS["two names"]()) == ["1", "3"]
+    model = NETWORKS["two names"]()
+    replace_by_relu(model)
+    assert [type(model[1]), type(model[3])] == [nn.ReLU, nn.ReLU]
+
+
+def test_replacing_by_relu_keeps_the_change_in_place() -> None:
+    """What works in place goes on to do so: something may read it."""
+    model = NETWORKS["in place"]()
+    replace_by_relu(model)
+    assert model[1].inplace

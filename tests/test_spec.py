@@ -78,7 +78,7 @@ def test_every_field_is_checked(kind: type) -> None:
         (HardwareSpec, {"rescale": "layerwise"}),
         (HardwareSpec, {"activation_bits": 4, "bias_bits": 4, "accumulator_bits": 8, "rescale_factor": 2}),
         (HardwareSpec, {"activation_bits": 8, "bias_bits": 32, "accumulator_bits": 64, "rescale_factor": 24}),
-        (HardwareSpec, {"activation_bits": None, "doubly_per_channel": True, "accumulator_bits": 32}),
+        (HardwareSpec, {"doubly_per_channel": True, "accumulator_bits": 32}),
         (HardwareSpec, {"rescale_factor": "power_of_two", "elementwise_rescale": "none"}),
         (QFTConfig, {"layer_activation_bits": {"a": 4, "b.*": 8}, "bounded": "relu", "train_scales": False}),
         (FinetuneConfig, {"images_fed": 1, "max_images": 1, "batch_size": 1, "restarts": 1, "seed": 2**63 - 1}),
@@ -219,3 +219,29 @@ def test_an_activation_pattern_without_a_match_is_an_error() -> None:
     """A misspelt name is not ignored: the message shows it and the names there are."""
     with pytest.raises(ConfigError, match=r"layer_activation_bits.*'haed'.*'body', 'head'"):
         QFTConfig(layer_activation_bits={"haed": 8}).activation_bits_of(["head", "body"])
+
+
+def test_wrong_hardware_is_refused_before_what_depends_on_it() -> None:
+    """A field of the wrong kind is named, whatever else is set."""
+    with pytest.raises(ConfigError, match=r"QFTConfig\.hardware"):
+        QFTConfig(hardware="x", layer_activation_bits={"a": 8})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"rounding": "soft", "finetune": FinetuneConfig(blocks=["a"])}, r"FinetuneConfig\.blocks should be empty"),
+        ({"rounding": "soft", "hardware": HardwareSpec.integer_only()}, r"QFTConfig\.rounding should not be"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings: dict[str, Any], words: str) -> None:
+    """What cannot be had together is refused before anything runs."""
+    with pytest.raises(ConfigError, match=words):
+        QFTConfig(**settings)
+
+
+@pytest.mark.parametrize("name", ["bias_bits", "accumulator_bits", "rescale_factor"])
+def test_weights_alone_have_no_accumulator(name: str) -> None:
+    """Constraints on integers that there are not are refused."""
+    with pytest.raises(ConfigError, match="activation_bits is None"):
+        HardwareSpec(activation_bits=None, **{name: 16})

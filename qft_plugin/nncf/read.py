@@ -11,7 +11,7 @@ from nncf.torch.function_hook import wrap_model
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 from torch import Tensor, nn
 
-from qft_plugin.bounded import freed, replace_by_relu
+from qft_plugin.bounded import free_bounds, replace_by_relu
 from qft_plugin.channelwise import free_channels
 from qft_plugin.data import Call, Inputs
 from qft_plugin.errors import DataError, ModelError
@@ -132,7 +132,7 @@ def read(model: nn.Module, inputs: Inputs, config: QFTConfig | None = None) -> S
     # OpenVINO moves a factor in front of a layer that reads floats into its weights, before their integers are made.
     rescales = config.hardware.activation_bits is not None
     if rescales:
-        copied = freed(copied, call)
+        free_bounds(copied, call)
     traced = _trace(copied, call)
     norms = _fold_norms(copied, traced)
     if rescales:

@@ -6,7 +6,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import nncf
@@ -18,6 +18,7 @@ from nncf.quantization.advanced_parameters import (
     AdvancedBiasCorrectionParameters,
     AdvancedQuantizationParameters,
     OverflowFix,
+    QuantizationParameters,
 )
 from torch import nn
 
@@ -168,6 +169,11 @@ def _host_settings(original: Callable[..., Any], host: dict[str, Any], config: Q
                 f'advanced_parameters.{name} should be left at its default with algorithm="qft": {why}. '
                 f"Found {getattr(advanced, name)!r}."
             )
+    # NNCF gives what a depthwise layer reads a scale for each channel, which no accumulator of integers has. Here the
+    # cross-layer factors do that, and train.
+    activations = advanced.activations_quantization_params or QuantizationParameters()
+    if activations.per_channel is None:
+        advanced.activations_quantization_params = replace(activations, per_channel=False)
     advanced.overflow_fix = OverflowFix.DISABLE
     advanced.disable_bias_correction = True
     return {**host, "advanced_parameters": advanced}
