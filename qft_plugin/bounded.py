@@ -131,6 +131,8 @@ def free_bounds(model: nn.Module, call: Call, *, only: Container[str] | None = N
         only: names of the modules to replace; `None` for all.
     """
     found = [m for name, m in model.named_modules() if type(m) in BOUNDED and (only is None or name in only)]
+    if not found:
+        return
     like = next(p for p in model.parameters() if p.is_floating_point())
     replaced: dict[nn.Module, nn.Module] = {}
     for module, (axis, channels) in channels_read(model, call, found).items():

@@ -118,7 +118,8 @@ def free_channels(
     Args:
         model: a float network in eval mode that may be changed; its function does not.
         call: arguments to run it with.
-        norms: those BatchNorms that no layer absorbed; call this after folding.
+        norms: those BatchNorms that no layer absorbed; call this after folding. One without statistics or parameters,
+            which a state dict would not have, stays as it is.
         barriers: functions that no scale passes through get a factor behind them.
         only: names of the modules to replace; `None` for all.
 
@@ -129,8 +130,10 @@ def free_channels(
     found = [
         m
         for name, m in model.named_modules()
-        if type(m) in kinds and (only is None or name in only) and getattr(m, "running_var", 0) is not None
+        if type(m) in kinds and (only is None or name in only) and not _has_no_parameters(m)
     ]
+    if not found:
+        return False
     replaced: dict[nn.Module, nn.Module] = {}
     like = next(p for p in model.parameters() if p.is_floating_point())
     for module, (axis, channels) in channels_read(model, call, found).items():
@@ -140,3 +143,8 @@ def free_channels(
             replaced[module] = Rescaled(module, channels, axis=axis, like=like)
     replace_modules(model, replaced)
     return bool(replaced)
+
+
+def _has_no_parameters(module: nn.Module) -> bool:
+    """Whether a BatchNorm has nothing to keep factor and shift in."""
+    return isinstance(module, NORMS) and (module.running_var is None or module.weight is None or module.bias is None)

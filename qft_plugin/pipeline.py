@@ -51,6 +51,10 @@ TEACHER_BATCH: Final = 64
 EQUALIZE_BOTH: Final = 0.5
 """Beta of Eq. 19. Equalizing the consumers alone (1) was worse, even where every output channel has its own scale."""
 
+EQUALIZE_ROUNDS: Final = 4
+"""How often the equalized network is equalized again: a factor between two layers changes the ranges of both, and only
+where they have settled do networks with the same function, but other ranges of inner channels, start alike."""
+
 COMPENSATION_IMAGES: Final = 256
 """Images on which rounding errors compensate each other."""
 
@@ -366,11 +370,15 @@ def _laid_out(t: Tensor, inputs: Inputs) -> Tensor:
 def _equalization(problem: Problem, config: QFTConfig) -> Tensor:
     """Choose the initial cross-layer factors, `[dof_map.size]`."""
     source, layers = problem.source, problem.dof_map.layers
-    weights = {layer.weight: source.tensors[layer.weight] for layer in layers if layer.is_kernel}
-    like: Tensor = next(iter(weights.values()))
-    if not config.equalize:
-        return like.new_zeros(problem.dof_map.size)
-    return equalize(problem.dof_map, weights, _bits(source, weights, config), beta=EQUALIZE_BOTH).to(like)
+    kernels = [layer.weight for layer in layers if layer.is_kernel]
+    bits = _bits(source, {name: source.tensors[name] for name in kernels}, config)
+    log_c: Tensor = source.tensors[kernels[0]].new_zeros(problem.dof_map.size)
+    tensors = {name: source.tensors[name] for name in names_of(layers)}
+    for _ in range(EQUALIZE_ROUNDS if config.equalize else 0):
+        folded = fold_network(problem.dof_map, log_c, tensors)
+        weights = {name: folded[name] for name in kernels}
+        log_c = log_c + equalize(problem.dof_map, weights, bits, beta=EQUALIZE_BOTH).to(log_c)
+    return log_c
 
 
 def _bits(source: Any, weights: Mapping[str, Tensor], config: QFTConfig) -> Mapping[str, int]:
