@@ -224,13 +224,14 @@ def main() -> None:
     parser.add_argument("--net", default="resnet20")
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--images-fed", type=int, default=FinetuneConfig().images_fed)
-    parser.add_argument("--test-images", type=int, default=10_000, help="of the curves; tables should use all")
+    parser.add_argument("--test-images", type=int, default=10_000, help="evenly spaced; tables should use all")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="*", help="names of experiments")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     real = real_networks.load(args.real, args.net, FinetuneConfig().max_images)
-    real = replace(real, test=real.test[: args.test_images], labels=real.labels[: args.test_images])
+    every = len(real.test) // args.test_images  # a folder may have its images in the order of their classes
+    real = replace(real, test=real.test[::every], labels=real.labels[::every])
     base = QFTConfig(finetune=FinetuneConfig(images_fed=args.images_fed))
     listed = experiments(base, args.images)
     facts = {"net": args.net, "images_fed": args.images_fed, "test_images": len(real.test), "seed": 0}
