@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import wrap_torch_function
 
 from qft_plugin.data import Call
-from qft_plugin.graph import channel_axis
+from qft_plugin.graph import channel_axis, on_axis
 from qft_plugin.model import largest_change, tensors_in
 from qft_plugin.norms import NORMS
 from qft_plugin.quantize import same_layout
@@ -106,16 +106,6 @@ class ChannelHardtanh(nn.Module):
     def extra_repr(self) -> str:
         """Show the smallest and the largest bound."""
         return f"{float(self.low.amin()):g}..{float(self.high.amax()):g}, channels={self.high.numel()}"
-
-
-def on_axis(v: Tensor, axis: int) -> Tensor:
-    """Give a value for each channel, `[channels]`, the axes that follow that of the channels.
-
-    Args:
-        v: `[channels]`.
-        axis: of the channels, counted from the last one (-1).
-    """
-    return v.view(-1, *(1,) * (-axis - 1))
 
 
 @torch.no_grad()

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import wrap_torch_function
 
-from qft_plugin.bounded import channels_read, on_axis, replace_modules
+from qft_plugin.bounded import channels_read, replace_modules
 from qft_plugin.data import Call
+from qft_plugin.graph import on_axis
 from qft_plugin.norms import NORMS, affine_of
 
 BARRIERS: Final = (

@@ -208,3 +208,13 @@ class DofMap:
 def channel_axis(shape: tuple[int, ...]) -> int:
     """Return the axis that holds the channels of an activation: 1 in images, the last one in sequences."""
     return 1 if len(shape) > 3 else len(shape) - 1
+
+
+def on_axis(v: Tensor, axis: int) -> Tensor:
+    """Give a value for each channel, `[channels]`, the axes that follow that of the channels.
+
+    Args:
+        v: `[channels]`.
+        axis: of the channels, counted from the last one (-1).
+    """
+    return v.view(-1, *(1,) * (-axis - 1))

@@ -92,7 +92,7 @@ def folded_norm(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
         Weight, of the shape of the layer's, and bias, `[out]`; both float64.
     """
     assert isinstance(layer, (*CONVOLUTIONS, nn.Linear))
-    factor, shift = (t.double() for t in affine_of(norm, dtype=torch.float64))
+    factor, shift = affine_of(norm, dtype=torch.float64)
     if layer.bias is not None:
         shift = shift + layer.bias.double() * factor
     W = layer.weight.double()

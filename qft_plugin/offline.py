@@ -319,12 +319,10 @@ class Dof(nn.Module):
             factors: whether cross-layer factors train.
         """
         values: list[nn.Parameter] = []
-        tied: dict[str, set[str]] = {}
-        for name in self._activation_index:
-            tied.setdefault(self._root.get(name, name), set()).add(name)
+        roots = {name: self._root.get(name, name) for name in self._activation_index}
         # A scale that several quantizers share, or are shifts of, trains where all of them do.
-        groups_of = [group for group in tied.values() if quantizers is None or group <= set(quantizers)]
-        trained = [name for name in self._activation_index if any(name in group for group in groups_of)]
+        fixed = set() if quantizers is None else {root for name, root in roots.items() if name not in quantizers}
+        trained = [name for name, root in roots.items() if root not in fixed]
         scales: list[nn.Parameter] = [self.log_s[i] for i in dict.fromkeys(self._activation_index[n] for n in trained)]
         scales += [self.shift[i] for name, i in self._shift_index.items() if name in trained]
         for layer in self._quantized():

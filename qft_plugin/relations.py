@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qft_plugin.graph import ADDS, PINNED, Const, LayerGraph, Op, Ref
+from qft_plugin.graph import ADDS, PINNED, Const, LayerGraph, Op, Ref, on_axis
 
 FREE_ZERO: Final = -1
 """Stands in a shadow where an activation is a constant 0, which any scale represents exactly."""
@@ -471,7 +471,7 @@ def _layer(solver: Solver, op: Op) -> None:
     outs = solver.new(weight.shape[1] * groups if transposed else weight.shape[0])
     call = Call(op, op.function, bias.name if bias else None, groups, ins, outs, axis)
     solver.calls.setdefault(weight.name, []).append(call)
-    solver.shadows[op.outputs[0]] = outs.view(-1, *(1,) * (-axis - 1)).expand(shape)
+    solver.shadows[op.outputs[0]] = on_axis(outs, axis).expand(shape)
 
 
 def _norm(solver: Solver, op: Op) -> None:
@@ -502,7 +502,7 @@ def _bounded(solver: Solver, op: Op) -> None:
     channel = solver.per_channel(shadow, axis)
     call = Call(op, op.function, low.name, 1, channel, channel, axis)
     solver.calls.setdefault(high.name, []).append(call)
-    solver.shadows[op.outputs[0]] = channel.view(-1, *(1,) * (-axis - 1)).expand(solver.graph.shapes[op.outputs[0]])
+    solver.shadows[op.outputs[0]] = on_axis(channel, axis).expand(solver.graph.shapes[op.outputs[0]])
 
 
 def _affine(solver: Solver, op: Op) -> None:
@@ -513,4 +513,4 @@ def _affine(solver: Solver, op: Op) -> None:
     outs = solver.new(ins.numel())
     call = Call(op, op.function, bias.name if isinstance(bias, Const) else None, 1, ins, outs, axis)
     solver.calls.setdefault(weight.name, []).append(call)
-    solver.shadows[op.outputs[0]] = outs.view(-1, *(1,) * (-axis - 1)).expand(solver.graph.shapes[op.outputs[0]])
+    solver.shadows[op.outputs[0]] = on_axis(outs, axis).expand(solver.graph.shapes[op.outputs[0]])

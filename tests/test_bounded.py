@@ -12,8 +12,8 @@ from models import CHANNELS, Apply, Residual, conv, image, shuffle
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qft_plugin.bounded import ChannelHardtanh, free_bounds, hardtanh, on_axis, replace_by_relu
-from qft_plugin.graph import DofMap
+from qft_plugin.bounded import ChannelHardtanh, free_bounds, hardtanh, replace_by_relu
+from qft_plugin.graph import DofMap, on_axis
 from qft_plugin.offline import Dof, fold_network, names_of, solve
 
 EXACT = 1e-12

@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any
 
 import torch
 from brevitas.core.zero_point import ParameterZeroPoint
@@ -22,15 +22,13 @@ from qft_plugin.brevitas.save import weight_integers
 from qft_plugin.brevitas.scalings import ActivationScaling, WeightScaling
 from qft_plugin.brevitas.twin import activation_scaling, weight_scaling
 from qft_plugin.channelwise import Rescaled
+from qft_plugin.elements import INSIDE
 from qft_plugin.errors import ConfigError, DeployabilityError
 from qft_plugin.graph import PINNED, DofMap
 from qft_plugin.model import tensor_of
 from qft_plugin.norms import NORMS, affine_of, set_affine
 from qft_plugin.offline import deployed_weights, fold_network, folded_tensors, names_of, on_weight
 from qft_plugin.pipeline import Start
-
-INSIDE: Final = 0.49
-"""How far a trained weight may be from its integer: the next build of the scale must round it to the same one."""
 
 
 @torch.no_grad()

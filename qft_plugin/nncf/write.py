@@ -12,9 +12,9 @@ from nncf.torch.quantization.extensions import QuantizedFunctionsCPU
 from nncf.torch.quantization.layers import AsymmetricQuantizer, PTQuantizerSpec, SQMultiply, SymmetricQuantizer
 from torch import Tensor, nn
 
-from qft_plugin.bounded import ChannelHardtanh, on_axis, replace_modules
+from qft_plugin.bounded import ChannelHardtanh, replace_modules
 from qft_plugin.channelwise import ChannelAffine, Rescaled
-from qft_plugin.graph import PINNED
+from qft_plugin.graph import PINNED, on_axis
 from qft_plugin.model import tensor_of
 from qft_plugin.nncf.attach import Placed
 from qft_plugin.norms import set_affine
