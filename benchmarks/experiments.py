@@ -8,6 +8,7 @@ drawn from the files by `benchmarks/figures.py`.
 
 import argparse
 import functools
+import hashlib
 import json
 import os
 import time
@@ -29,8 +30,9 @@ DATASET_BATCH = 128
 LAYERWISE, CHANNELWISE = HardwareSpec(rescale="layerwise"), HardwareSpec()
 WEIGHT_ONLY = HardwareSpec(activation_bits=None, doubly_per_channel=True)
 SKEW = 8.0
+HOSTS = {"brevitas": "Brevitas", "nncf": "NNCF"}
 
-Point = tuple[str, QFTConfig, int]
+Point = tuple[str, str, QFTConfig, int]
 
 
 def granularity(hardware: HardwareSpec) -> str:
@@ -39,12 +41,12 @@ def granularity(hardware: HardwareSpec) -> str:
 
 
 def experiments(base: QFTConfig, images: int) -> dict[str, list[Point]]:
-    """List the points of every experiment: a label, the settings, and the number of images."""
+    """List the points of every experiment: a label, the host, the settings, and the number of images."""
     finetune = base.finetune or FinetuneConfig()
 
     def tuned(hardware: HardwareSpec, *, images: int = images, config: dict | None = None, **settings: Any) -> Point:
         changed = replace(base, hardware=hardware, finetune=replace(finetune, **settings), **(config or {}))
-        return "", changed, images
+        return "", "brevitas", changed, images
 
     def untrained(hardware: HardwareSpec, **config: Any) -> QFTConfig:
         return replace(base, hardware=hardware, finetune=None, **{"equalize": False, "compensate": False, **config})
@@ -57,15 +59,13 @@ def experiments(base: QFTConfig, images: int) -> dict[str, list[Point]]:
         "compensated rounding + CLE": {"equalize": True, "compensate": True},
     }
     found: dict[str, list[Point]] = {
-        "table1_ours": [(f"QFT {granularity(h)}", *tuned(h)[1:]) for h in both],
+        "table1_ours": [(f"QFT {granularity(h)}, {HOSTS[host]}", host, *tuned(h)[2:]) for host in HOSTS for h in both],
         "table2_heuristics": [
-            (f"{name}, {granularity(h)}", untrained(h, **config), images)
+            (f"{name}, {granularity(h)}", "brevitas", untrained(h, **config), images)
             for h in both
             for name, config in steps.items()
         ],
-        "fig5_images": [
-            (f"{count}", *tuned(LAYERWISE, images=count, max_images=count)[1:]) for count in (64, 256, 1024, 4096, 8192)
-        ],
+        "fig5_images": [(f"{count}", *tuned(LAYERWISE, images=count)[1:]) for count in (64, 256, 1024, 4096)],
         "fig6_cross_entropy": [
             (f"{share}", *tuned(LAYERWISE, cross_entropy=share)[1:]) for share in (0.0, 0.1, 0.5, 0.9, 1.0)
         ],
@@ -197,17 +197,35 @@ def with_nncf(net: nn.Module, batches: list[Tensor], config: QFTConfig) -> Calla
 QUANTIZE = {"brevitas": with_brevitas, "nncf": with_nncf}
 
 
+def settings_of(host: str, network: str, config: QFTConfig, images: int) -> str:
+    """Name what makes a point: experiments share points, such as the defaults."""
+    return hashlib.sha256(repr((host, network, config, images)).encode()).hexdigest()[:12]
+
+
 class Results:
     """The points of one experiment in a file that is whole at any time."""
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
-        """Read what was measured before."""
+        """Read what was measured before, here and in the other experiments."""
         self.path = path
         self.data = json.loads(path.read_text()) if path.exists() else {**facts, "points": []}
+        others = (json.loads(p.read_text()) for p in path.parent.glob(f"*_{facts['net']}.json"))
+        alike = [data for data in others if data.get("test_images") == facts["test_images"]]
+        self.known = {point["settings"]: point for data in alike for point in data["points"] if "settings" in point}
 
     def has(self, label: str) -> bool:
         """Whether a point was measured."""
         return any(point["label"] == label for point in self.data["points"])
+
+    def measure(
+        self, label: str, host: str, config: QFTConfig, images: int, real: real_networks.RealNetwork, net: nn.Module
+    ) -> None:
+        """Measure a point that neither this file nor another of the network has."""
+        if self.has(label):
+            return
+        settings = settings_of(host, "original" if net is real.net else "skewed", config, images)
+        numbers = self.known.get(settings) or {"settings": settings, **measure(host, net, real, config, images)}
+        self.add({**numbers, "label": label})
 
     def add(self, point: dict[str, Any]) -> None:
         """Add a point and write the file."""
@@ -251,12 +269,10 @@ def main() -> None:
         elif name == "skew":
             changed = skewed(real.net, real.test[:2])
             for label, host, net, config in skew_points(base, real.net, changed):
-                if not file.has(label):
-                    file.add({"label": label, **measure(host, net, real, config, args.images)})
+                file.measure(label, host, config, args.images, real, net)
         else:
-            for label, config, images in listed[name]:
-                if not file.has(label):
-                    file.add({"label": label, **measure("brevitas", real.net, real, config, images)})
+            for label, host, config, images in listed[name]:
+                file.measure(label, host, config, images, real, real.net)
         print(json.dumps(file.data), flush=True)
 
 

@@ -455,7 +455,7 @@ def shifted_under_nncf(finetune):
 
     torch.manual_seed(0)
     model, items = nets.build("residual"), [x**3 for x in nets.items("residual")]
-    config = four_bits(finetune=finetune, activation_range="mse")
+    config = four_bits(finetune=finetune, compensate=False)  # there is something to gain from where it stands
     return UnderNNCF().quantize(
         model, items, config, preset=nncf.QuantizationPreset.MIXED, target_device=nncf.TargetDevice.NPU
     ), items
@@ -498,7 +498,7 @@ SHIFTED = {"nncf": shifted_under_nncf, "brevitas": shifted_under_brevitas}
 def test_zero_points_train(host, tmp_path):
     """Zero points move with the training, are whole numbers of the grid in the host's own words, and can be saved."""
     make = SHIFTED[host.name]
-    (start, _), (end, items) = (make(f) for f in (None, few_steps(scale_learning_rate=0.01, images_fed=512)))
+    (start, _), (end, items) = (make(f) for f in (None, few_steps(scale_learning_rate=0.02, images_fed=1024)))
     before, after = ({name: a.zero_point for name, a in r.activations().items()} for r in (start, end))
     assert before.keys() == after.keys()
     assert any(0 < z < 255 and z != before[name] for name, z in after.items())

@@ -107,7 +107,9 @@ def test_cross_entropy_mixes_by_a_proportion(at, host):
 def test_the_divergence_is_that_of_the_class_probabilities(host):
     """With p = 1 the loss of the result is the mean divergence of its class probabilities from the teacher's."""
     model, items = nets.build("linear_only"), nets.items("linear_only")
-    result, quantized = host.finetuned(model, items, four_bits(finetune=few_steps(cross_entropy=1)))
+    # Plain rounding leaves something to gain: compensated, these few layers are at 5e-5 from the start.
+    settings = four_bits(finetune=few_steps(cross_entropy=1, images_fed=512), compensate=False)
+    result, quantized = host.finetuned(model, items, settings)
     images = torch.cat(items)
     (student,), (teacher,) = host.outputs(quantized, images), list(tensors_in(model(images)))
     t, s = teacher.detach().log_softmax(1), student.log_softmax(1)
