@@ -13,6 +13,7 @@ from torch import nn
 
 from qft_plugin import DeployabilityError, HardwareSpec, QFTWarning
 from qft_plugin.bounded import ChannelHardtanh
+from qft_plugin.channelwise import Rescaled
 from qft_plugin.model import tensors_in
 
 pytestmark = pytest.mark.wide
@@ -220,6 +221,7 @@ SPECS = {
     "6 bits": HardwareSpec(activation_bits=6),
     "4 bits": HardwareSpec(activation_bits=4),
     "factors of 4 bits": HardwareSpec(rescale_factor=4),
+    "addends per channel": HardwareSpec(elementwise_rescale="channel"),
 }
 
 
@@ -517,3 +519,72 @@ def test_biases_that_do_not_fit_are_clipped_to_the_ends(bits, host, tmp_path):
     steps = torch.cat(list(bias_steps(result, "residual").values())).round()
     assert (steps.min(), steps.max()) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     assert all(report.weights == 5 for report in result.save(tmp_path, items[0]))
+
+
+def factors_of_addends(result):
+    """List the factors in front of additions, as the host holds them, `[channels]` each."""
+    if result.name == "brevitas":
+        return [m.weight for m in result.model.modules() if isinstance(m, Rescaled)]
+    from nncf.torch.function_hook import get_hook_storage
+    from nncf.torch.quantization.layers import SQMultiply
+
+    hooks = get_hook_storage(result.model).named_hooks()
+    return [h.scale.flatten() for name, h in hooks if isinstance(h, SQMultiply) and "add" in name]
+
+
+@NETS
+def test_every_channel_of_an_addend_has_a_factor_of_its_own(net, host, tmp_path):
+    """What is added is no longer tied to the sum: both sides are free, and trained, and saved."""
+    torch.manual_seed(0)
+    model, items = nets.build(net), nets.items(net)
+    # Plain rounding to 3 bits leaves enough to gain for the training to be kept.
+    settings = {"finetune": few_steps(images_fed=1024), "compensate": False, "weight_bits": 3}
+    result = host().quantize(model, items, four_bits(hardware=SPECS["addends per channel"], **settings))
+    tied, _, _ = quantized(host, net, "openvino cpu")
+    channels = len(result.dof_map.layer({"residual": "conv2.weight", "inverted": "project.0.weight"}[net]).out_index)
+    # Three edges in the place of one: the two addends and their sum.
+    assert result.dof_map.size == tied.dof_map.size + 2 * channels
+    found = factors_of_addends(result)
+    assert [len(f) for f in found] == [channels] * 2
+    for factor in found:
+        assert len(factor.unique()) > channels / 2
+    if host is UnderBrevitas:
+        with torch.no_grad():
+            linked = list(tensors_in(nets.call(result.linked, items[0])))
+        assert relative_error(result.outputs(items[0]), linked) < 1e-2
+    assert all(report.weights == 5 for report in result.save(tmp_path, items[0]))
+
+
+@NETS
+def test_addends_start_with_one_scale(net, host):
+    """Before the training all factors are 1: the hosts calibrate the network as it is."""
+    model, items = nets.build(net), nets.items(net)
+    settings = {"finetune": None, "hardware": HardwareSpec(elementwise_rescale="channel")}
+    for factor in factors_of_addends(host().quantize(model, items, four_bits(**settings))):
+        assert torch.equal(factor, torch.ones_like(factor))
+
+
+def test_what_else_is_added_stays_as_it_is(host):
+    """Integers, numbers, what is broadcast and what is added to itself get no factor."""
+    torch.manual_seed(0)
+    model = Sums()
+    items = [torch.randn(8, 3, 6, 6) for _ in range(4)]
+    result = host().quantize(model, items, four_bits(hardware=SPECS["addends per channel"]))
+    assert factors_of_addends(result) == []
+    assert relative_error(result.outputs(items[0]), [model(items[0]).detach()]) < CLOSE[8]
+
+
+class Sums(nn.Module):
+    """Additions of all kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.shift = nn.Parameter(torch.randn(8, 1, 1))
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x) + self.shift) + 1
+        x = self.second(x + x.mean((2, 3), keepdim=True))
+        x = torch.relu(x + x)
+        index = torch.tensor([0, 1]) + torch.tensor([1, 1])
+        return self.head(x[:, :, index])

@@ -5,7 +5,8 @@ put: then the scale of what it makes differs by channel, explicitly, at the pric
 into the quantizer behind it.
 """
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -14,7 +15,7 @@ from torch.overrides import wrap_torch_function
 
 from qft_plugin.bounded import channels_read, replace_modules
 from qft_plugin.data import Call
-from qft_plugin.graph import on_axis
+from qft_plugin.graph import ADDS, Const, LayerGraph, Op, Ref, channel_axis, on_axis
 from qft_plugin.norms import NORMS, affine_of
 
 BARRIERS: Final = (
@@ -80,7 +81,7 @@ class ChannelAffine(nn.Module):
 
 
 class Rescaled(nn.Module):
-    """A function with a factor for each channel behind it.
+    """A function, or what an addition reads, with a factor for each channel behind it.
 
     Attributes:
         function: the function.
@@ -93,7 +94,7 @@ class Rescaled(nn.Module):
         """Start with factors of 1.
 
         Args:
-            function: elementwise.
+            function: elementwise, or an `Identity`.
             channels: of what it makes.
             axis: of the channels, counted from the last one (-1).
             like: decides device and dtype.
@@ -149,3 +150,70 @@ def free_channels(
 def _has_no_parameters(module: nn.Module) -> bool:
     """Whether a BatchNorm has nothing to keep factor and shift in."""
     return isinstance(module, NORMS) and (module.running_var is None or module.weight is None or module.bias is None)
+
+
+@dataclass(frozen=True)
+class Addend:
+    """An input of an elementwise addition that can have a scale of its own in every channel.
+
+    Attributes:
+        addition: name of the operation.
+        index: which of its activation inputs it is.
+        channels: of the addend.
+        axis: of the channels, counted from the last one (-1).
+    """
+
+    addition: str
+    index: int
+    channels: int
+    axis: int
+
+    @property
+    def factor(self) -> str:
+        """Name of the operation that multiplies it."""
+        return f"factor of input {self.index} of {self.addition}"
+
+
+def addends_of(graph: LayerGraph) -> tuple[Addend, ...]:
+    """List the inputs of all elementwise additions of two different activations of one shape."""
+    sequences = any(op.function in ("conv1d", "conv_transpose1d") for op in graph.ops)
+    found = []
+    for op in graph.ops:
+        shapes = {graph.shapes[name] for name in (*op.inputs, *op.outputs)} if op.function in ADDS else set()
+        if len(shapes) == 1 and len(set(op.inputs)) == 2 and len(shape := shapes.pop()) > 1:
+            axis = channels_axis(shape, sequences=sequences)
+            found += [Addend(op.name, i, shape[axis], axis) for i in range(2)]
+    return tuple(found)
+
+
+def channels_axis(shape: tuple[int, ...], *, sequences: bool) -> int:
+    """Return the axis of the channels of an addend, counted from the last one (-1).
+
+    Args:
+        shape: of the addend, `[images, ...]`.
+        sequences: whether the network has convolutions over sequences, `[images, channels, length]`.
+    """
+    return (1 if len(shape) == 3 and sequences else channel_axis(shape)) - len(shape)
+
+
+def with_addend_factors(graph: LayerGraph, weights: Mapping[Addend, str]) -> LayerGraph:
+    """Return the graph of the network that multiplies what it adds by a factor for each channel first.
+
+    Args:
+        graph: the network.
+        weights: name of the factors, `[channels]`, of each addend that gets them.
+    """
+    at = {(addend.addition, addend.index): (addend, name) for addend, name in weights.items()}
+    ops: list[Op] = []
+    shapes = dict(graph.shapes)
+    for op in graph.ops:
+        inputs = list(op.inputs)
+        for i, read in enumerate(op.inputs):
+            if (op.name, i) in at:
+                addend, name = at[op.name, i]
+                constant = Const(name, (addend.channels,))
+                made = addend.factor
+                ops.append(Op(made, channel_affine.__name__, (read,), (made,), (Ref(0), constant, None, addend.axis)))
+                shapes[made], inputs[i] = shapes[read], made
+        ops.append(replace(op, inputs=tuple(inputs)))
+    return replace(graph, ops=tuple(ops), shapes=shapes)

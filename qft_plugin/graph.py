@@ -1,6 +1,6 @@
 """The network as its host saw it run (`LayerGraph`), and which per-channel scales it allows (`DofMap`, Sec. 3.3)."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -181,6 +181,32 @@ class DofMap:
             if layer.weight == weight:
                 return layer
         raise KeyError(weight)
+
+    def merged(self, weights: Collection[str]) -> tuple["DofMap", Tensor]:
+        """Give each channel one variable on both sides of some layers.
+
+        Args:
+            weights: names of these layers' weights.
+
+        Returns:
+            The map, whose variables keep their numbers, and for each variable of this map the one that stands for it
+            there, `[1 + size]`.
+        """
+        root = list(range(self.size + 1))
+
+        def find(i: int) -> int:
+            while root[i] != i:
+                i = root[i]
+            return i
+
+        for layer in self.layers:
+            if layer.weight in weights:
+                for a, b in zip(layer.in_index.tolist(), layer.out_index.tolist(), strict=True):
+                    low, high = sorted((find(a), find(b)))
+                    root[high] = low  # a pinned channel, 0, pins the other
+        found = torch.tensor([find(i) for i in root])
+        layers = tuple(replace(la, in_index=found[la.in_index], out_index=found[la.out_index]) for la in self.layers)
+        return replace(self, layers=layers), found
 
     def all_pinned(self, reason: str) -> "DofMap":
         """Return the map of the same network in which no channel may be rescaled."""

@@ -86,7 +86,8 @@ class Problem:
 
     Attributes:
         source: the network as its host read it: `model` (a float copy), `graph`, `tensors` (weights and biases by
-            name), and `weight_bits` (bits by name, `None` where the settings choose them).
+            name), `weight_bits` (bits by name, `None` where the settings choose them), and `addend_factors` (names of
+            the weights that are factors in front of an addition).
         dof_map: which per-channel scales are shared, free, or pinned.
         inputs: the images, in the fastest layout.
         at: where teacher and student are compared.
@@ -187,8 +188,8 @@ def start(
     compiled = config.finetune is not None and config.finetune.compile
     student = host.Student(placed, source, problem.at, _unfolds(dof_map, problem.at, log_c), compiled=compiled)
     groups, loose = addends(source.graph, placed.placement)
-    kind = config.hardware.elementwise_rescale
-    if kind != "tensor" and loose:
+    kind, tied = config.hardware.elementwise_rescale, config.hardware.ties_addends
+    if tied and loose:
         warnings.warn(
             f"elementwise_rescale={kind!r} should tie all inputs of an addition. Found an input that is not quantized "
             f"in {', '.join(loose)}; these are added in float. Quantize what is added.",
@@ -208,7 +209,7 @@ def start(
         train_cross_layer=config.train_cross_layer,
         train_scales=config.train_scales,
         hardware=config.hardware,
-        addends=groups if kind != "tensor" else (),
+        addends=groups if tied else (),
         rounding=config.rounding,
         sparsity=config.sparsity,
     )
@@ -368,17 +369,23 @@ def _laid_out(t: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _equalization(problem: Problem, config: QFTConfig) -> Tensor:
-    """Choose the initial cross-layer factors, `[dof_map.size]`."""
-    source, layers = problem.source, problem.dof_map.layers
+    """Choose the initial cross-layer factors, `[dof_map.size]`.
+
+    What is added starts with one scale in each channel, so that the host can place its quantizers around an addition
+    that needs no factors yet.
+    """
+    source = problem.source
+    dof_map, merged = problem.dof_map.merged(source.addend_factors)
+    layers = dof_map.layers
     kernels = [layer.weight for layer in layers if layer.is_kernel]
     bits = _bits(source, {name: source.tensors[name] for name in kernels}, config)
-    log_c: Tensor = source.tensors[kernels[0]].new_zeros(problem.dof_map.size)
+    log_c: Tensor = source.tensors[kernels[0]].new_zeros(dof_map.size)
     tensors = {name: source.tensors[name] for name in names_of(layers)}
     for _ in range(EQUALIZE_ROUNDS if config.equalize else 0):
-        folded = fold_network(problem.dof_map, log_c, tensors)
+        folded = fold_network(dof_map, log_c, tensors)
         weights = {name: folded[name] for name in kernels}
-        log_c = log_c + equalize(problem.dof_map, weights, bits, beta=EQUALIZE_BOTH).to(log_c)
-    return log_c
+        log_c = log_c + equalize(dof_map, weights, bits, beta=EQUALIZE_BOTH).to(log_c)
+    return torch.cat([log_c.new_zeros(1), log_c])[merged[PINNED + 1 :].to(log_c.device)]
 
 
 def _bits(source: Any, weights: Mapping[str, Tensor], config: QFTConfig) -> Mapping[str, int]:

@@ -11,7 +11,7 @@ from qft_plugin.errors import ConfigError
 Rescale = Literal["layerwise", "channelwise"]
 Range = Literal["host", "max", "mse"]
 Bounded = Literal["exact", "relu"]
-Elementwise = Literal["none", "tensor", "power_of_two"]
+Elementwise = Literal["none", "tensor", "channel", "power_of_two"]
 Rounding = Literal["ste", "soft", "blend"]
 Sparsity = float | Literal["2:4"] | None
 
@@ -67,7 +67,8 @@ class HardwareSpec:
         bias_bits: bit width of biases, held as integers in the accumulator's scale; `None` leaves them in float.
         accumulator_bits: width of the accumulator; a layer that could overflow it is named in a warning.
         elementwise_rescale: what the inputs of an elementwise add may have: `"none"` one scale for all of them,
-            `"tensor"` each a scale of its own, `"power_of_two"` scales that differ by a shift (App. D).
+            `"tensor"` each a scale of its own, `"channel"` each a scale of its own in every channel, which costs a
+            factor for each channel in front of the addition, `"power_of_two"` scales that differ by a shift (App. D).
         activation_scale: where the scale of an activation may differ by channel. `"folded"`: where the factors can be
             folded into the weights on both sides. `"explicit"`: behind SiLU, GELU and their like too, at the price of a
             factor for each channel in front of the quantizer.
@@ -84,7 +85,7 @@ class HardwareSpec:
 
     def __post_init__(self) -> None:
         _choice(self, "rescale", ("layerwise", "channelwise"))
-        _choice(self, "elementwise_rescale", ("none", "tensor", "power_of_two"))
+        _choice(self, "elementwise_rescale", ("none", "tensor", "channel", "power_of_two"))
         _choice(self, "activation_scale", ("folded", "explicit"))
         _flag(self, "doubly_per_channel")
         limits = {"activation_bits": (4, 8), "bias_bits": (4, 32), "accumulator_bits": (8, 64)}
@@ -106,6 +107,11 @@ class HardwareSpec:
                 "HardwareSpec.bias_bits should be None with doubly_per_channel: such a kernel has no accumulator in "
                 f"one scale. Found {self.bias_bits}."
             )
+
+    @property
+    def ties_addends(self) -> bool:
+        """Whether the scales of the inputs of an elementwise add depend on each other."""
+        return self.elementwise_rescale in ("none", "power_of_two")
 
     @property
     def quantizes_addends(self) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from qft_plugin.bounded import free_bounds
 from qft_plugin.brevitas.scalings import ActivationScaling, WeightScaling
 from qft_plugin.brevitas.twin import PLAIN, activation_scaling, make_twin, weight_scaling
-from qft_plugin.channelwise import free_channels
+from qft_plugin.channelwise import Rescaled, free_channels
 from qft_plugin.data import Call
 from qft_plugin.errors import DataError, ModelError
 from qft_plugin.graph import LayerGraph
@@ -31,6 +31,7 @@ class Source:
         activations: trained state of each activation quantizer, by the name of its module.
         on_tensor: which of them made a tensor.
         weights: trained state of each weight quantizer, by name of the weight.
+        addend_factors: names of the factors in front of additions.
     """
 
     model: nn.Module
@@ -40,6 +41,7 @@ class Source:
     activations: Mapping[str, ActivationScaling]
     on_tensor: Mapping[str, str]
     weights: Mapping[str, WeightScaling]
+    addend_factors: frozenset[str]
 
 
 def check(model: nn.Module) -> None:
@@ -143,6 +145,7 @@ def read(model: nn.Module, call: Call, *, explicit: bool = False) -> Source:
         activations,
         on_tensor,
         weights,
+        frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Rescaled)),
     )
 
 

@@ -18,6 +18,7 @@ from qft_plugin.brevitas.quantizers import (
     QFTUint8ActPerTensorFloat,
 )
 from qft_plugin.brevitas.twin import make_twin
+from qft_plugin.channelwise import Rescaled, channels_axis
 from qft_plugin.data import Call, Inputs
 from qft_plugin.errors import ModelError
 from qft_plugin.graph import ADDS, LayerGraph
@@ -117,6 +118,8 @@ def _quantize_activations(model: fx.GraphModule, layers: list[fx.Node], inputs: 
             bits.setdefault(_quantized_node(model, before), config.hardware.activation_bits or 8)
     for number, (node, width) in enumerate(bits.items()):
         _quantize_activation(model, node, number, signed=node in signs.negative, bits=width)
+    if config.hardware.elementwise_rescale == "channel":
+        _rescale_addends(model, signs)
 
 
 def _additions(model: fx.GraphModule) -> list[fx.Node]:
@@ -128,6 +131,24 @@ def _additions(model: fx.GraphModule) -> list[fx.Node]:
         and node.op in ("call_function", "call_method")
         and (function_name(node.target) if node.op == "call_function" else str(node.target).rstrip("_")) in FX_ADDS
     ]
+
+
+def _rescale_addends(model: fx.GraphModule, signs: "_Signs") -> None:
+    """Put a factor for each channel onto what is added, where its shape is that of the sum."""
+    sequences = any(isinstance(m, (nn.Conv1d, nn.ConvTranspose1d)) for m in model.modules())
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    number = 0
+    for node in _additions(model):
+        shape = signs.floating.get(node, ())
+        # A quantizer was not there when the model was run: it has the shape of what it reads.
+        read = {signs.floating.get(n, signs.floating.get(n.all_input_nodes[0])) for n in node.all_input_nodes}
+        for before in node.all_input_nodes if len(shape) > 1 and read == {shape} else ():
+            axis = channels_axis(shape, sequences=sequences)
+            name = f"addend_{number}"
+            model.add_submodule(name, Rescaled(nn.Identity(), shape[axis], axis=axis, like=like))
+            with model.graph.inserting_before(node):
+                node.replace_input_with(before, model.graph.call_module(name, (before,)))
+            number += 1
 
 
 def _preprocessed(model: nn.Module, call: Call) -> fx.GraphModule:
@@ -162,17 +183,17 @@ def _positional(model: fx.GraphModule, args: tuple[Tensor, ...], kwargs: dict[st
 
 
 class _Signs(fx.Interpreter):
-    """Runs a model and remembers which operations gave numbers that are not whole, and which ever a negative one."""
+    """Runs a model and remembers the shape of what was not whole numbers, and what was ever a negative one."""
 
     def __init__(self, model: fx.GraphModule) -> None:
         super().__init__(model)
         self.negative: set[fx.Node] = set()
-        self.floating: set[fx.Node] = set()
+        self.floating: dict[fx.Node, tuple[int, ...]] = {}
 
     def run_node(self, node: fx.Node) -> Any:
         result = super().run_node(node)
         if isinstance(result, Tensor) and result.is_floating_point():
-            self.floating.add(node)
+            self.floating[node] = tuple(result.shape)
             if bool((result < 0).any()):
                 self.negative.add(node)
         return result

@@ -167,6 +167,8 @@ def _channelwise(model: nn.Module, dof_map: DofMap) -> DofMap:
         module, channels = model.get_submodule(layer.weight.rpartition(".")[0]), len(layer.out_index)
         if isinstance(module, NORMS):
             set_affine(module, *affine_of(module))
+        elif isinstance(module, Rescaled):
+            continue  # the factors of an addend, which swap has put there
         elif not bool((layer.out_index != PINNED).any()):
             needless.append(layer)
         elif isinstance(module, nn.Hardtanh):

@@ -15,7 +15,7 @@ from qft_plugin.data import Call, Inputs
 from qft_plugin.finetune import Prediction
 from qft_plugin.graph import ADDS, Const, Ref
 from qft_plugin.model import tensor_of, tensors_in
-from qft_plugin.nncf.read import Source, tensor_name
+from qft_plugin.nncf.read import Source, add_factors, port_of, tensor_name
 from qft_plugin.offline import Solution
 from qft_plugin.placement import ActivationGrid, Comparison, Placement, WeightPlace
 from qft_plugin.quantize import fake_quantize
@@ -39,9 +39,10 @@ class Placed:
     Attributes:
         model: what `nncf.quantize` returned for the equalized copy.
         placement: where its quantizers are.
-        tensors: its weights and biases by name.
+        tensors: its weights and biases by name, and the factors in front of additions, which are 1 and not in it yet.
         hooks: names of the hooks of each activation quantizer, by name of the quantizer.
         weight_hooks: names of the hooks of each weight quantizer, by name of the weight.
+        factors: the operation and the port that each factor in front of an addition belongs to, by name of the factor.
     """
 
     model: nn.Module
@@ -49,6 +50,7 @@ class Placed:
     tensors: Mapping[str, Tensor]
     hooks: Mapping[str, tuple[str, ...]]
     weight_hooks: Mapping[str, tuple[str, ...]]
+    factors: Mapping[str, tuple[str, int]]
 
 
 class Request(Protocol):
@@ -79,10 +81,11 @@ def place(source: Source, tensors: Mapping[str, Tensor], request: Request, input
         request: the user's settings for NNCF.
         inputs: the images.
     """
-    model = copy.deepcopy(source.model)
+    model = copy.deepcopy(source.plain)
     with torch.no_grad():
         for name, tensor in tensors.items():
-            tensor_of(model, name).copy_(tensor)
+            if name not in source.addend_factors:
+                tensor_of(model, name).copy_(tensor)
     quantized = request.place(model, inputs)
     hardware = request.hardware
     if hardware.activation_bits is None:
@@ -99,6 +102,7 @@ def place(source: Source, tensors: Mapping[str, Tensor], request: Request, input
     weight_hooks: dict[str, tuple[str, ...]] = {}
     on_tensor: dict[str, str] = {}
     on_input: dict[tuple[str, int], str] = {}
+    factors = {(addend.addition, addend.index): (addend.factor, 0) for addend in source.addends}
     for hook, names in names_by_module.items():
         kind, op, port = decode_hook_name(names[0])
         what = source.ports.get((op, port)) if kind == "pre_hooks" else None
@@ -123,10 +127,14 @@ def place(source: Source, tensors: Mapping[str, Tensor], request: Request, input
             else:
                 what = source.ports.get((op, port))
                 if what is not None and not isinstance(what, Const):
-                    on_input[op, what.index] = names[0]
+                    on_input[factors.get((op, what.index), (op, what.index))] = names[0]
     placement = Placement(activations, on_tensor, on_input, weights)
-    held = {name: tensor_of(quantized, name).detach() for name in tensors}
-    return Placed(quantized, placement, held, hooks, weight_hooks)
+    held = {
+        name: tensor if name in source.addend_factors else tensor_of(quantized, name).detach()
+        for name, tensor in tensors.items()
+    }
+    entries = {name: (a.addition, port_of(source.ports, a)) for a, name in source.addends.items()}
+    return Placed(quantized, placement, held, hooks, weight_hooks, entries)
 
 
 def _drop_quantizers_of_addends(model: nn.Module, source: Source) -> None:
@@ -307,6 +315,8 @@ class Student:
             if isinstance(hook, (SymmetricQuantizer, AsymmetricQuantizer)):
                 storage.set_submodule(name, _FixedQuantizer(hook, len(hook.scale_shape)))
         self._names = _remove_neutral_norms(model, source)
+        own = add_factors(model, source.addends, source.ports)
+        self._names |= {source.addends[addend]: name for addend, name in own.items()}
         self._observed = Observed(model, at, source)
         self._unfolds = unfolds
         self._first_port = _ports_of_input(source, 0)

@@ -2,20 +2,21 @@
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from nncf.torch.function_hook import wrap_model
+from nncf.torch.function_hook import get_hook_storage, wrap_model
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 from torch import Tensor, nn
 
 from qft_plugin.bounded import free_bounds, replace_by_relu
-from qft_plugin.channelwise import free_channels
+from qft_plugin.channelwise import Addend, Rescaled, addends_of, free_channels, with_addend_factors
 from qft_plugin.data import Call, Inputs
+from qft_plugin.dof_map import map_dof
 from qft_plugin.errors import DataError, ModelError
-from qft_plugin.graph import Const, LayerGraph, Op, Ref
+from qft_plugin.graph import PINNED, Const, LayerGraph, Op, Ref
 from qft_plugin.model import SAME, check_finite, first_outputs, largest_change, tensors_in
 from qft_plugin.model import check_model as check_torch_model
 from qft_plugin.norms import CONVOLUTIONS, NORMS, can_fold, folded_norm, neutral_variance
@@ -54,6 +55,8 @@ class Source:
         tensors: weights and biases by name.
         norms: the folded BatchNorms.
         ports: what each input port of an operation receives: one of its activation inputs, or a constant.
+        addends: name of the weight of each factor in front of an addition, which `model` has as a hook.
+        plain: `model` without these hooks.
     """
 
     teacher: nn.Module
@@ -62,8 +65,15 @@ class Source:
     tensors: Mapping[str, Tensor]
     norms: tuple[FoldedNorm, ...]
     ports: Mapping[tuple[str, int], Ref | Const]
+    addends: Mapping[Addend, str]
+    plain: nn.Module
     weight_bits: None = None
     """The settings choose them."""
+
+    @property
+    def addend_factors(self) -> frozenset[str]:
+        """Names of the weights of the factors in front of additions."""
+        return frozenset(self.addends.values())
 
 
 def check_model(model: Any) -> None:
@@ -142,14 +152,55 @@ def read(model: nn.Module, inputs: Inputs, config: QFTConfig | None = None) -> S
         if free_channels(copied, call, norms=True, barriers=explicit, only=left):
             traced = _trace(copied, call)
     graph = _layer_graph(traced, norms)
-    tensors = {**dict(copied.named_parameters(remove_duplicate=False)), **dict(copied.named_buffers())}
     change = largest_change(outputs, list(tensors_in(copied(*call[0], **call[1]))))
     if not change <= SAME:
         raise ModelError(
             f"Folding the BatchNorms should not change the model. Found a relative difference of {change:.3g} in its "
             "outputs. The model probably shares or modifies them."
         )
-    return Source(teacher, copied, graph, {name: t.detach() for name, t in tensors.items()}, norms, _ports(traced))
+    ports, rescaled, addends = _ports(traced), copied, {}
+    if rescales and config.hardware.elementwise_rescale == "channel":
+        rescaled = wrap_model(copy.deepcopy(copied))
+        addends = add_factors(rescaled, _rescalable(graph), ports)
+        graph = with_addend_factors(graph, addends)
+    named = {**dict(rescaled.named_parameters(remove_duplicate=False)), **dict(rescaled.named_buffers())}
+    tensors = {name: t.detach() for name, t in named.items()}
+    return Source(teacher, rescaled, graph, tensors, norms, ports, addends, copied)
+
+
+def _rescalable(graph: LayerGraph) -> list[Addend]:
+    """List the addends of which a factor can absorb anything."""
+    weights = {addend: addend.factor for addend in addends_of(graph)}
+    layers = {layer.weight: layer for layer in map_dof(with_addend_factors(graph, weights)).layers}
+    free = {name for name, la in layers.items() if bool((torch.cat([la.in_index, la.out_index]) != PINNED).any())}
+    return [addend for addend, name in weights.items() if name in free]
+
+
+def add_factors(
+    model: nn.Module, addends: Iterable[Addend], ports: Mapping[tuple[str, int], Ref | Const]
+) -> dict[Addend, str]:
+    """Multiply what a wrapped model adds by factors of 1, in place, behind all other hooks of the addition's input.
+
+    Args:
+        model: wrapped by NNCF.
+        addends: what to multiply.
+        ports: see `Source`.
+
+    Returns:
+        The name of the factors of each addend among the buffers of the model.
+    """
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    modules = {a: Rescaled(nn.Identity(), a.channels, axis=a.axis, like=like) for a in addends}
+    for addend, module in modules.items():
+        port = port_of(ports, addend)
+        get_hook_storage(model).register_pre_function_hook(addend.addition, port, module)
+    names = {id(module): name for name, module in model.named_modules()}
+    return {addend: f"{names[id(module)]}.weight" for addend, module in modules.items()}
+
+
+def port_of(ports: Mapping[tuple[str, int], Ref | Const], addend: Addend) -> int:
+    """Return the port of its addition that an addend enters by."""
+    return next(port for (op, port), what in ports.items() if (op, what) == (addend.addition, Ref(addend.index)))
 
 
 def _trace(model: nn.Module, call: Call) -> Any:

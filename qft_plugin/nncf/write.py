@@ -1,7 +1,7 @@
 """From trained degrees of freedom back to a model with NNCF's standard quantizers."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -39,9 +39,14 @@ def write(placed: Placed, dof: Dof) -> nn.Module:
     """
     model: nn.Module = placed.model
     solution = solve(dof)
-    for name, tensor in solution.tensors.items():
-        tensor_of(model, name).copy_(tensor)
     storage = get_hook_storage(model)
+    for name, tensor in solution.tensors.items():
+        if name not in placed.factors:
+            tensor_of(model, name).copy_(tensor)
+            continue
+        layer = dof.map.layer(name)
+        if bool((torch.cat([layer.in_index, layer.out_index]) != PINNED).any()):
+            storage.register_pre_function_hook(*placed.factors[name], _multiply(on_axis(tensor, layer.axis)))
     for weight, deployed in deployed_weights(dof).items():
         left = None
         if deployed.step_in is not None:
@@ -66,20 +71,25 @@ def write(placed: Placed, dof: Dof) -> nn.Module:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
-    _restore_modules(model, dof)
+    _restore_modules(model, dof, placed.factors)
     model.eval()
     return model
 
 
-def _restore_modules(model: nn.Module, dof: Dof) -> None:
+def _restore_modules(model: nn.Module, dof: Dof, factors: Container[str]) -> None:
     """Put back the modules that others stood for, so that the model keeps its modules and names.
 
     A ReLU6 stands between two factors:  min(max(x', low / c), high / c)  is  clip(x' * c, low, high) / c.  A function
     that no scale passes through has one behind it, and a BatchNorm absorbs them.
+
+    Args:
+        model: the model.
+        dof: the trained degrees of freedom.
+        factors: the weights that no module stands for.
     """
     storage = get_hook_storage(model)
     for layer in dof.map.layers:
-        if layer.kind not in ("hardtanh", "channel_affine"):
+        if layer.kind not in ("hardtanh", "channel_affine") or layer.weight in factors:
             continue
         path = layer.weight.rpartition(".")[0]
         module, free = model.get_submodule(path), bool((layer.out_index != PINNED).any())
