@@ -222,6 +222,7 @@ SPECS = {
     "4 bits": HardwareSpec(activation_bits=4),
     "factors of 4 bits": HardwareSpec(rescale_factor=4),
     "addends per channel": HardwareSpec(elementwise_rescale="channel"),
+    "integer addends per channel": HardwareSpec(elementwise_rescale="channel", rescale_factor=8),
 }
 
 

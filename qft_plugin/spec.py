@@ -116,7 +116,7 @@ class HardwareSpec:
     @property
     def quantizes_addends(self) -> bool:
         """Whether the inputs of an elementwise add must be integers: a CPU adds in float before it quantizes."""
-        return self.elementwise_rescale != "tensor" or self.rescale_factor != "float"
+        return self.ties_addends or self.rescale_factor != "float"
 
     @classmethod
     def openvino_cpu(cls) -> "HardwareSpec":

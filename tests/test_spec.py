@@ -196,6 +196,8 @@ def test_presets(made: HardwareSpec, constraints: dict[str, Any]) -> None:
         ({"bias_bits": 24}, False),
         ({"elementwise_rescale": "none"}, True),
         ({"elementwise_rescale": "power_of_two"}, True),
+        ({"elementwise_rescale": "channel"}, False),
+        ({"elementwise_rescale": "channel", "rescale_factor": 4}, True),
         ({"rescale_factor": "power_of_two"}, True),
         ({"rescale_factor": 4}, True),
     ],

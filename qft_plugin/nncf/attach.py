@@ -145,13 +145,15 @@ def _drop_quantizers_of_addends(model: nn.Module, source: Source) -> None:
     in a ResNet-20). No integer kernel needs these quantizers, so without them torch and the runtime agree.
     """
     storage = get_hook_storage(model)
+    factors = {addend.factor for addend in source.addends}
     for name, hook in list(storage.named_hooks(remove_duplicate=False)):
         kind, op, port = decode_hook_name(name)
         if kind != "post_hooks" or not isinstance(hook, (SymmetricQuantizer, AsymmetricQuantizer)):
             continue
         tensor = tensor_name(op, port)
         users = [reader for reader in source.graph.ops if tensor in reader.inputs]
-        if users and tensor not in source.graph.outputs and all(reader.function in ADDS for reader in users):
+        added = all(reader.function in ADDS or reader.name in factors for reader in users)
+        if users and added and tensor not in source.graph.outputs:
             storage.delete_hook(name)
 
 
