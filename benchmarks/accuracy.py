@@ -16,9 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import real_networks
-import torch
 from torch import Tensor
 
 from qft_plugin import FinetuneConfig, HardwareSpec, QFTConfig
@@ -82,7 +80,7 @@ def under_nncf(real: real_networks.RealNetwork, batches: list[Tensor], config: Q
         found = real_networks.classes(quantized, real.test)
     with tempfile.TemporaryDirectory() as folder:
         report = qft_plugin.nncf.save_openvino(quantized, Path(folder) / "model.xml", real.calibration[:8])
-        ir = real_networks.classes(on_openvino(report.path), real.test)
+        ir = real_networks.classes(real_networks.on_openvino(report.path), real.test)
     return found, {
         **facts,
         "ir_agreement": round(real_networks.percent(ir == found), 3),
@@ -106,7 +104,7 @@ def under_brevitas(real: real_networks.RealNetwork, batches: list[Tensor], confi
         file = qonnx.load(path)
         executed = real_networks.classes(lambda x: qonnx.run(file, [x])[0], real.test)
         report = brevitas.save_qcdq(folded, Path(folder) / "qcdq.onnx", real.calibration[:8])
-        ir = real_networks.classes(on_openvino(report.path), real.test)
+        ir = real_networks.classes(real_networks.on_openvino(report.path), real.test)
     return found, {
         **facts,
         "qonnx_agreement": round(real_networks.percent(executed == found), 3),
@@ -115,14 +113,6 @@ def under_brevitas(real: real_networks.RealNetwork, batches: list[Tensor], confi
         "int8_convs": report.int8_convolutions,
         "convs": len(report.convolutions),
     }
-
-
-def on_openvino(path: Path) -> Callable[[Tensor], Tensor]:
-    """Return a file as a function on the CPU, at the precision that its weights ask for."""
-    import openvino
-
-    compiled: Any = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return lambda x: torch.from_numpy(np.asarray(compiled([x.numpy()])[0]))
 
 
 if __name__ == "__main__":

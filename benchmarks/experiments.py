@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -155,12 +156,18 @@ def float_classes(real: real_networks.RealNetwork) -> Tensor:
     return real_networks.classes(real.net, real.test)
 
 
-def measure(host: str, net: nn.Module, real: real_networks.RealNetwork, config: QFTConfig, images: int) -> dict:
+def measure(
+    host: str, net: nn.Module, real: real_networks.RealNetwork, config: QFTConfig, images: int, runtime: str
+) -> dict:
     """Quantize and compare with the float network on the test images."""
     batches = list(real.calibration[:images].split(DATASET_BATCH))
     wall, cpu = time.perf_counter(), time.process_time()
     model = QUANTIZE[host](net, batches, config)
     seconds = time.perf_counter() - wall, time.process_time() - cpu
+    if runtime == "openvino" and not config.hardware.doubly_per_channel:
+        model = on_openvino(host, model, real.calibration[:8])
+    elif host == "nncf":
+        model = without_compiler(model)
     expected, found = float_classes(real), real_networks.classes(model, real.test)
     top1, fp_top1 = (real_networks.percent(c == real.labels) for c in (found, expected))
     return {
@@ -179,19 +186,39 @@ def with_brevitas(net: nn.Module, batches: list[Tensor], config: QFTConfig) -> n
     return brevitas.fold(brevitas.quantize(net, batches, config=config))
 
 
-def with_nncf(net: nn.Module, batches: list[Tensor], config: QFTConfig) -> Callable[[Tensor], Tensor]:
+def with_nncf(net: nn.Module, batches: list[Tensor], config: QFTConfig) -> nn.Module:
     """Quantize with NNCF."""
     import nncf
 
-    import qft_plugin.nncf as host
+    import qft_plugin.nncf  # noqa: F401
 
-    model = nncf.quantize(net, nncf.Dataset(batches), algorithm=config)
+    model: nn.Module = nncf.quantize(net, nncf.Dataset(batches), algorithm=config)
+    return model
+
+
+def without_compiler(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return a model of NNCF as a function that does not compile NNCF's extension."""
+    import qft_plugin.nncf as host
 
     def run(x: Tensor) -> Tensor:
         with host.without_compiler():
             return model(x)
 
     return run
+
+
+def on_openvino(host: str, model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
+    """Save a quantized model and return its file as a function: int8 kernels are several times faster than torch."""
+    with tempfile.TemporaryDirectory() as folder:
+        if host == "nncf":
+            from qft_plugin.nncf import save_openvino
+
+            path = save_openvino(model, Path(folder) / "model.xml", example).path
+        else:
+            from qft_plugin.brevitas import save_qcdq
+
+            path = save_qcdq(model, Path(folder) / "model.onnx", example).path
+        return real_networks.on_openvino(path)
 
 
 QUANTIZE = {"brevitas": with_brevitas, "nncf": with_nncf}
@@ -210,7 +237,7 @@ class Results:
         self.path = path
         self.data = json.loads(path.read_text()) if path.exists() else {**facts, "points": []}
         others = (json.loads(p.read_text()) for p in path.parent.glob(f"*_{facts['net']}.json"))
-        alike = [data for data in others if data.get("test_images") == facts["test_images"]]
+        alike = [d for d in others if all(d.get(key) == facts[key] for key in ("test_images", "runtime"))]
         self.known = {point["settings"]: point for data in alike for point in data["points"] if "settings" in point}
 
     def has(self, label: str) -> bool:
@@ -224,8 +251,9 @@ class Results:
         if self.has(label):
             return
         settings = settings_of(host, "original" if net is real.net else "skewed", config, images)
-        numbers = self.known.get(settings) or {"settings": settings, **measure(host, net, real, config, images)}
-        self.add({**numbers, "label": label})
+        runtime = self.data["runtime"]
+        numbers = self.known.get(settings) or measure(host, net, real, config, images, runtime)
+        self.add({**numbers, "settings": settings, "label": label})
 
     def add(self, point: dict[str, Any]) -> None:
         """Add a point and write the file."""
@@ -243,6 +271,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--images-fed", type=int, default=FinetuneConfig().images_fed)
     parser.add_argument("--test-images", type=int, default=10_000, help="evenly spaced; tables should use all")
+    parser.add_argument("--runtime", choices=["torch", "openvino"], default="torch", help="what runs the test images")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="*", help="names of experiments")
     args = parser.parse_args()
@@ -252,12 +281,19 @@ def main() -> None:
     real = replace(real, test=real.test[::every], labels=real.labels[::every])
     base = QFTConfig(finetune=FinetuneConfig(images_fed=args.images_fed))
     listed = experiments(base, args.images)
-    facts = {"net": args.net, "images_fed": args.images_fed, "test_images": len(real.test), "seed": 0}
+    facts = {
+        "net": args.net,
+        "images_fed": args.images_fed,
+        "test_images": len(real.test),
+        "runtime": args.runtime,
+        "seed": 0,
+    }
     names = args.only or [*listed, "fig3_granularity", "skew"]
 
     def results(name: str) -> Results:
         command = f"python benchmarks/experiments.py --real DIR --net {args.net} --images-fed {args.images_fed}"
         command += "" if len(real.test) == 10_000 else f" --test-images {args.test_images}"
+        command += "" if args.runtime == "torch" else f" --runtime {args.runtime}"
         return Results(args.out / f"{name}_{args.net}.json", {**facts, "command": f"{command} --only {name}"})
 
     for name in names:

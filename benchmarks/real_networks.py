@@ -1,6 +1,7 @@
 """A folder of real networks: `nets.py` with `load(name)` and `normalise(images)`, and images as two .npz files."""
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,14 @@ def load(folder: Path, name: str, images: int) -> RealNetwork:
 def classes(model: Any, images: Tensor) -> Tensor:
     """Return the class that a torch model names for each image."""
     return torch.cat([model(part).argmax(1) for part in images.split(BATCH)])
+
+
+def on_openvino(path: Path) -> Callable[[Tensor], Tensor]:
+    """Return a file as a function on the CPU, at the precision that its weights ask for."""
+    import openvino
+
+    compiled: Any = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda x: torch.from_numpy(np.asarray(compiled([x.numpy()])[0]))
 
 
 def percent(hits: Tensor) -> float:

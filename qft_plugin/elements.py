@@ -130,6 +130,17 @@ def masked(x: Tensor, kept: Tensor) -> Tensor:
     return x - x.masked_fill(kept, 0).detach()
 
 
+def moved_to(integers: Tensor, W: Tensor, step: Tensor) -> Tensor:
+    """Return the float weight nearest to another that rounds to given integers.
+
+    Args:
+        integers: of the shape of `W`, held in float.
+        W: a float weight, real units.
+        step: broadcasts against `W`, real per step.
+    """
+    return (integers + (W / step - integers).clamp_(-INSIDE, INSIDE)) * step
+
+
 class NearestRounding(nn.Module):
     """Round to the nearest integer with the straight-through estimator (Eq. 1); the interface of all elements.
 
@@ -190,8 +201,7 @@ class NearestRounding(nn.Module):
         """
         if self.mask is None and self.trains_weight:
             return W
-        integers = self.integers(W, step)
-        return (integers + (W / step - integers).clamp_(-INSIDE, INSIDE)) * step
+        return moved_to(self.integers(W, step), W, step)
 
 
 class AlphaBlend(NearestRounding):

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from qft_plugin.elements import NearestRounding, check_masks, element_of, masked, undecided
 from qft_plugin.graph import PINNED, DofMap, Layer, absorbs_input
-from qft_plugin.initialize import out_slices
 from qft_plugin.placement import ActivationGrid
 from qft_plugin.quantize import (
     fake_quantize,
@@ -213,10 +212,10 @@ class Dof(nn.Module):
             [nn.Parameter(first.new_zeros(()), requires_grad=train_scales) for _ in self._shift_index]
         )
         self.layers = nn.ModuleList(
-            _LayerDof(layer, tensors, weights.get(layer.weight), self._input_magnitude(weights.get(layer.weight)))
+            LayerDof(layer, tensors, weights.get(layer.weight), self._input_magnitude(weights.get(layer.weight)))
             for layer in dof_map.layers
         )
-        for layer_dof in self._quantized():
+        for layer_dof in self.quantized():
             grid = weights[layer_dof.layer.weight]
             layer_dof.set_element(
                 element_of(layer_dof.layer, layer_dof.W, bits=grid.bits, rounding=rounding, sparsity=sparsity)
@@ -237,11 +236,12 @@ class Dof(nn.Module):
         activation = self.activation_grids[grid.s_in]
         return activation.scale * (activation.high - activation.low) / 4
 
-    def _quantized(self) -> "list[_LayerDof]":
-        return [d for d in self.layers if isinstance(d, _LayerDof) and d.layer.weight in self.weight_grids]
+    def quantized(self) -> "list[LayerDof]":
+        """List the degrees of freedom of the layers whose weights are quantized."""
+        return [d for d in self.layers if isinstance(d, LayerDof) and d.layer.weight in self.weight_grids]
 
     def _elements(self) -> dict[str, NearestRounding]:
-        return {d.layer.weight: d.element for d in self._quantized() if d.element is not None}
+        return {d.layer.weight: d.element for d in self.quantized() if d.element is not None}
 
     def set_progress(self, progress: float) -> None:
         """Tell the elements the position of the training, 0 to 1."""
@@ -251,9 +251,9 @@ class Dof(nn.Module):
         """Return what the elements ask for in addition to a small loss, `[]`; `None` where that is nothing."""
         return undecided(self._elements().values(), self.progress)
 
-    def trained_weight(self, name: str) -> "_LayerDof":
+    def trained_weight(self, name: str) -> "LayerDof":
         """Return the degrees of freedom of a quantized layer by the name of its weight."""
-        return next(d for d in self._quantized() if d.layer.weight == name)
+        return next(d for d in self.quantized() if d.layer.weight == name)
 
     @torch.no_grad()
     def shift_bias(self, weight: str, change: Tensor) -> None:
@@ -287,7 +287,7 @@ class Dof(nn.Module):
             found[name] = round_ste(moved.clamp(grid.low, grid.high))
         return found
 
-    def rescale_factor(self, layer: "_LayerDof") -> Tensor:
+    def rescale_factor(self, layer: "LayerDof") -> Tensor:
         """Return a layer's rescale factor as the hardware holds it, `[]` or `[out]`.
 
         Where an edge of the layer is not quantized it is no factor between integers, and any number will do.
@@ -325,7 +325,7 @@ class Dof(nn.Module):
         trained = [name for name, root in roots.items() if root not in fixed]
         scales: list[nn.Parameter] = [self.log_s[i] for i in dict.fromkeys(self._activation_index[n] for n in trained)]
         scales += [self.shift[i] for name, i in self._shift_index.items() if name in trained]
-        for layer in self._quantized():
+        for layer in self.quantized():
             if layers is not None and layer.layer.weight not in layers:
                 continue
             values.extend(p for p in (layer.W, layer.bias) if p is not None)
@@ -339,7 +339,7 @@ class Dof(nn.Module):
         return [{"params": [p for p in found if p.requires_grad], "lr": rate} for found, rate in groups]
 
 
-class _LayerDof(nn.Module):
+class LayerDof(nn.Module):
     """The degrees of freedom of one layer."""
 
     unit: Tensor
@@ -432,7 +432,7 @@ def weight_steps(dof: Dof, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
         By name of the weight, `[]` or `[out]`, real per step.
     """
     steps = {}
-    for layer in dof._quantized():
+    for layer in dof.quantized():
         grid = dof.weight_grids[layer.layer.weight]
         F = dof.rescale_factor(layer)
         S_wR = F if grid.s_out is None else scales[grid.s_out] * F
@@ -446,7 +446,7 @@ def solve(dof: Dof) -> Solution:
     steps = weight_steps(dof, scales)
     tensors: dict[str, Tensor] = {}
     for module in dof.layers:
-        assert isinstance(module, _LayerDof)
+        assert isinstance(module, LayerDof)
         layer = module.layer
         W, B = module.folded(c)
         if module.element is not None:
@@ -455,12 +455,12 @@ def solve(dof: Dof) -> Solution:
             W = module.element(W if kept is None else module.folded(c, kept)[0], step, dof.progress)
         tensors[layer.weight] = W
         if layer.bias is not None and B is not None:
-            tensors[layer.bias] = _on_hardware(dof, module, B, steps, scales)
+            tensors[layer.bias] = on_hardware(dof, module, B, steps, scales)
     return Solution(tensors, scales, c, dof.zero_points())
 
 
 def accumulator_step(
-    dof: Dof, layer: "_LayerDof", steps: Mapping[str, Tensor], scales: Mapping[str, Tensor]
+    dof: Dof, layer: "LayerDof", steps: Mapping[str, Tensor], scales: Mapping[str, Tensor]
 ) -> Tensor | None:
     """Return the scale of a layer's accumulator (Eq. 8), or `None` where it has none.
 
@@ -481,8 +481,8 @@ def accumulator_step(
     return steps[layer.layer.weight] * scales[grid.s_in]
 
 
-def _on_hardware(
-    dof: Dof, layer: "_LayerDof", B: Tensor, steps: Mapping[str, Tensor], scales: Mapping[str, Tensor]
+def on_hardware(
+    dof: Dof, layer: "LayerDof", B: Tensor, steps: Mapping[str, Tensor], scales: Mapping[str, Tensor]
 ) -> Tensor:
     """Fake-quantize a bias to integers in the scale of the accumulator, where the hardware holds it so."""
     S_acc = None if dof.hardware.bias_bits is None else accumulator_step(dof, layer, steps, scales)
@@ -490,116 +490,6 @@ def _on_hardware(
         return B
     low, high = integer_range(dof.hardware.bias_bits, signed=True)
     return fake_quantize(B, S_acc, low=low, high=high)
-
-
-@dataclass(frozen=True)
-class DeployedWeight:
-    """A quantized weight as it leaves the training.
-
-    Attributes:
-        integers: the integers, held in float, of the shape of the weight.
-        step: `[]` or `[out]`, real per step.
-        step_in: `[in]`, relative to `step`, of a doubly per-channel kernel, else `None`.
-        bits: bit width.
-    """
-
-    integers: Tensor
-    step: Tensor
-    step_in: Tensor | None
-    bits: int
-
-
-@torch.no_grad()
-def deployed_weights(dof: Dof) -> dict[str, DeployedWeight]:
-    """Return the integers and steps of all quantized weights by name."""
-    c, scales = dof.factors(), dof.activation_scales()
-    steps = weight_steps(dof, scales)
-    result = {}
-    for module in dof._quantized():
-        layer, grid = module.layer, dof.weight_grids[module.layer.weight]
-        W, _ = module.folded(c)
-        step = steps[layer.weight]
-        assert module.element is not None
-        integers = module.element.integers(W, on_weight(step, module.scale_in, W, layer))
-        result[layer.weight] = DeployedWeight(integers, step, module.scale_in, grid.bits)
-    return result
-
-
-@torch.no_grad()
-def folded_tensors(dof: Dof) -> dict[str, Tensor]:
-    """Return weights and biases by name with the trained cross-layer factors folded in, real units.
-
-    Weights are not yet rounded; where an element has decided on another integer than the nearest one, the weight is
-    moved next to it. Biases are what the hardware holds.
-    """
-    c, scales = dof.factors(), dof.activation_scales()
-    steps = weight_steps(dof, scales)
-    tensors: dict[str, Tensor] = {}
-    for module in dof.layers:
-        assert isinstance(module, _LayerDof)
-        W, B = module.folded(c)
-        if module.element is not None:
-            W = module.element.near(W, on_weight(steps[module.layer.weight], module.scale_in, W, module.layer))
-        tensors[module.layer.weight] = W
-        if module.layer.bias is not None and B is not None:
-            tensors[module.layer.bias] = _on_hardware(dof, module, B, steps, scales)
-    return tensors
-
-
-@torch.no_grad()
-def integer_biases(dof: Dof) -> dict[str, Tensor]:
-    """Return the integers that an accumulator starts from: the bias and what the zero point of the input adds (Eq. 7).
-
-    sum_i (q_i - Z) W_int[o, i] + B / S_acc  =  sum_i q_i W_int[o, i] + (B / S_acc - Z sum_i W_int[o, i])
-
-    The second bracket is constant, so that a kernel multiplies the integers q alone. An input that is padded is padded
-    with Z, which stands for the real 0.
-
-    Args:
-        dof: the degrees of freedom.
-
-    Returns:
-        `[out]` by name of the weight, for every layer whose accumulator has one scale, held in float.
-    """
-    c, scales, Z = dof.factors(), dof.activation_scales(), dof.zero_points()
-    steps, deployed = weight_steps(dof, scales), deployed_weights(dof)
-    found = {}
-    for module in dof._quantized():
-        layer, grid = module.layer, dof.weight_grids[module.layer.weight]
-        S_acc = accumulator_step(dof, module, steps, scales)
-        if S_acc is None or grid.s_in is None or not layer.is_kernel:
-            continue
-        sums = out_slices(deployed[layer.weight].integers, kind=layer.kind, groups=layer.groups).sum(1)
-        _, B = module.folded(c)
-        start = torch.zeros_like(sums) if B is None else (_on_hardware(dof, module, B, steps, scales) / S_acc).round()
-        zero_point = Z.get(grid.s_in, sums.new_tensor(dof.activation_grids[grid.s_in].zero_point))
-        found[layer.weight] = start - zero_point * sums
-    return found
-
-
-@torch.no_grad()
-def accumulator_bits(dof: Dof) -> dict[str, int]:
-    """Return how wide the accumulator of each layer must be so that no input can overflow it.
-
-    Args:
-        dof: the degrees of freedom.
-
-    Returns:
-        Bits of a signed accumulator by name of the weight, for every layer whose accumulator has one scale.
-    """
-    deployed, biases = deployed_weights(dof), integer_biases(dof)
-    found = {}
-    for name, bias in biases.items():
-        layer, grid = dof.map.layer(name), dof.weight_grids[name]
-        assert grid.s_in is not None
-        activation = dof.activation_grids[grid.s_in]
-        W_int = out_slices(deployed[name].integers, kind=layer.kind, groups=layer.groups)
-        ends = torch.stack([W_int * activation.low, W_int * activation.high])
-        largest = torch.maximum(ends.amax(0).sum(1) + bias.clamp(min=0), bias)
-        smallest = torch.minimum(ends.amin(0).sum(1) + bias.clamp(max=0), bias)
-        peak = max(float(largest.max()), -float(smallest.min()) - 1, 1.0)
-        found[name] = 1 + math.floor(math.log2(peak)) + 1
-    return found
 
 
 def names_of(layers: Sequence[Layer]) -> list[str]:

@@ -12,26 +12,17 @@ from hypothesis import strategies as st
 from models import CHANNELS, Residual, conv, image
 from torch import nn
 
+from qft_plugin.deployed import accumulator_bits, deployed_weights, folded_tensors, integer_biases
 from qft_plugin.dof_map import map_dof
 from qft_plugin.errors import QFTWarning
 from qft_plugin.graph import Layer, LayerGraph
 from qft_plugin.initialize import nearest_factor, out_slices
-from qft_plugin.offline import (
-    Dof,
-    WeightGrid,
-    accumulator_bits,
-    accumulator_step,
-    deployed_weights,
-    folded_tensors,
-    integer_biases,
-    solve,
-    tied_grids,
-    weight_steps,
-)
-from qft_plugin.pipeline import _with_bits, check_accumulators
+from qft_plugin.offline import Dof, WeightGrid, accumulator_step, solve, tied_grids, weight_steps
+from qft_plugin.pipeline import check_accumulators
 from qft_plugin.placement import ActivationGrid, Placement, WeightPlace
 from qft_plugin.quantize import quantize_factor
 from qft_plugin.spec import HardwareSpec, QFTConfig
+from qft_plugin.start import _with_bits
 
 EXACT = 1e-12
 """A handful of float64 operations in another order."""

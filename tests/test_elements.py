@@ -15,6 +15,7 @@ from models import CHANNELS, conv, image
 from torch import Tensor, nn
 
 from qft_plugin.data import Call, Inputs
+from qft_plugin.deployed import deployed_weights, folded_tensors
 from qft_plugin.elements import (
     ELEMENTS,
     INSIDE,
@@ -33,7 +34,7 @@ from qft_plugin.elements import (
 from qft_plugin.errors import ModelError
 from qft_plugin.finetune import FinetuneResult, Loss, Phase, Prediction, finetune, teacher_predictions
 from qft_plugin.graph import Layer
-from qft_plugin.offline import Dof, WeightGrid, deployed_weights, folded_tensors, on_weight, solve
+from qft_plugin.offline import Dof, WeightGrid, on_weight, solve
 from qft_plugin.placement import ActivationGrid
 from qft_plugin.quantize import fake_quantize, integer_range, to_integer
 from qft_plugin.spec import FinetuneConfig, Rounding, Sparsity

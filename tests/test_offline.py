@@ -10,15 +10,14 @@ from hypothesis import strategies as st
 from models import BLOCKS, CHANNELS, chained, conv, image
 from torch import Tensor, nn
 
+from qft_plugin.deployed import deployed_weights, folded_tensors
 from qft_plugin.dof_map import map_dof
 from qft_plugin.graph import DofMap, Layer
 from qft_plugin.offline import (
     Dof,
     WeightGrid,
-    deployed_weights,
     fold,
     fold_network,
-    folded_tensors,
     names_of,
     on_weight,
     solve,

@@ -9,15 +9,8 @@ import torch
 from graphs import mapped, parameters_of
 from torch import Tensor, nn
 
-from qft_plugin.offline import (
-    Dof,
-    WeightGrid,
-    accumulator_step,
-    deployed_weights,
-    integer_biases,
-    solve,
-    weight_steps,
-)
+from qft_plugin.deployed import deployed_weights, integer_biases
+from qft_plugin.offline import Dof, WeightGrid, accumulator_step, solve, weight_steps
 from qft_plugin.placement import ActivationGrid
 from qft_plugin.quantize import fake_quantize, fake_quantize_composed, to_integer
 from qft_plugin.spec import HardwareSpec

@@ -15,8 +15,8 @@ from qft_plugin.data import Call, as_call
 from qft_plugin.errors import ModelError
 from qft_plugin.graph import PINNED, DofMap
 from qft_plugin.model import accepts, evaluating, first_outputs
-from qft_plugin.pipeline import proven_map
 from qft_plugin.placement import Placement, quantizer_after, quantizer_before
+from qft_plugin.problem import proven_map
 from qft_plugin.record import record
 
 logger = logging.getLogger("qft_plugin")

@@ -18,18 +18,11 @@ from qft_plugin.data import Call, Inputs, as_call
 from qft_plugin.errors import ConfigError
 from qft_plugin.finetune import FinetuneResult
 from qft_plugin.model import accepts, check_finite, check_model
-from qft_plugin.pipeline import (
-    Callback,
-    Problem,
-    check_accumulators,
-    images,
-    start,
-    targets_of,
-    train,
-    understand,
-)
-from qft_plugin.pipeline import initialize as initialized
+from qft_plugin.pipeline import Callback, check_accumulators, targets_of, train
+from qft_plugin.problem import Problem, images, understand
 from qft_plugin.spec import QFTConfig
+from qft_plugin.start import initialize as initialized
+from qft_plugin.start import start
 
 BY_QUANTIZERS: Final = (
     "weight_bits",

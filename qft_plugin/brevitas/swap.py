@@ -141,7 +141,8 @@ def _rescale_addends(model: fx.GraphModule, signs: "_Signs") -> None:
     for node in _additions(model):
         shape = signs.floating.get(node, ())
         # A quantizer was not there when the model was run: it has the shape of what it reads.
-        read = {signs.floating.get(n, signs.floating.get(n.all_input_nodes[0])) for n in node.all_input_nodes}
+        seen = [n if n in signs.floating else next(iter(n.all_input_nodes), n) for n in node.all_input_nodes]
+        read = {signs.floating.get(n) for n in seen}
         for before in node.all_input_nodes if len(shape) > 1 and read == {shape} else ():
             axis = channels_axis(shape, sequences=sequences)
             name = f"addend_{number}"

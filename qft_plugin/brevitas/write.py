@@ -22,13 +22,14 @@ from qft_plugin.brevitas.save import weight_integers
 from qft_plugin.brevitas.scalings import ActivationScaling, WeightScaling
 from qft_plugin.brevitas.twin import activation_scaling, weight_scaling
 from qft_plugin.channelwise import Rescaled
-from qft_plugin.elements import INSIDE
+from qft_plugin.deployed import deployed_weights, folded_tensors
+from qft_plugin.elements import moved_to
 from qft_plugin.errors import ConfigError, DeployabilityError
 from qft_plugin.graph import PINNED, DofMap
 from qft_plugin.model import tensor_of
 from qft_plugin.norms import NORMS, affine_of, set_affine
-from qft_plugin.offline import deployed_weights, fold_network, folded_tensors, names_of, on_weight
-from qft_plugin.pipeline import Start
+from qft_plugin.offline import fold_network, names_of, on_weight
+from qft_plugin.start import Start
 
 
 @torch.no_grad()
@@ -44,10 +45,8 @@ def write(model: nn.Module, source: Source, start: Start) -> None:
     log_c = start.log_c + dof.log_c
     values = folded_tensors(dof)
     for name, deployed in deployed_weights(dof).items():
-        layer = dof.map.layer(name)
-        step = on_weight(deployed.step, deployed.step_in, values[name], layer)
-        rest = (values[name] / step - deployed.integers).clamp(-INSIDE, INSIDE)
-        values[name] = (deployed.integers + rest) * step
+        step = on_weight(deployed.step, deployed.step_in, values[name], dof.map.layer(name))
+        values[name] = moved_to(deployed.integers, values[name], step)
     unfolded = fold_network(dof.map, -log_c, values)
     for layer in dof.map.layers:
         if layer.weight in dof.weight_grids:

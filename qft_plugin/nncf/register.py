@@ -29,8 +29,10 @@ from qft_plugin.nncf.attach import teacher
 from qft_plugin.nncf.read import check_model, example_of, read
 from qft_plugin.nncf.version import check_version
 from qft_plugin.nncf.write import write
-from qft_plugin.pipeline import Job, images, initialize, targets_of, train, understand
+from qft_plugin.pipeline import Job, targets_of, train
+from qft_plugin.problem import images, understand
 from qft_plugin.spec import HardwareSpec, QFTConfig
+from qft_plugin.start import initialize
 
 PLACES: Final = (nncf, nncf.quantization, nncf.quantization.quantize_model)
 """Every module in which NNCF looks `quantize` up (2.17 to 3.4)."""

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from qft_plugin.bounded import ChannelHardtanh, replace_modules
 from qft_plugin.channelwise import ChannelAffine, Rescaled
+from qft_plugin.deployed import DeployedWeight, deployed_weights
 from qft_plugin.graph import PINNED, on_axis
 from qft_plugin.model import tensor_of
 from qft_plugin.nncf.attach import Placed
 from qft_plugin.norms import set_affine
-from qft_plugin.offline import DeployedWeight, Dof, deployed_weights, solve
+from qft_plugin.offline import Dof, solve
 from qft_plugin.placement import ActivationGrid
 from qft_plugin.quantize import per_in
 

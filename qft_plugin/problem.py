@@ -1,0 +1,149 @@
+"""What a job works on: a network as its host read it, its degrees of freedom, its images, and where it is compared."""
+
+import logging
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qft_plugin.blocks import check_blocks
+from qft_plugin.data import Call, Inputs, read_inputs
+from qft_plugin.dof_map import map_dof
+from qft_plugin.errors import ConfigError, QFTWarning
+from qft_plugin.graph import DofMap
+from qft_plugin.model import SAME, accepts, largest_change, tensors_in
+from qft_plugin.offline import (
+    fold_network,
+    names_of,
+)
+from qft_plugin.placement import (
+    Comparison,
+    comparison,
+)
+from qft_plugin.spec import FinetuneConfig, QFTConfig
+
+logger = logging.getLogger("qft_plugin")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A network and its images, understood.
+
+    Attributes:
+        source: the network as its host read it: `model` (a float copy), `graph`, `tensors` (weights and biases by
+            name), `weight_bits` (bits by name, `None` where the settings choose them), and `addend_factors` (names of
+            the weights that are factors in front of an addition).
+        dof_map: which per-channel scales are shared, free, or pinned.
+        inputs: the images, in the fastest layout.
+        at: where teacher and student are compared.
+    """
+
+    source: Any
+    dof_map: DofMap
+    inputs: Inputs
+    at: Comparison
+
+
+def images(model: nn.Module, items: Iterable[Any], config: QFTConfig) -> Inputs:
+    """Read and check the user's images.
+
+    Args:
+        model: a model that was checked.
+        items: the dataset.
+        config: the settings.
+    """
+    settings = config.finetune or FinetuneConfig()
+    return read_inputs(
+        items,
+        accepts=accepts(model),
+        like=next(p for p in model.parameters() if p.is_floating_point()),
+        max_images=settings.max_images,
+        memory_limit=settings.memory_limit,
+    )
+
+
+def understand(source: Any, inputs: Inputs, config: QFTConfig) -> Problem:
+    """Find the degrees of freedom of a network and where it is compared.
+
+    Args:
+        source: the network as its host read it.
+        inputs: the images.
+        config: the settings.
+    """
+    dof_map = proven_map(source, inputs.batch(slice(0, min(2, len(inputs)))))
+    settings = config.finetune or FinetuneConfig()
+    at = _comparable(comparison(source.graph, settings.loss_at, settings.blocks), dof_map)
+    if settings.cross_entropy == 1:
+        at = Comparison(at.inputs[: at.blocks], outputs=False, blocks=at.blocks)  # the logits are enough
+    check_blocks(source.graph, dof_map, at, classes=settings.cross_entropy > 0)
+    return Problem(source, dof_map, _fastest_layout(source.model, inputs), at)
+
+
+@torch.no_grad()
+def proven_map(source: Any, call: Call) -> DofMap:
+    """Map the degrees of freedom, and try the map before it is used.
+
+    Random factors are folded into the float network and its outputs compared; where they change, every scale is
+    pinned. The rules of the operations were written for functions as torch defines them; a model may still do
+    something that a trace does not show, and a wrong map would be a wrong network.
+
+    Args:
+        source: the network as its host read it.
+        call: arguments of the network.
+    """
+    dof_map = map_dof(source.graph)
+    if dof_map.size == 0:
+        return dof_map
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: source.tensors[name] for name in names_of(dof_map.layers)}
+    log_c = 0.5 * torch.randn(dof_map.size, generator=generator)
+    folded = fold_network(dof_map, log_c, tensors)
+    args, kwargs = call
+    expected = list(tensors_in(source.model(*args, **kwargs)))
+    found = list(tensors_in(torch.func.functional_call(source.model, folded, args, kwargs)))
+    if largest_change(expected, found) <= SAME:
+        return dof_map
+    warnings.warn(
+        "The model computes something else when the scales of its channels change, so no cross-layer factor is "
+        "used. This costs accuracy, but the result is valid. Please report the model.",
+        QFTWarning,
+        stacklevel=2,
+    )
+    return dof_map.all_pinned("the model is not invariant to rescaled channels")
+
+
+def _fastest_layout(model: nn.Module, inputs: Inputs) -> Inputs:
+    """Choose channels-last for images on a CPU, unless the model has views that need the ordinary layout."""
+    images = any(t.dim() == 4 and t.is_floating_point() for t in (*inputs.args, *inputs.kwargs.values()))
+    if inputs.device.type != "cpu" or not images:
+        return inputs
+    candidate = inputs.laid_out(channels_last=True)
+    args, kwargs = candidate.batch(slice(0, min(2, len(inputs))))
+    try:
+        with torch.no_grad():
+            model.forward(*args, **kwargs)  # a call of an fx module prints where it failed
+    except RuntimeError:
+        return inputs
+    return candidate
+
+
+def _comparable(at: Comparison, dof_map: DofMap) -> Comparison:
+    """Leave out what cannot be brought back to the teacher's units.
+
+    Raises:
+        ConfigError: the user asked for it.
+    """
+    for place in at.inputs:
+        if place.tensor in dof_map.channel_index:
+            continue
+        if place.asked is not None:
+            raise ConfigError(
+                f"FinetuneConfig.{place.field} should name what reads an activation with one scale in each channel. "
+                f"Found {place.asked!r}, whose input {place.tensor} has several. Name a module before or behind it."
+            )
+        logger.info("the scales of %s differ inside a channel: the network's outputs are compared", place.tensor)
+        return Comparison(at.inputs[: at.blocks], outputs=True, blocks=at.blocks)
+    return at

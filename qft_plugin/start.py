@@ -1,0 +1,316 @@
+"""Where a finetune starts: equalization, the host's quantizers, MMSE scales, compensated weights, corrected biases."""
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from qft_plugin.bias_correction import BIAS_IMAGES, correctable, corrections, output_means
+from qft_plugin.compensate import can_compensate, compensated, input_rows
+from qft_plugin.data import Inputs
+from qft_plugin.errors import ModelError, QFTWarning
+from qft_plugin.graph import PINNED, DofMap, Layer, LayerGraph
+from qft_plugin.initialize import doubly_scales, equalize, nearest_factor, range_max, range_mse, weight_scale
+from qft_plugin.offline import (
+    Dof,
+    WeightGrid,
+    fold_network,
+    names_of,
+    on_weight,
+    solve,
+    tied_grids,
+)
+from qft_plugin.placement import (
+    ActivationGrid,
+    Comparison,
+    Placement,
+    addends,
+    quantizer_after,
+    quantizer_before,
+)
+from qft_plugin.problem import Problem
+from qft_plugin.spec import QFTConfig
+from qft_plugin.student import Unfold
+
+logger = logging.getLogger("qft_plugin")
+
+BATCH: Final = 64
+"""Images that a network is run on at a time where nothing trains."""
+
+EQUALIZE_BOTH: Final = 0.5
+"""Beta of Eq. 19. Equalizing the consumers alone (1) was worse, even where every output channel has its own scale."""
+
+EQUALIZE_ROUNDS: Final = 4
+"""How often the equalized network is equalized again: a factor between two layers changes the ranges of both, and only
+where they have settled do networks with the same function, but other ranges of inner channels, start alike."""
+
+COMPENSATION_IMAGES: Final = 256
+"""Images on which rounding errors compensate each other."""
+
+RANGE_IMAGES: Final = 256
+"""Images that "max" and "mse" ranges look at."""
+
+RANGE_VALUES: Final = 1 << 20
+"""Values of each activation that an "mse" range is searched on."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Everything that a finetune starts from.
+
+    Attributes:
+        placed: the host's quantizers around the folded network.
+        student: the host's student.
+        dof: the degrees of freedom; their cross-layer factors are relative to `log_c`.
+        log_c: logarithm of the factor of every variable that is folded into the student already, `[dof_map.size]`.
+    """
+
+    placed: Any
+    student: Any
+    dof: Dof
+    log_c: Tensor
+
+
+def initialize(host: ModuleType, problem: Problem, request: Any, config: QFTConfig) -> Start:
+    """Choose where the finetune starts: equalization, the host's calibration, MMSE scales, compensated weights, biases.
+
+    Args:
+        host: the host's package; it has `place` and `Student`.
+        problem: what `understand` returned.
+        request: what the user asked the host for, passed on to it.
+        config: the settings.
+    """
+    log_c = _equalization(problem, config)
+    begin = start(host, problem, request, config, log_c=log_c, compensate=config.compensate)
+    if config.bias_correction:
+        _correct_biases(begin, problem)
+    return begin
+
+
+def start(
+    host: ModuleType, problem: Problem, request: Any, config: QFTConfig, *, log_c: Tensor, compensate: bool
+) -> Start:
+    """Fold the network, let the host place its quantizers, and make the degrees of freedom.
+
+    Args:
+        host: the host's package.
+        problem: what `understand` returned.
+        request: what the user asked the host for, passed on to it.
+        config: the settings.
+        log_c: logarithm of the initial factor of every variable, `[dof_map.size]`.
+        compensate: move weights so that their rounding errors compensate each other.
+    """
+    source, dof_map, inputs = problem.source, problem.dof_map, problem.inputs
+    tensors = {name: source.tensors[name] for name in names_of(dof_map.layers)}
+    placed = host.place(source, fold_network(dof_map, log_c, tensors), request, inputs)
+    if source.weight_bits is None:
+        placed = replace(placed, placement=_with_bits(source.graph, placed.placement, dof_map, config))
+    compiled = config.finetune is not None and config.finetune.compile
+    student = host.Student(placed, source, problem.at, _unfolds(dof_map, problem.at, log_c), compiled=compiled)
+    groups, loose = addends(source.graph, placed.placement)
+    kind, tied = config.hardware.elementwise_rescale, config.hardware.ties_addends
+    if tied and loose:
+        warnings.warn(
+            f"elementwise_rescale={kind!r} should tie all inputs of an addition. Found an input that is not quantized "
+            f"in {', '.join(loose)}; these are added in float. Quantize what is added.",
+            QFTWarning,
+            stacklevel=2,
+        )
+    grids = tied_grids(_activation_grids(student, placed.placement, placed.tensors, inputs, config), groups, kind)
+    weights = _weight_grids(source, placed.placement, placed.tensors, dof_map, config, grids)
+    values = dict(placed.tensors)
+    if compensate:
+        values |= _compensated(student, source.graph, dof_map, weights, values, inputs)
+    dof = Dof(
+        dof_map,
+        {name: _laid_out(t, inputs) for name, t in values.items()},
+        weights,
+        grids,
+        train_cross_layer=config.train_cross_layer,
+        train_scales=config.train_scales,
+        hardware=config.hardware,
+        addends=groups if tied else (),
+        rounding=config.rounding,
+        sparsity=config.sparsity,
+    )
+    return Start(placed, student, dof, log_c)
+
+
+def _laid_out(t: Tensor, inputs: Inputs) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last) if inputs.channels_last and t.dim() == 4 else t
+
+
+def _equalization(problem: Problem, config: QFTConfig) -> Tensor:
+    """Choose the initial cross-layer factors, `[dof_map.size]`.
+
+    What is added starts with one scale in each channel, so that the host can place its quantizers around an addition
+    that needs no factors yet.
+    """
+    source = problem.source
+    dof_map, merged = problem.dof_map.merged(source.addend_factors)
+    layers = dof_map.layers
+    kernels = [layer.weight for layer in layers if layer.is_kernel]
+    bits = _bits(source, {name: source.tensors[name] for name in kernels}, config)
+    log_c: Tensor = source.tensors[kernels[0]].new_zeros(dof_map.size)
+    tensors = {name: source.tensors[name] for name in names_of(layers)}
+    for _ in range(EQUALIZE_ROUNDS if config.equalize else 0):
+        folded = fold_network(dof_map, log_c, tensors)
+        weights = {name: folded[name] for name in kernels}
+        log_c = log_c + equalize(dof_map, weights, bits, beta=EQUALIZE_BOTH).to(log_c)
+    return torch.cat([log_c.new_zeros(1), log_c])[merged[PINNED + 1 :].to(log_c.device)]
+
+
+def _bits(source: Any, weights: Mapping[str, Tensor], config: QFTConfig) -> Mapping[str, int]:
+    """Return the bit width of each weight: the host's where it has fixed them, else by the settings."""
+    if source.weight_bits is not None:
+        return {name: bits for name, bits in source.weight_bits.items() if name in weights}
+    return config.weight_bits_of({name: W.numel() for name, W in weights.items()})
+
+
+def _unfolds(dof_map: DofMap, at: Comparison, log_c: Tensor) -> tuple[Unfold | None, ...]:
+    """Return what brings each compared activation back to real units."""
+    factors = torch.cat([log_c.new_zeros(1), log_c]).exp()
+    unfolds: list[Unfold | None] = []
+    for place in at.inputs:
+        index = dof_map.channel_index[place.tensor].to(log_c.device)
+        rescaled = bool((index != PINNED).any())
+        unfolds.append(Unfold(index, factors[index], dof_map.channel_axes[place.tensor]) if rescaled else None)
+    return tuple(unfolds)
+
+
+@torch.no_grad()
+def _activation_grids(
+    student: Any, placement: Placement, tensors: Mapping[str, Tensor], inputs: Inputs, config: QFTConfig
+) -> dict[str, ActivationGrid]:
+    """Return the grids of all activation quantizers with their initial scales."""
+    grids = dict(placement.activations)
+    if config.activation_range == "host":
+        return grids
+    choose = range_max if config.activation_range == "max" else range_mse
+    generator = torch.Generator().manual_seed(0)
+    seen: dict[str, list[Tensor]] = {}
+    per_batch = RANGE_VALUES * BATCH // min(RANGE_IMAGES, len(inputs))
+    for call in inputs.batches(BATCH, at_most=RANGE_IMAGES):
+        for name, x in student.observe(tensors, call).items():
+            flat = x.flatten()
+            if config.activation_range == "mse" and flat.numel() > per_batch:
+                flat = flat[torch.randint(flat.numel(), (per_batch,), generator=generator).to(flat.device)]
+            elif config.activation_range == "max":
+                flat = torch.stack([flat.amin(), flat.amax()])
+            seen.setdefault(name, []).append(flat)
+    for name, parts in seen.items():
+        grid = grids[name]
+        scale = choose(torch.cat(parts), low=grid.low - grid.zero_point, high=grid.high - grid.zero_point)
+        grids[name] = replace(grid, scale=float(scale))
+    return grids
+
+
+def _with_bits(graph: LayerGraph, placement: Placement, dof_map: DofMap, config: QFTConfig) -> Placement:
+    """Give each activation quantizer its bit width: the widest that a layer behind it asks for."""
+    layers = [layer for layer in dof_map.layers if layer.weight in placement.weights]
+    wanted = config.activation_bits_of([layer.weight for layer in layers])
+    found: dict[str, int] = {}
+    for layer in layers:
+        for call in range(len(layer.calls)):
+            name = quantizer_before(graph, placement, layer, call=call)
+            if name is not None:
+                found[name] = max(found.get(name, 0), wanted[layer.weight])
+    default = config.hardware.activation_bits or 8
+    grids = {name: grid.with_bits(found.get(name, default)) for name, grid in placement.activations.items()}
+    return replace(placement, activations=grids)
+
+
+@torch.no_grad()
+def _compensated(
+    student: Any,
+    graph: LayerGraph,
+    dof_map: DofMap,
+    grids: Mapping[str, WeightGrid],
+    tensors: Mapping[str, Tensor],
+    inputs: Inputs,
+) -> dict[str, Tensor]:
+    """Let the rounding errors of each layer compensate each other on the images; returns the weights that change."""
+    layers = [layer for layer in dof_map.layers if layer.weight in grids and can_compensate(layer)]
+    ops = {op.name: op for op in graph.ops}
+    moments: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+
+    def watcher(layer: Layer) -> Callable[[Tensor], None]:
+        def add(x: Tensor) -> None:
+            rows = input_rows(x, ops[layer.calls[0]], layer, tensors[layer.weight], generator=generator)
+            moments[layer.weight] = moments.get(layer.weight, 0) + (rows.transpose(1, 2) @ rows).double()
+
+        return add
+
+    watchers = {layer.calls[0]: watcher(layer) for layer in layers}
+    for call in inputs.batches(BATCH, at_most=COMPENSATION_IMAGES):
+        student.watch(tensors, call, watchers)
+    result = {}
+    for layer in layers:
+        W, grid = tensors[layer.weight], grids[layer.weight]
+        rows = W.reshape(layer.groups, W.shape[0] // layer.groups, -1).double()
+        step = on_weight(grid.scale, grid.scale_in, W, layer).expand_as(W).reshape(rows.shape).double()
+        try:
+            moved = compensated(rows, step, moments[layer.weight], high=2 ** (grid.bits - 1) - 1)
+        except RuntimeError as error:  # the moment matrix is not positive definite
+            logger.warning("%s starts from rounding to nearest: %s", layer.weight, error)
+            continue
+        result[layer.weight] = moved.reshape(W.shape).to(W)
+    return result
+
+
+@torch.no_grad()
+def _correct_biases(start: Start, problem: Problem) -> None:
+    """Let each layer's mean output be that of the float network, in folded units; changes `start.dof`."""
+    dof, student, tensors = start.dof, start.student, start.placed.tensors
+    layers = correctable(dof.map.layers, dof.weight_grids)
+    call = problem.inputs.batch(slice(0, BIAS_IMAGES))
+    means = output_means(layers, tensors, lambda: student.watch(tensors, call, {}))
+    solution = solve(dof)
+    # One run is not worth compiling for, and would use up some of the variants that torch compiles of a function.
+    with torch.compiler.set_stance("force_eager"):
+        changes = corrections(layers, solution.tensors, lambda: student(solution, call), means)
+    for weight, change in changes.items():
+        dof.shift_bias(weight, change)
+
+
+def _weight_grids(
+    source: Any,
+    placement: Placement,
+    tensors: Mapping[str, Tensor],
+    dof_map: DofMap,
+    config: QFTConfig,
+    activations: Mapping[str, ActivationGrid],
+) -> dict[str, WeightGrid]:
+    """Choose the bit width and the initial scales of every weight that the host quantized."""
+    layers = [layer for layer in dof_map.layers if layer.weight in placement.weights]
+    if not layers:
+        raise ModelError(
+            "At least one layer should be quantized. Found none. Look at what keeps them out, under NNCF ignored_scope "
+            "and target_device."
+        )
+    bits = _bits(source, {layer.weight: tensors[layer.weight] for layer in layers}, config)
+    grids = {}
+    for layer in layers:
+        place = placement.weights[layer.weight]
+        # No kernel multiplies by the weight of a normalisation in 4 bits, and it is small: 8 bits.
+        width = 8 if layer.kind == "layer_norm" else bits[layer.weight]
+        W, scale, scale_in = tensors[layer.weight], place.scale, place.scale_in
+        if scale is None and place.doubly:
+            scale, scale_in = doubly_scales(W, layer, bits=width)
+        elif scale is None:
+            per_channel = config.hardware.rescale == "channelwise" and place.per_channel
+            scale = weight_scale(W, layer, bits=width, per_channel=per_channel)
+        s_in, s_out = (find(source.graph, placement, layer) for find in (quantizer_before, quantizer_after))
+        if s_in is not None and s_out is not None:
+            F_unit = activations[s_out].scale / activations[s_in].scale
+            kind = config.hardware.rescale_factor
+            F = nearest_factor(W, layer, scale / F_unit, unit=F_unit, kind=kind, bits=width, scale_in=scale_in)
+            scale = F * F_unit
+        grids[layer.weight] = WeightGrid(bits=width, scale=scale, s_in=s_in, s_out=s_out, scale_in=scale_in)
+    return grids
