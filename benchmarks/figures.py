@@ -20,6 +20,7 @@ CURVES = {
     "fig6_cross_entropy": ("Proportion of cross entropy in the loss", "Fig. 6"),
     "fig7_learning_rate": ("Learning rate of weights and biases", "Fig. 7"),
 }
+BARS = ("fig8_fig9_cle_and_training", "fig12_doubly_per_channel")
 TITLES = {
     "table1_ours": "Table 1, our rows",
     "table2_heuristics": "Table 2: heuristics without a finetune",
@@ -46,7 +47,8 @@ def table(name: str, files: list[dict[str, Any]]) -> Iterator[str]:
     for data in files:
         yield ""
         fed, tested = data["images_fed"], data.get("test_images", 10_000)
-        yield f"{NAMES[data['net']]}, {fed:,} images fed, {tested:,} test images:"
+        where = {"torch": "", "openvino": ", of the file in OpenVINO"}[data["runtime"]]
+        yield f"{NAMES[data['net']]}, {fed:,} images fed, {tested:,} test images{where}:"
         yield ""
         yield "| | agreement | drop | images | CPU seconds |"
         yield "|---|---|---|---|---|"
@@ -72,6 +74,21 @@ def curve(name: str, files: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def bars(files: list[dict[str, Any]], path: Path) -> None:
+    """Draw the agreement of each combination of settings."""
+    rows = len(files[0]["points"])
+    shape = {"figsize": (5.5 * len(files), 0.6 + 0.32 * rows), "layout": "constrained", "squeeze": False}
+    figure, several = plt.subplots(1, len(files), **shape)
+    for axes, data in zip(several[0], files, strict=True):
+        values = {p["label"]: p["agreement"] for p in reversed(data["points"])}
+        axes.barh(list(values), list(values.values()), color="tab:blue")
+        axes.set_xlim(min(values.values()) - 1, 100)
+        axes.set_title(NAMES[data["net"]])
+        axes.set_xlabel("Agreement with the float network, %")
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
 def kernel_errors(files: list[dict[str, Any]], path: Path) -> None:
     """Draw the rounding error of each kernel by granularity (Fig. 3)."""
     figure, several = plt.subplots(1, len(files), figsize=(5 * len(files), 3.2), layout="constrained", squeeze=False)
@@ -89,6 +106,7 @@ def main() -> None:
     """Draw and print everything that was measured."""
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
     out.mkdir(parents=True, exist_ok=True)
+    mpl.rcParams["svg.fonttype"] = "none"
     mpl.rcParams["svg.hashsalt"] = "qft_plugin"  # the same file from the same numbers
     found = load(folder)
     print("# Measured points\n\nMade by `python benchmarks/figures.py benchmarks/results docs/figures`; ", end="")
@@ -99,6 +117,9 @@ def main() -> None:
     for name in CURVES:
         if name in found:
             curve(name, found[name], out / f"{name}.svg")
+    for name in BARS:
+        if name in found:
+            bars(found[name], out / f"{name}.svg")
     if "fig3_granularity" in found:
         kernel_errors(found["fig3_granularity"], out / "fig3_granularity.svg")
 

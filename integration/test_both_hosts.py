@@ -1,11 +1,9 @@
 """One contract for all hosts: the same tests under each of them, and the same result where both are installed."""
 
-import importlib.util
-
 import nets
 import pytest
-import torch
 from conftest import few_steps, four_bits, relative_error
+from hosts import HOSTS, host_of
 
 from qft_plugin.model import tensors_in
 
@@ -22,65 +20,14 @@ SAME_END = 0.97
 """Eight steps on top of that."""
 
 
-class UnderNNCF:
-    """Quantizes with NNCF."""
-
-    def __init__(self):
-        import nncf
-
-        import qft_plugin.nncf as host
-        from qft_plugin.nncf.save import weight_integers
-
-        self._nncf, self._host, self._integers = nncf, host, weight_integers
-
-    def quantize(self, model, items, config):
-        return self._host.quantize(model, self._nncf.Dataset(items), config).model
-
-    def outputs(self, model, item):
-        with torch.no_grad(), self._host.without_compiler():
-            return list(tensors_in(nets.call(model, item)))
-
-    def integers(self, model, item):
-        with self._host.without_compiler():
-            return self._integers(model, item)
-
-
-class UnderBrevitas:
-    """Quantizes with Brevitas."""
-
-    def __init__(self):
-        from qft_plugin import brevitas
-        from qft_plugin.brevitas.save import weight_integers
-
-        self._host, self._integers = brevitas, weight_integers
-
-    def quantize(self, model, items, config):
-        return self._host.fold(self._host.quantize(model, items, config=config))
-
-    def outputs(self, model, item):
-        with torch.no_grad():
-            return list(tensors_in(nets.call(model, item)))
-
-    def integers(self, model, _):
-        return self._integers(model)
-
-
-HOSTS = {"nncf": UnderNNCF, "brevitas": UnderBrevitas}
-
-
 @pytest.fixture(params=HOSTS)
 def host(request):
-    if importlib.util.find_spec(request.param) is None:
-        pytest.skip(f"{request.param} is not installed here")
-    return HOSTS[request.param]()
+    return host_of(request.param)
 
 
 @pytest.fixture
 def both():
-    missing = [name for name in HOSTS if importlib.util.find_spec(name) is None]
-    if missing:
-        pytest.skip(f"{missing[0]} is not installed here")
-    return [make() for make in HOSTS.values()]
+    return [host_of(name) for name in HOSTS]
 
 
 @pytest.mark.parametrize("name", NETS)

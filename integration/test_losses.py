@@ -1,11 +1,10 @@
 """What the finetune makes small, under each host: several named tensors, class probabilities, blocks."""
 
-import importlib.util
-
 import nets
 import pytest
 import torch
 from conftest import few_steps, four_bits
+from hosts import HOSTS, host_of
 
 from qft_plugin import ConfigError, pipeline
 from qft_plugin.finetune import finetune
@@ -20,61 +19,9 @@ WRITTEN = 1e-2
 """Relative: a written network's scales differ in the last bit, so that single activations round to the other side."""
 
 
-class UnderNNCF:
-    """Quantizes with NNCF."""
-
-    def __init__(self):
-        import nncf
-
-        import qft_plugin.nncf as host
-
-        self._nncf, self._host = nncf, host
-
-    def finetuned(self, model, items, config):
-        """Return the result of a finetune and the model."""
-        job = self._host.quantize(model, self._nncf.Dataset(items), config)
-        return job.result, job.model
-
-    def outputs(self, model, item):
-        """Run a quantized model."""
-        with torch.no_grad(), self._host.without_compiler():
-            return list(tensors_in(nets.call(model, item)))
-
-
-class UnderBrevitas:
-    """Quantizes with Brevitas."""
-
-    def __init__(self):
-        from qft_plugin import brevitas
-
-        self._host = brevitas
-
-    def finetuned(self, model, items, config):
-        """Return the result of a finetune and the model."""
-        start = four_bits(**{name: getattr(config, name) for name in START}, finetune=None)
-        quantized = self._host.quantize(model, items, config=start)
-        if config.finetune is None:
-            return None, quantized
-        linked = four_bits(small_layer_share=0.01, train_cross_layer=config.train_cross_layer, finetune=config.finetune)
-        return self._host.finetune(quantized, model, items, linked), quantized
-
-    def outputs(self, model, item):
-        """Run a quantized model."""
-        with torch.no_grad():
-            return list(tensors_in(nets.call(model, item)))
-
-
-START = ("equalize", "compensate", "train_cross_layer", "activation_range")
-"""Settings of the start, which Brevitas' `finetune` does not look at."""
-
-HOSTS = {"nncf": UnderNNCF, "brevitas": UnderBrevitas}
-
-
 @pytest.fixture(params=HOSTS)
 def host(request):
-    if importlib.util.find_spec(request.param) is None:
-        pytest.skip(f"{request.param} is not installed here")
-    return HOSTS[request.param]()
+    return host_of(request.param)
 
 
 def start_loss(host, name, **settings):

@@ -1,0 +1,86 @@
+"""The hosts, each behind the same few calls, for tests that hold under every one of them."""
+
+import importlib.util
+
+import nets
+import pytest
+import torch
+from conftest import four_bits
+
+from qft_plugin.model import tensors_in
+
+
+class UnderNNCF:
+    """Quantizes with NNCF."""
+
+    def __init__(self):
+        import nncf
+
+        import qft_plugin.nncf as host
+        from qft_plugin.nncf.save import weight_integers
+
+        self._nncf, self._host, self._integers = nncf, host, weight_integers
+
+    def quantize(self, model, items, config):
+        """Return a quantized model."""
+        return self.finetuned(model, items, config)[1]
+
+    def finetuned(self, model, items, config):
+        """Return the result of a finetune and the model."""
+        job = self._host.quantize(model, self._nncf.Dataset(items), config)
+        return job.result, job.model
+
+    def outputs(self, model, item):
+        """Run a quantized model."""
+        with torch.no_grad(), self._host.without_compiler():
+            return list(tensors_in(nets.call(model, item)))
+
+    def integers(self, model, item):
+        """Return the integers of every weight by name."""
+        with self._host.without_compiler():
+            return self._integers(model, item)
+
+
+class UnderBrevitas:
+    """Quantizes with Brevitas."""
+
+    def __init__(self):
+        from qft_plugin import brevitas
+        from qft_plugin.brevitas.save import weight_integers
+
+        self._host, self._integers = brevitas, weight_integers
+
+    def quantize(self, model, items, config):
+        """Return a quantized model, folded."""
+        return self._host.fold(self._host.quantize(model, items, config=config))
+
+    def finetuned(self, model, items, config):
+        """Return the result of a finetune and the model, linked."""
+        start = four_bits(**{name: getattr(config, name) for name in START}, finetune=None)
+        quantized = self._host.quantize(model, items, config=start)
+        if config.finetune is None:
+            return None, quantized
+        linked = four_bits(small_layer_share=0.01, train_cross_layer=config.train_cross_layer, finetune=config.finetune)
+        return self._host.finetune(quantized, model, items, linked), quantized
+
+    def outputs(self, model, item):
+        """Run a quantized model."""
+        with torch.no_grad():
+            return list(tensors_in(nets.call(model, item)))
+
+    def integers(self, model, _):
+        """Return the integers of every weight by name."""
+        return self._integers(model)
+
+
+START = ("equalize", "compensate", "train_cross_layer", "activation_range")
+"""Settings of the start, which Brevitas' `finetune` does not look at."""
+
+HOSTS = {"nncf": UnderNNCF, "brevitas": UnderBrevitas}
+
+
+def host_of(name):
+    """Return a host; skip the test where it is not installed."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed here")
+    return HOSTS[name]()
