@@ -246,6 +246,14 @@ def test_settings_that_quantizers_decide(call, name, value):
     assert not any(s.ready or s.linked for s in weight_scalings(model).values())
 
 
+def test_factors_in_front_of_additions_must_be_there():
+    """A model of the user's own has them or not: the setting alone would change nothing, and that is said."""
+    model, teacher, data = problem()
+    config = few(hardware=HardwareSpec(elementwise_rescale="channel"))
+    with pytest.raises(ConfigError, match="should have a factor in front of each addition"):
+        finetune(model, teacher, data, config)
+
+
 def test_a_finetune_without_settings():
     """Without a finetune in the settings there is nothing to do, which is said."""
     model, teacher, data = problem()

@@ -575,6 +575,55 @@ def test_what_else_is_added_stays_as_it_is(host):
     assert relative_error(result.outputs(items[0]), [model(items[0]).detach()]) < CLOSE[8]
 
 
+class Rows(nn.Module):
+    """A convolution over a sequence, tokens of any number, an addition in place, and a module called `addend_0`."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.addend_0, self.b = nn.Conv1d(3, 8, 3), nn.Linear(8, 9), nn.Linear(9, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x)).transpose(1, 2)
+        y = torch.relu(self.b(torch.relu(self.addend_0(x))) + x)
+        y += x
+        return self.head(y)
+
+
+def test_sequences_of_another_length(host):
+    """Factors stand on the channels, not on the tokens."""
+    torch.manual_seed(0)
+    model, items = Rows(), [torch.randn(8, 3, 7) for _ in range(4)]
+    result = host().quantize(model, items, four_bits(hardware=SPECS["addends per channel"]))
+    assert [len(f) for f in factors_of_addends(result)] == [8] * 4
+    other = torch.randn(2, 3, 16)
+    assert relative_error(result.outputs(other), [model(other).detach()]) < CLOSE[8]
+
+
+class NotBound(nn.Module):
+    """An addition in place whose result has no name of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        y = self.b(x)
+        y.add_(x)
+        return self.head(torch.relu(y))
+
+
+def test_an_addition_whose_result_has_no_name_keeps_its_scales(host):
+    """Nothing can be put in front of it; the network is what it was."""
+    torch.manual_seed(0)
+    model, items = NotBound(), [torch.randn(8, 3, 6, 6) for _ in range(4)]
+    result = host().quantize(model, items, four_bits(hardware=SPECS["addends per channel"]))
+    assert factors_of_addends(result) == []
+    assert result.dof_map.size > 0
+    assert relative_error(result.outputs(items[0]), [model(items[0]).detach()]) < CLOSE[8]
+
+
 class Sums(nn.Module):
     """Additions of all kinds."""
 

@@ -5,9 +5,9 @@ put: then the scale of what it makes differs by channel, explicitly, at the pric
 into the quantizer behind it.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Hashable, Mapping
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from torch.overrides import wrap_torch_function
 
 from qft_plugin.bounded import channels_read, replace_modules
 from qft_plugin.data import Call
-from qft_plugin.graph import ADDS, Const, LayerGraph, Op, Ref, channel_axis, on_axis
+from qft_plugin.dof_map import map_dof
+from qft_plugin.graph import ADDS, PINNED, Const, Layer, LayerGraph, Op, Ref, channel_axis, on_axis
 from qft_plugin.norms import NORMS, affine_of
 
 BARRIERS: Final = (
@@ -152,6 +153,10 @@ def _has_no_parameters(module: nn.Module) -> bool:
     return isinstance(module, NORMS) and (module.running_var is None or module.weight is None or module.bias is None)
 
 
+Place = TypeVar("Place", bound=Hashable)
+"""What names an input of an addition."""
+
+
 @dataclass(frozen=True)
 class Addend:
     """An input of an elementwise addition that can have a scale of its own in every channel.
@@ -175,25 +180,45 @@ class Addend:
 
 
 def addends_of(graph: LayerGraph) -> tuple[Addend, ...]:
-    """List the inputs of all elementwise additions of two different activations of one shape."""
-    sequences = any(op.function in ("conv1d", "conv_transpose1d") for op in graph.ops)
-    found = []
+    """List the inputs of elementwise additions whose channels a factor frees, with the axis of these channels."""
+    shapes: dict[tuple[str, int], tuple[int, ...]] = {}
     for op in graph.ops:
-        shapes = {graph.shapes[name] for name in (*op.inputs, *op.outputs)} if op.function in ADDS else set()
-        if len(shapes) == 1 and len(set(op.inputs)) == 2 and len(shape := shapes.pop()) > 1:
-            axis = channels_axis(shape, sequences=sequences)
-            found += [Addend(op.name, i, shape[axis], axis) for i in range(2)]
-    return tuple(found)
+        found = {graph.shapes[name] for name in (*op.inputs, *op.outputs)} if op.function in ADDS else set()
+        if len(found) == 1 and len(set(op.inputs)) == 2:  # of one shape, and not a tensor to itself
+            shapes |= dict.fromkeys([(op.name, 0), (op.name, 1)], found.pop())
+
+    def made(axes: Mapping[tuple[str, int], int]) -> tuple[Addend, ...]:
+        return tuple(Addend(*at, shapes[at][axis], axis) for at, axis in axes.items())
+
+    def layers_with(axes: Mapping[tuple[str, int], int]) -> dict[tuple[str, int], Layer]:
+        weights = {addend: addend.factor for addend in made(axes)}
+        dof_map = map_dof(with_addend_factors(graph, weights))
+        return {(a.addition, a.index): dof_map.layer(name) for a, name in weights.items()}
+
+    return made(free_axes(shapes, layers_with))
 
 
-def channels_axis(shape: tuple[int, ...], *, sequences: bool) -> int:
-    """Return the axis of the channels of an addend, counted from the last one (-1).
+def free_axes(
+    shapes: Mapping[Place, tuple[int, ...]], layers_with: Callable[[Mapping[Place, int]], Mapping[Place, Layer]]
+) -> dict[Place, int]:
+    """Choose the axis along which a factor in front of an addition frees most channels; leave out what frees none.
 
     Args:
-        shape: of the addend, `[images, ...]`.
-        sequences: whether the network has convolutions over sequences, `[images, channels, length]`.
+        shapes: of each addend.
+        layers_with: from the axis of each factor, counted from the last one (-1), to its layer in the DoF map.
+
+    Returns:
+        The axis of each factor that frees anything.
     """
-    return (1 if len(shape) == 3 and sequences else channel_axis(shape)) - len(shape)
+    found: dict[Place, tuple[int, int]] = {}
+    for candidate in (channel_axis, lambda _: 1, lambda shape: len(shape) - 1):
+        axes = {place: candidate(shape) - len(shape) for place, shape in shapes.items() if len(shape) > 1}
+        for place, layer in layers_with(axes).items():
+            most = max(len(torch.unique(index[index != PINNED])) for index in (layer.in_index, layer.out_index))
+            # One variable for all channels is what the scale of a tensor is for.
+            if most > found.get(place, (1, 0))[0]:
+                found[place] = most, axes[place]
+    return {place: axis for place, (_, axis) in found.items()}
 
 
 def with_addend_factors(graph: LayerGraph, weights: Mapping[Addend, str]) -> LayerGraph:

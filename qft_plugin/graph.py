@@ -189,8 +189,8 @@ class DofMap:
             weights: names of these layers' weights.
 
         Returns:
-            The map, whose variables keep their numbers, and for each variable of this map the one that stands for it
-            there, `[1 + size]`.
+            The map, whose variables keep their numbers and whose edges are those of this one; and for each variable of
+            this map the one that stands for it there, `[1 + size]`.
         """
         root = list(range(self.size + 1))
 
@@ -205,8 +205,13 @@ class DofMap:
                     low, high = sorted((find(a), find(b)))
                     root[high] = low  # a pinned channel, 0, pins the other
         found = torch.tensor([find(i) for i in root])
-        layers = tuple(replace(la, in_index=found[la.in_index], out_index=found[la.out_index]) for la in self.layers)
-        return replace(self, layers=layers), found
+        merged = replace(
+            self,
+            layers=tuple(replace(la, in_index=found[la.in_index], out_index=found[la.out_index]) for la in self.layers),
+            channel_index={name: found[index] for name, index in self.channel_index.items()},
+            vectors={name: replace(v, index=found[v.index]) for name, v in self.vectors.items()},
+        )
+        return merged, found
 
     def all_pinned(self, reason: str) -> "DofMap":
         """Return the map of the same network in which no channel may be rescaled."""

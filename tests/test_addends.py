@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qft_plugin.channelwise import addends_of, channels_axis, with_addend_factors
+from qft_plugin.channelwise import addends_of, with_addend_factors
 from qft_plugin.dof_map import map_dof
 from qft_plugin.graph import PINNED, DofMap, Layer, LayerGraph
 from qft_plugin.offline import fold_network
@@ -42,12 +42,73 @@ def test_only_additions_of_two_activations_of_one_shape() -> None:
     ]
 
 
+class Tokens(nn.Module):
+    """A convolution over a sequence in front of layers over tokens, `[images, tokens, channels]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.a, self.b = nn.Conv1d(3, CHANNELS, 3), nn.Linear(CHANNELS, 9), nn.Linear(9, CHANNELS)
+        self.c = nn.Linear(CHANNELS, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).transpose(1, 2)
+        return self.c(torch.relu(self.b(torch.relu(self.a(x))) + x))
+
+
+class ChannelsLast(nn.Module):
+    """Linear layers on images with their channels last, `[images, height, width, channels]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, CHANNELS), nn.Linear(CHANNELS, CHANNELS), nn.Linear(CHANNELS, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        return self.c(torch.relu(self.b(x)) + x)
+
+
+class Sequences(nn.Module):
+    """Convolutions over sequences, `[images, channels, length]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(3, CHANNELS, 3), nn.Conv1d(CHANNELS, CHANNELS, 3, padding=1)
+        self.c = nn.Conv1d(CHANNELS, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        return self.c(self.b(x) + x)
+
+
 @pytest.mark.parametrize(
-    ("shape", "sequences", "axis"),
-    [((2, 6, 5, 5), False, -3), ((2, 7, 6), False, -1), ((2, 6, 7), True, -2), ((2, 6), True, -1)],
+    ("model", "size", "axis"),
+    [
+        (Tokens, (2, 3, 8), -1),
+        (ChannelsLast, (2, 7, 5, 3), -1),
+        (Sequences, (2, 3, 8), -2),
+    ],
 )
-def test_axis_of_the_channels(shape: tuple[int, ...], sequences: bool, axis: int) -> None:
-    assert channels_axis(shape, sequences=sequences) == axis
+def test_the_axis_is_that_of_the_channels(model: type[nn.Module], size: tuple[int, ...], axis: int) -> None:
+    """Not that of tokens, of rows or of a length, which may change: the factors free all three edges."""
+    plain = record(model().eval(), ((torch.randn(size),), {}))
+    found = addends_of(plain)
+    assert [(a.index, a.channels, a.axis) for a in found] == [(0, CHANNELS, axis), (1, CHANNELS, axis)]
+    free = map_dof(with_addend_factors(plain, {a: a.factor for a in found}))
+    assert free.size == map_dof(plain).size + 2 * CHANNELS
+
+
+def test_what_no_factor_frees_is_left_out() -> None:
+    """Behind a barrier on both sides, or with one scale for all channels, there is nothing to gain."""
+
+    class Nothing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sigmoid(torch.sigmoid(self.a(x)) + torch.tanh(x.mean(1, keepdim=True).expand(-1, 4, -1, -1)))
+
+    assert addends_of(record(Nothing().eval(), ((torch.randn(2, 3, 5, 5),), {}))) == ()
 
 
 def test_factors_free_the_addends_from_each_other_and_from_the_sum() -> None:

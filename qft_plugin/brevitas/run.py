@@ -14,6 +14,7 @@ from qft_plugin.brevitas.read import Source, check
 from qft_plugin.brevitas.swap import swap
 from qft_plugin.brevitas.version import check_version
 from qft_plugin.brevitas.write import write
+from qft_plugin.channelwise import Rescaled
 from qft_plugin.data import Call, Inputs, as_call
 from qft_plugin.errors import ConfigError
 from qft_plugin.finetune import FinetuneResult
@@ -46,7 +47,7 @@ def initialize(model: nn.Module, data: Iterable[Any], config: QFTConfig | None =
         data: batches of unlabeled inputs: tensors, tuples of tensors, or dicts of tensors.
         config: the settings; bit widths and granularity are those of the model's quantizers.
     """
-    config = _config(config)
+    config = _config(config, model)
     with torch.inference_mode(False), torch.no_grad():
         _initialize(model, _images(model, data, config), config)
 
@@ -78,7 +79,7 @@ def finetune(
     Raises:
         ConfigError: a setting contradicts the model, or teacher and student cannot be compared.
     """
-    config = _config(config)
+    config = _config(config, model)
     if config.finetune is None:
         raise ConfigError(
             "QFTConfig.finetune should be a FinetuneConfig. Found None. Call initialize for a start alone."
@@ -134,8 +135,8 @@ def quantize(
     return quantized
 
 
-def _config(config: QFTConfig | None) -> QFTConfig:
-    """Refuse what only the quantizers of a model decide."""
+def _config(config: QFTConfig | None, model: Any) -> QFTConfig:
+    """Refuse what only a model itself decides."""
     config, default = config or QFTConfig(), QFTConfig()
     for names, found, usual in (
         (BY_QUANTIZERS, config, default),
@@ -147,6 +148,13 @@ def _config(config: QFTConfig | None) -> QFTConfig:
                     f"{type(found).__name__}.{name} should be left at its default: the model's quantizers decide. "
                     f"Found {getattr(found, name)!r}. Choose another quantizer or pass weight_bit_width to the layer."
                 )
+    asked = config.hardware.elementwise_rescale == "channel"
+    if asked and isinstance(model, nn.Module) and not any(isinstance(m, Rescaled) for m in model.modules()):
+        raise ConfigError(
+            "The model should have a factor in front of each addition with HardwareSpec.elementwise_rescale='channel'. "
+            "Found none. Pass what is added through qft_plugin.channelwise.Rescaled(nn.Identity(), channels, axis=-3, "
+            "like=weight) modules, or call quantize on the float model, which puts them there."
+        )
     return config
 
 

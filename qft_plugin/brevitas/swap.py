@@ -2,7 +2,9 @@
 
 import copy
 import inspect
+import itertools
 import logging
+from collections.abc import Mapping
 from typing import Any, Final
 
 import brevitas.nn as qnn
@@ -18,10 +20,11 @@ from qft_plugin.brevitas.quantizers import (
     QFTUint8ActPerTensorFloat,
 )
 from qft_plugin.brevitas.twin import make_twin
-from qft_plugin.channelwise import Rescaled, channels_axis
+from qft_plugin.channelwise import Rescaled, free_axes
 from qft_plugin.data import Call, Inputs
+from qft_plugin.dof_map import map_dof
 from qft_plugin.errors import ModelError
-from qft_plugin.graph import ADDS, LayerGraph
+from qft_plugin.graph import ADDS, Layer, LayerGraph
 from qft_plugin.model import SAME, first_outputs, largest_change
 from qft_plugin.norms import merge_norms
 from qft_plugin.placement import KEEPS_GRID
@@ -89,7 +92,7 @@ def swap(model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig) -> nn.
     if kept:
         logger.warning("left in floating point, because they are no calls of torch's own layers: %s", ", ".join(kept))
     if config.hardware.activation_bits is not None:
-        _quantize_activations(graph_model, layers, inputs, config)
+        _quantize_activations(graph_model, layers, call, inputs, config)
     graph_model.delete_all_unused_submodules()
     graph_model.recompile()
     _quantize_layers(graph_model, list(dict.fromkeys(str(node.target) for node in layers)), config)
@@ -103,8 +106,10 @@ def swap(model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig) -> nn.
     return graph_model.eval()
 
 
-def _quantize_activations(model: fx.GraphModule, layers: list[fx.Node], inputs: Inputs, config: QFTConfig) -> None:
-    """Put a quantizer on everything that a layer reads, and on the inputs of additions where the hardware needs it."""
+def _quantize_activations(
+    model: fx.GraphModule, layers: list[fx.Node], call: Call, inputs: Inputs, config: QFTConfig
+) -> None:
+    """Put a quantizer on everything that a layer reads, and what the hardware has in front of additions."""
     signs = _Signs(model)
     for args, kwargs in inputs.batches(RANGE_BATCH, at_most=RANGE_IMAGES):
         signs.run(*_positional(model, args, kwargs))
@@ -116,10 +121,12 @@ def _quantize_activations(model: fx.GraphModule, layers: list[fx.Node], inputs: 
     for node in _additions(model) if config.hardware.quantizes_addends else ():
         for before in node.all_input_nodes if node in signs.floating else ():
             bits.setdefault(_quantized_node(model, before), config.hardware.activation_bits or 8)
+    axes = _axes_of_addends(model, signs, call) if config.hardware.elementwise_rescale == "channel" else {}
+    nodes = {node.name: node for node in model.graph.nodes}
+    sizes = {addend: (signs.floating[nodes[addend[0]]][axis], axis) for addend, axis in axes.items()}
     for number, (node, width) in enumerate(bits.items()):
         _quantize_activation(model, node, number, signed=node in signs.negative, bits=width)
-    if config.hardware.elementwise_rescale == "channel":
-        _rescale_addends(model, signs)
+    _insert_factors(model, sizes)
 
 
 def _additions(model: fx.GraphModule) -> list[fx.Node]:
@@ -133,23 +140,50 @@ def _additions(model: fx.GraphModule) -> list[fx.Node]:
     ]
 
 
-def _rescale_addends(model: fx.GraphModule, signs: "_Signs") -> None:
-    """Put a factor for each channel onto what is added, where its shape is that of the sum."""
-    sequences = any(isinstance(m, (nn.Conv1d, nn.ConvTranspose1d)) for m in model.modules())
-    like = next(p for p in model.parameters() if p.is_floating_point())
-    number = 0
+Addend = tuple[str, int]
+"""Name of the node of an addition, and which of its inputs it is."""
+
+
+def _axes_of_addends(model: fx.GraphModule, signs: "_Signs", call: Call) -> dict[Addend, int]:
+    """Choose what can have a factor for each channel in front of an addition, and the axis of the channels."""
+    shapes: dict[Addend, tuple[int, ...]] = {}
     for node in _additions(model):
-        shape = signs.floating.get(node, ())
-        # A quantizer was not there when the model was run: it has the shape of what it reads.
-        seen = [n if n in signs.floating else next(iter(n.all_input_nodes), n) for n in node.all_input_nodes]
-        read = {signs.floating.get(n) for n in seen}
-        for before in node.all_input_nodes if len(shape) > 1 and read == {shape} else ():
-            axis = channels_axis(shape, sequences=sequences)
-            name = f"addend_{number}"
-            model.add_submodule(name, Rescaled(nn.Identity(), shape[axis], axis=axis, like=like))
-            with model.graph.inserting_before(node):
-                node.replace_input_with(before, model.graph.call_module(name, (before,)))
-            number += 1
+        read = {signs.floating.get(before) for before in node.all_input_nodes}
+        if node.users and read == {signs.floating.get(node)} != {None}:  # without users it is in place
+            shapes |= {(node.name, index): signs.floating[node] for index in range(len(node.all_input_nodes))}
+
+    def layers_with(axes: Mapping[Addend, int]) -> dict[Addend, Layer]:
+        tried = copy.deepcopy(model)
+        names = _insert_factors(tried, {addend: (shapes[addend][axis], axis) for addend, axis in axes.items()})
+        dof_map = map_dof(record(tried, call))
+        return {addend: dof_map.layer(f"{name}.weight") for addend, name in names.items()}
+
+    return free_axes(shapes, layers_with) if shapes else {}
+
+
+def _insert_factors(model: fx.GraphModule, channels: Mapping[Addend, tuple[int, int]]) -> dict[Addend, str]:
+    """Put factors in front of additions, in place.
+
+    Args:
+        model: the model.
+        channels: number of channels and their axis, of each addend.
+
+    Returns:
+        The name of the module of each.
+    """
+    nodes = {node.name: node for node in model.graph.nodes}
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    names: dict[Addend, str] = {}
+    for (addition, index), (size, axis) in channels.items():
+        node = nodes[addition]
+        before = node.all_input_nodes[index]
+        free = (name for n in itertools.count() if not hasattr(model, name := f"addend_{n}"))
+        names[addition, index] = name = next(free)
+        model.add_submodule(name, Rescaled(nn.Identity(), size, axis=axis, like=like))
+        with model.graph.inserting_before(node):
+            node.replace_input_with(before, model.graph.call_module(name, (before,)))
+    model.recompile()
+    return names
 
 
 def _preprocessed(model: nn.Module, call: Call) -> fx.GraphModule:

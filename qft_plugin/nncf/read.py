@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 from qft_plugin.bounded import free_bounds, replace_by_relu
 from qft_plugin.channelwise import Addend, Rescaled, addends_of, free_channels, with_addend_factors
 from qft_plugin.data import Call, Inputs
-from qft_plugin.dof_map import map_dof
 from qft_plugin.errors import DataError, ModelError
-from qft_plugin.graph import PINNED, Const, LayerGraph, Op, Ref
+from qft_plugin.graph import Const, LayerGraph, Op, Ref
 from qft_plugin.model import SAME, check_finite, first_outputs, largest_change, tensors_in
 from qft_plugin.model import check_model as check_torch_model
 from qft_plugin.norms import CONVOLUTIONS, NORMS, can_fold, folded_norm, neutral_variance
 from qft_plugin.spec import QFTConfig
+
+logger = logging.getLogger("qft_plugin")
 
 HOOKS_ATTRIBUTE: Final = "__nncf_hooks"
 
@@ -160,20 +162,17 @@ def read(model: nn.Module, inputs: Inputs, config: QFTConfig | None = None) -> S
         )
     ports, rescaled, addends = _ports(traced), copied, {}
     if rescales and config.hardware.elementwise_rescale == "channel":
-        rescaled = wrap_model(copy.deepcopy(copied))
-        addends = add_factors(rescaled, _rescalable(graph), ports)
-        graph = with_addend_factors(graph, addends)
+        wrapped = wrap_model(copy.deepcopy(copied))
+        found = add_factors(wrapped, addends_of(graph), ports)
+        if largest_change(outputs, list(tensors_in(wrapped(*call[0], **call[1])))) <= SAME:
+            rescaled, addends, graph = wrapped, found, with_addend_factors(graph, found)
+        else:
+            logger.warning(
+                "what is added has no scale of its own: the model adds in place and goes on with the old name"
+            )
     named = {**dict(rescaled.named_parameters(remove_duplicate=False)), **dict(rescaled.named_buffers())}
     tensors = {name: t.detach() for name, t in named.items()}
     return Source(teacher, rescaled, graph, tensors, norms, ports, addends, copied)
-
-
-def _rescalable(graph: LayerGraph) -> list[Addend]:
-    """List the addends of which a factor can absorb anything."""
-    weights = {addend: addend.factor for addend in addends_of(graph)}
-    layers = {layer.weight: layer for layer in map_dof(with_addend_factors(graph, weights)).layers}
-    free = {name for name, la in layers.items() if bool((torch.cat([la.in_index, la.out_index]) != PINNED).any())}
-    return [addend for addend, name in weights.items() if name in free]
 
 
 def add_factors(

@@ -145,7 +145,7 @@ def _multiply(factor: Tensor) -> nn.Module:
     module: nn.Module = SQMultiply(tuple(factor.shape))
     module.to(factor.device)
     module.scale = factor.detach().clone()
-    module.requires_grad_(False)  # the two around a ReLU6 belong together
+    module.requires_grad_(False)  # the two around a ReLU6, or in front of an addition, belong together
     return module
 
 
