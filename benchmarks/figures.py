@@ -28,6 +28,7 @@ TITLES = {
     "fig12_doubly_per_channel": "Figure 12: granularity of 4-bit weights alone (W4A32), scales trained or frozen",
     "relu6": "ReLU6 exact, or replaced by ReLU",
     "skew": "Channels multiplied by random factors in [1/8, 8]",
+    "skew_short": "The same with half of the images fed, and without CLE and trained factors",
     **{name: f"{figure}: {label.lower()}" for name, (label, figure) in CURVES.items()},
 }
 
