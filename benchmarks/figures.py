@@ -70,7 +70,7 @@ def curve(name: str, files: list[dict[str, Any]], path: Path) -> None:
         axes.set_xscale("log")
     axes.set_xlabel(CURVES[name][0])
     axes.set_ylabel("Agreement with the float network, %")
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=2)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
