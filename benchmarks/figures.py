@@ -65,11 +65,11 @@ def curve(name: str, files: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
     for data in files:
         points = sorted((float(p["label"]), p["agreement"]) for p in data["points"])
-        axes.plot(*zip(*points, strict=True), marker="o", label=f"{NAMES[data['net']]}, weights per-tensor")
+        axes.plot(*zip(*points, strict=True), marker="o", label=NAMES[data["net"]])
     if name != "fig6_cross_entropy":
         axes.set_xscale("log")
     axes.set_xlabel(CURVES[name][0])
-    axes.set_ylabel("Agreement with the float network, %")
+    axes.set_ylabel("Agreement, %, weights per tensor")
     figure.legend(loc="outside upper center", ncols=2)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
