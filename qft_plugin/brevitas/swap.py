@@ -121,12 +121,10 @@ def _quantize_activations(
     for node in _additions(model) if config.hardware.quantizes_addends else ():
         for before in node.all_input_nodes if node in signs.floating else ():
             bits.setdefault(_quantized_node(model, before), config.hardware.activation_bits or 8)
-    axes = _axes_of_addends(model, signs, call) if config.hardware.elementwise_rescale == "channel" else {}
-    nodes = {node.name: node for node in model.graph.nodes}
-    sizes = {addend: (signs.floating[nodes[addend[0]]][axis], axis) for addend, axis in axes.items()}
+    rescaled = _rescalable(model, signs, call) if config.hardware.elementwise_rescale == "channel" else {}
     for number, (node, width) in enumerate(bits.items()):
         _quantize_activation(model, node, number, signed=node in signs.negative, bits=width)
-    _insert_factors(model, sizes)
+    _insert_factors(model, rescaled)
 
 
 def _additions(model: fx.GraphModule) -> list[fx.Node]:
@@ -140,28 +138,31 @@ def _additions(model: fx.GraphModule) -> list[fx.Node]:
     ]
 
 
-Addend = tuple[str, int]
+Place = tuple[str, int]
 """Name of the node of an addition, and which of its inputs it is."""
 
 
-def _axes_of_addends(model: fx.GraphModule, signs: "_Signs", call: Call) -> dict[Addend, int]:
-    """Choose what can have a factor for each channel in front of an addition, and the axis of the channels."""
-    shapes: dict[Addend, tuple[int, ...]] = {}
+def _rescalable(model: fx.GraphModule, signs: "_Signs", call: Call) -> dict[Place, tuple[int, int]]:
+    """List what a factor for each channel in front of an addition frees, with the number of channels and their axis."""
+    shapes: dict[Place, tuple[int, ...]] = {}
     for node in _additions(model):
         read = {signs.floating.get(before) for before in node.all_input_nodes}
         if node.users and read == {signs.floating.get(node)} != {None}:  # without users it is in place
             shapes |= {(node.name, index): signs.floating[node] for index in range(len(node.all_input_nodes))}
 
-    def layers_with(axes: Mapping[Addend, int]) -> dict[Addend, Layer]:
+    def sized(axes: Mapping[Place, int]) -> dict[Place, tuple[int, int]]:
+        return {place: (shapes[place][axis], axis) for place, axis in axes.items()}
+
+    def layers_with(axes: Mapping[Place, int]) -> dict[Place, Layer]:
         tried = copy.deepcopy(model)
-        names = _insert_factors(tried, {addend: (shapes[addend][axis], axis) for addend, axis in axes.items()})
+        names = _insert_factors(tried, sized(axes))
         dof_map = map_dof(record(tried, call))
-        return {addend: dof_map.layer(f"{name}.weight") for addend, name in names.items()}
+        return {place: dof_map.layer(f"{name}.weight") for place, name in names.items()}
 
-    return free_axes(shapes, layers_with) if shapes else {}
+    return sized(free_axes(shapes, layers_with)) if shapes else {}
 
 
-def _insert_factors(model: fx.GraphModule, channels: Mapping[Addend, tuple[int, int]]) -> dict[Addend, str]:
+def _insert_factors(model: fx.GraphModule, channels: Mapping[Place, tuple[int, int]]) -> dict[Place, str]:
     """Put factors in front of additions, in place.
 
     Args:
@@ -173,7 +174,7 @@ def _insert_factors(model: fx.GraphModule, channels: Mapping[Addend, tuple[int, 
     """
     nodes = {node.name: node for node in model.graph.nodes}
     like = next(p for p in model.parameters() if p.is_floating_point())
-    names: dict[Addend, str] = {}
+    names: dict[Place, str] = {}
     for (addition, index), (size, axis) in channels.items():
         node = nodes[addition]
         before = node.all_input_nodes[index]
