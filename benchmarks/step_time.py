@@ -1,6 +1,7 @@
 """Time one finetuning step against one plain float finetuning step of the same network, in pairs in one run.
 
     python benchmarks/step_time.py --real DIR --host both --net resnet20 --batch 32 [--compile]
+    python benchmarks/step_time.py --host both --net resnet18 --batch 16 --pairs 10
 
 The plain step trains the float network in eval mode (its BatchNorms use their statistics) with the same batch, the
 same optimizer and a squared error on its output. The last line is one JSON object; `ratio` is the median over pairs,
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import architectures
 import real_networks
 import torch
 from torch import Tensor, nn
@@ -37,7 +39,7 @@ class Pairs:
             images: one batch.
         """
         self.net = net.to(memory_format=torch.channels_last)
-        self.images = images.contiguous(memory_format=torch.channels_last)
+        self.images = images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0, fused=True)
         with torch.no_grad():
             self.target = self.net(self.images)
@@ -86,23 +88,32 @@ HOSTS = {"nncf": under_nncf, "brevitas": under_brevitas}
 def main() -> None:
     """Run one measurement."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--real", type=Path, required=True, help="folder of real networks")
+    parser.add_argument("--real", type=Path, help="folder of real networks")
     parser.add_argument("--host", choices=[*HOSTS, "both"], default="nncf")
-    parser.add_argument("--net", default="resnet20")
+    names = ", ".join(architectures.ARCHITECTURES)
+    parser.add_argument("--net", default="resnet18", help=f"{names}, or the name of a real network")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--compile", action="store_true", help="fuse the fake-quantization with torch.compile")
     args = parser.parse_args()
 
-    real = real_networks.load(args.real, args.net, 512)
+    def load() -> tuple[nn.Module, Tensor]:
+        if args.net in architectures.ARCHITECTURES:
+            return architectures.build(args.net, max(4 * args.batch, 64))
+        if args.real is None:
+            parser.error(f"--net {args.net} needs --real DIR")
+        real = real_networks.load(args.real, args.net, 512)
+        return real.net, real.calibration
+
+    net, images = load()
     total = WARM_UP + args.pairs
     config = QFTConfig(
         finetune=FinetuneConfig(images_fed=total * args.batch, batch_size=args.batch, compile=args.compile)
     )
     results = {}
     for host in HOSTS if args.host == "both" else [args.host]:
-        pairs = Pairs(real_networks.load(args.real, args.net, 1).net, real.calibration[: args.batch])
-        HOSTS[host](real.net, list(real.calibration.split(128)), config, pairs)
+        pairs = Pairs(load()[0], images[: args.batch])
+        HOSTS[host](net, list(images.split(32)), config, pairs)
         results[host] = pairs.line()
     line: dict[str, Any] = {
         "net": args.net,

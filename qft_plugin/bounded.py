@@ -66,6 +66,24 @@ def hardtanh(x: Tensor, low: Tensor, high: Tensor, axis: int, from_zero: bool) -
     return torch.minimum(x.relu() if from_zero else torch.maximum(x, low), high)
 
 
+def rectified(name: str, args: Sequence[Any]) -> tuple[Tensor] | tuple[Tensor, Tensor, int] | None:
+    """Tell whether a call is a ReLU, or `hardtanh` from 0: what a quantizer with a grid from 0 computes as well.
+
+    Args:
+        name: of the function.
+        args: of the call.
+
+    Returns:
+        What a ReLU reads; or what `hardtanh` reads, the bound of each channel, and their axis. `None` for another
+        function.
+    """
+    if name == "relu" and args:
+        return (args[0],)
+    if name == hardtanh.__name__ and len(args) == 5 and args[4] is True:
+        return args[0], args[2], args[3]
+    return None
+
+
 class ChannelHardtanh(nn.Module):
     """Hardtanh with bounds for each channel.
 

@@ -1,6 +1,8 @@
 """Fake-quantization with its native gradient, and the two helpers that put a vector onto a weight's axes."""
 
 import logging
+import math
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -85,11 +87,22 @@ def round_ste(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
-def fake_quantize_composed(x: Tensor, scale: Tensor, *, low: int, high: int, zero_point: ZeroPoint = 0) -> Tensor:
+def fake_quantize_composed(
+    x: Tensor,
+    scale: Tensor,
+    *,
+    low: int,
+    high: int,
+    zero_point: ZeroPoint = 0,
+    rectified: bool = False,
+    bound: Tensor | None = None,
+) -> Tensor:
     """Fake-quantize with ordinary differentiable operations: the definition that `fake_quantize` must equal.
 
     Eq. (1):  x_fq = scale * (clip(round(x / scale) + Z, low, high) - Z), STE on the rounding only.
     """
+    x = x.relu() if rectified or bound is not None else x
+    x = x if bound is None else torch.minimum(x, bound)
     return (torch.clamp(round_ste(x / scale) + zero_point, low, high) - zero_point) * scale
 
 
@@ -103,6 +116,40 @@ def same_layout(x: Tensor, like: Tensor) -> Tensor:
     return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
 
 
+@dataclass(frozen=True)
+class _Grid:
+    """What the kernels of one fake-quantization are told beside tensors.
+
+    Attributes:
+        low: smallest integer, the zero point taken off.
+        high: largest integer, likewise.
+        lowest: below it, in steps, the data gets no gradient.
+    """
+
+    low: int
+    high: int
+    lowest: float
+
+
+def _forward(x: Tensor, scale: Tensor, grid: _Grid) -> Tensor:
+    return (x / scale).round_().clamp_(grid.low, grid.high).mul_(scale)
+
+
+def _backward(g: Tensor, x: Tensor, scale: Tensor, out: Tensor, grid: _Grid, needs_scale: bool) -> tuple[Any, Any]:
+    """Return the gradients of data and scale."""
+    if scale.numel() == 1 and x.device.type == "cpu":
+        # One fused kernel; reading the scale costs nothing here, on a GPU it would wait for the device.
+        s = scale.item()
+        gx = torch.ops.aten.hardtanh_backward(g, x, grid.lowest * s, (grid.high + 0.5) * s)
+    else:
+        gx = torch.ops.aten.hardtanh_backward(g, x / scale, grid.lowest, grid.high + 0.5)
+    if not needs_scale:
+        return gx, None
+    if scale.numel() == 1:
+        return gx, (torch.dot(_flat(g), _flat(out)) - torch.dot(_flat(gx), _flat(x))) / scale
+    return gx, (g * out).sub_(gx * x).sum_to_size(scale.shape) / scale
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Fake-quantization in four elementwise passes forwards, one pass and two dot products backwards.
 
@@ -114,41 +161,89 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, zero_point: ZeroPoint) -> Tensor:
-        x = x if x.is_contiguous() or _is_dense(x) else x.contiguous()
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, zero_point: ZeroPoint, rectified: bool
+    ) -> Tensor:
+        x = x if _is_dense(x) else x.contiguous()
         # A trained zero point is read once: on a GPU that waits for the device, but it is rare.
         Z = int(zero_point) if isinstance(zero_point, Tensor) else zero_point
-        low, high = low - Z, high - Z
-        out = (x / scale).round_().clamp_(low, high).mul_(scale)
+        ctx.grid = _Grid(low - Z, high - Z, 0.0 if rectified else low - Z - 0.5)
+        out = _forward(x, scale, ctx.grid)
         # An operation behind may change the result in place (`out += identity`): then it is computed again.
         ctx.save_for_backward(x, scale)
         ctx.out, ctx.version = out.detach(), out._version
-        ctx.range = (low, high)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         x, scale = ctx.saved_tensors
-        low, high = ctx.range
+        out = ctx.out if ctx.out._version == ctx.version else _forward(x, scale, ctx.grid)
+        g = same_layout(gradients[0], x)
+        gx, gs = _backward(g, x, scale, out, ctx.grid, ctx.needs_input_grad[1])
+        gz = -scale * (g.sum() - gx.sum()) if ctx.needs_input_grad[4] else None
+        return gx, None if gs is None else gs.reshape(scale.shape), None, None, gz, None
+
+
+class _BoundedFakeQuantize(torch.autograd.Function):
+    """Fake-quantization of  y = min(max(x, 0), b)  on a grid from 0, without ever computing y.
+
+    With r = round(y / s), and the rounding straight through,
+
+        dL/dx = g                where 0 < x < b and r <= high, else 0
+        dL/db = sum g            where x >= b, in channels whose b the grid reaches
+        dL/ds = sum g * (y_fq - [r <= high] * y) / s
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, high: int, bound: Tensor) -> Tensor:
+        x = x if by_channel(x, bound) is not None else x.contiguous()
+        top = (bound / scale).round_().clamp_(max=high)
+        out = (x / scale).round_().clamp_(torch.zeros_like(top), top).mul_(scale)
+        ctx.save_for_backward(x, scale, bound, top)
+        ctx.out, ctx.version = out.detach(), out._version
+        ctx.end = high + 0.5
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x, scale, bound, top = ctx.saved_tensors
         out = ctx.out
         if out._version != ctx.version:
-            out = (x / scale).round_().clamp_(low, high).mul_(scale)
+            out = (x / scale).round_().clamp_(torch.zeros_like(top), top).mul_(scale)
         g = same_layout(gradients[0], x)
-        if scale.numel() == 1 and x.device.type == "cpu":
-            # One fused kernel; reading the scale costs nothing here, on a GPU it would wait for the device.
-            s = scale.item()
-            gx = torch.ops.aten.hardtanh_backward(g, x, (low - 0.5) * s, (high + 0.5) * s)
-        else:
-            r = x / scale
-            gx = torch.ops.aten.hardtanh_backward(g, r, low - 0.5, high + 0.5)
-        gz = -scale * (g.sum() - gx.sum()) if ctx.needs_input_grad[4] else None
-        if not ctx.needs_input_grad[1]:
-            return gx, None, None, None, gz
-        if scale.numel() == 1:
-            gs = (torch.dot(_flat(g), _flat(out)) - torch.dot(_flat(gx), _flat(x))) / scale
-        else:
-            gs = (g * out).sub_(gx * x).sum_to_size(scale.shape) / scale
-        return gx, gs.reshape(scale.shape), None, None, gz
+        end = ctx.end * scale
+        # All in one new buffer, since fresh memory costs more than arithmetic, and without booleans, which are slow.
+        gx = torch.minimum(bound, end) - x
+        torch.ops.aten.threshold_backward.grad_input(g, gx, 0, grad_input=gx)
+        above = _sums(g, bound) - _sums(gx, bound)
+        above = torch.where(bound.flatten() < end, above, 0)
+        torch.ops.aten.threshold_backward.grad_input(gx, x, 0, grad_input=gx)
+        total = torch.dot(_flat(g), _flat(out)) - torch.dot(_flat(gx), _flat(x)) - torch.dot(above, bound.flatten())
+        return gx, (total / scale).reshape(scale.shape), None, above.reshape(bound.shape)
+
+
+def by_channel(x: Tensor, bound: Tensor) -> Tensor | None:
+    """View an activation as `[before, channels, behind]`, with nothing behind where the channels are last in memory.
+
+    Args:
+        x: any order of axes in memory.
+        bound: broadcasts against `x`; its first axis has the channels, the others are 1.
+
+    Returns:
+        `None` where no such view exists.
+    """
+    axis = x.dim() - bound.dim()
+    last = x.movedim(axis, -1)
+    if last.is_contiguous():
+        return last.reshape(-1, bound.shape[0], 1)
+    return x.reshape(math.prod(x.shape[:axis]), bound.shape[0], -1) if x.is_contiguous() else None
+
+
+def _sums(x: Tensor, bound: Tensor) -> Tensor:
+    """Return the sum over each channel, `[channels]`."""
+    channels = by_channel(x, bound)
+    assert channels is not None
+    return channels.sum((0, 2))
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -156,7 +251,16 @@ def _is_dense(x: Tensor) -> bool:
     return bool(torch.ops.aten.is_non_overlapping_and_dense(x))
 
 
-def fake_quantize(x: Tensor, scale: Tensor, *, low: int, high: int, zero_point: ZeroPoint = 0) -> Tensor:
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    *,
+    low: int,
+    high: int,
+    zero_point: ZeroPoint = 0,
+    rectified: bool = False,
+    bound: Tensor | None = None,
+) -> Tensor:
     """Quantize and dequantize, in float, with the native gradient for the data and for the scale.
 
     Eq. (1):  x_fq = scale * (clip(round(x / scale) + Z, low, high) - Z)
@@ -170,11 +274,18 @@ def fake_quantize(x: Tensor, scale: Tensor, *, low: int, high: int, zero_point: 
         low: smallest integer of the grid.
         high: largest integer of the grid.
         zero_point: the integer that stands for the real 0; a tensor gets a gradient, and then the scale is a scalar.
+        rectified: fake-quantize max(x, 0), on a grid that starts at the real 0 (`zero_point == low`). Its clip is a
+            ReLU already, so that only the gradient differs: it is 0 for x <= 0.
+        bound: fake-quantize min(max(x, 0), bound), on such a grid and with a scalar scale. Greater than 0, real units;
+            its first axis has the channels, the others are 1, and it broadcasts against `x`.
 
     Returns:
         Tensor of the shape of `x` on the grid, real units.
     """
-    out: Tensor = _FakeQuantize.apply(x, scale, low, high, zero_point)  # type: ignore[no-untyped-call]
+    if bound is not None:
+        bounded: Tensor = _BoundedFakeQuantize.apply(x, scale, high - zero_point, bound)  # type: ignore[no-untyped-call]
+        return bounded
+    out: Tensor = _FakeQuantize.apply(x, scale, low, high, zero_point, rectified)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -26,7 +26,7 @@ def function_name(function: Any) -> str:
     return name if name.startswith("__") else name.rstrip("_")
 
 
-class _Counted(TorchFunctionMode):
+class Counted(TorchFunctionMode):
     """Numbers the calls of each torch function: `conv2d/0`, `conv2d/1`, ..."""
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class _Counted(TorchFunctionMode):
         return f"{name}/{self._counts[name] - 1}"
 
 
-class _Recorder(_Counted):
+class _Recorder(Counted):
     """Writes down every torch call that makes a tensor."""
 
     def __init__(self, model: nn.Module, call: Call) -> None:
@@ -134,7 +134,7 @@ def record(model: nn.Module, call: Call) -> LayerGraph:
     )
 
 
-class Tap(_Counted):
+class Tap(Counted):
     """While active, shows watchers the first activation that certain calls of a recorded model read.
 
     A model must be called as it was when it was recorded; only the sizes of the batch may differ.

@@ -2,14 +2,18 @@
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import wrap_torch_function
 
+from qft_plugin.bounded import ChannelHardtanh
 from qft_plugin.finetune import Prediction
+from qft_plugin.graph import on_axis
 from qft_plugin.offline import Solution
 from qft_plugin.placement import ActivationGrid
 from qft_plugin.quantize import ZeroPoint, fake_quantize, fake_quantize_composed
@@ -34,8 +38,29 @@ class Unfold:
     axis: int
 
 
+def _skipped(name: str) -> Callable[[Tensor], Tensor]:
+    """Return a function that does nothing, which is seen as a call of another one."""
+
+    def function(x: Tensor) -> Tensor:
+        return x
+
+    function.__name__ = name
+    wrapped: Callable[[Tensor], Tensor] = wrap_torch_function(lambda x: (x,))(function)
+    return wrapped
+
+
+_SKIPPED: Final = {name: _skipped(name) for name in ("relu", "hardtanh")}
+
+
 class FakeQuantizer(nn.Module):
-    """Stands in for an activation quantizer while the student trains; the scale is put in before each call."""
+    """Stands in for an activation quantizer while the student trains; the scale is put in before each call.
+
+    Attributes:
+        scale: real per step; without one, values pass unchanged.
+        zero_point: the integer of the real 0.
+        seen: collects what is quantized while there is no scale.
+        starts_at_zero: whether the smallest number of the grid is 0, so that its clip is a ReLU.
+    """
 
     def __init__(self, grid: ActivationGrid | None = None, function: FakeQuantize = fake_quantize) -> None:
         """Set the grid, now or later; until a scale is set, values pass unchanged."""
@@ -50,6 +75,7 @@ class FakeQuantizer(nn.Module):
         """Set the integers that values are quantized to."""
         self.run = functools.partial(function, low=grid.low, high=grid.high)
         self.zero_point = grid.zero_point
+        self.starts_at_zero = grid.zero_point == grid.low and not grid.shifts
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize one activation."""
@@ -60,6 +86,34 @@ class FakeQuantizer(nn.Module):
         # Function modes (the hooks of NNCF are one) have no business inside a quantizer, and would cost time.
         with torch._C.DisableTorchFunction():
             return self.run(x, self.scale, zero_point=self.zero_point)
+
+    def rectified(self, x: Tensor, bound: Tensor | None = None, axis: int = -1) -> Tensor:
+        """Fake-quantize  max(x, 0),  or  min(max(x, 0), bound),  on a grid that starts at zero.
+
+        Args:
+            x: what a ReLU would read.
+            bound: `[channels]`.
+            axis: of the channels, counted from the last one (-1).
+        """
+        with torch._C.DisableTorchFunction():
+            if bound is None:
+                return self.run(x, self.scale, zero_point=self.zero_point, rectified=True)
+            return self.run(x, self.scale, zero_point=self.zero_point, bound=on_axis(bound, axis))
+
+    def after(self, function: nn.Module, x: Tensor) -> Tensor:
+        """Fake-quantize what an activation function returns; a ReLU, and a bounded one, is computed along with it.
+
+        Args:
+            function: a module of torch, or `ChannelHardtanh`.
+            x: what it reads.
+        """
+        if self.scale is not None and self.starts_at_zero:
+            if type(function) is nn.ReLU:
+                return self.rectified(_SKIPPED["relu"](x))
+            if type(function) is ChannelHardtanh and function.from_zero:
+                return self.rectified(_SKIPPED["hardtanh"](x), function.high, function.axis)
+        quantized: Tensor = self(function(x))
+        return quantized
 
 
 def set_grids(quantizers: Mapping[str, FakeQuantizer], solution: Solution) -> None:
@@ -118,13 +172,30 @@ def unfolded(prediction: Prediction, unfolds: Sequence[Unfold | None], factors: 
 def compiled_fake_quantize() -> FakeQuantize:
     """Fuse the fake-quantization, or return the built-in function where the compiler does not work."""
     try:
-        fused: FakeQuantize = torch.compile(fake_quantize_composed, dynamic=True)
+        compiled: FakeQuantize = torch.compile(fake_quantize_composed, dynamic=True)
+        fused = functools.partial(_fused, compiled)
         x = torch.ones(2, 3, requires_grad=True)
         torch.autograd.grad(fused(x, torch.ones(()), low=0, high=255, zero_point=0).sum(), x)
     except Exception as error:  # any of the compiler's own errors, or a missing C++ compiler
         logger.warning("torch.compile does not work here (%s); the built-in fake-quantization is used", error)
         return fake_quantize
     return fused
+
+
+def _fused(function: FakeQuantize, x: Tensor, scale: Tensor, *, bound: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """Call a compiled fake-quantization in the order of memory: one loop, and one variant for all shapes."""
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    in_order = x.permute(order)
+    if not torch.is_grad_enabled() or not in_order.is_contiguous():
+        return fake_quantize(x, scale, bound=bound, **kwargs)
+    if bound is None:
+        flat = function(in_order.reshape(-1), scale, **kwargs)
+    else:
+        channels = order.index(x.dim() - bound.dim())
+        sizes = math.prod(in_order.shape[:channels]), bound.shape[0], math.prod(in_order.shape[channels + 1 :])
+        flat = function(in_order.reshape(sizes), scale, bound=bound.reshape(-1, 1), **kwargs)
+    back = sorted(range(x.dim()), key=order.__getitem__)
+    return flat.view(in_order.shape).permute(back)
 
 
 def prediction_of(outputs: list[Tensor], compared: Sequence[Tensor], *, with_outputs: bool) -> Prediction:

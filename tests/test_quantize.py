@@ -1,6 +1,7 @@
 """Fake-quantization: every code, ties, clip edges, its native gradient, and vectors on a weight's axes."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,6 +166,45 @@ def _value_and_gradients(
     assert x.grad is not None
     assert s.grad is not None
     return y.detach().numpy(), x.grad.numpy(), s.grad.numpy()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "with gaps"])
+@pytest.mark.parametrize("high", [15, 255])
+@pytest.mark.parametrize("low", [0, -3])
+@pytest.mark.parametrize("shape", [(3, 5, 4, 2), (6, 5), (2, 3, 5)])
+@pytest.mark.parametrize("bounded", [False, True], ids=["ReLU", "bounded ReLU"])
+def test_a_relu_is_computed_along_with_the_quantization(
+    bounded: bool, shape: tuple[int, ...], low: int, high: int, layout: str
+) -> None:
+    """Value and all gradients are those of one after the other: data on both sides of 0, bounds inside and outside."""
+    if layout == "channels last" and len(shape) < 4:
+        return
+    axis = 1 if len(shape) == 4 else len(shape) - 1
+    bound = torch.tensor([0.5, 1.0, 2.0, 1e-3, 40.0], dtype=torch.float64).view(-1, *(1,) * (len(shape) - 1 - axis))
+    s = torch.tensor(1.7 / (high - low), dtype=torch.float64)
+    x = clear_of_ties(torch.randn(shape, dtype=torch.float64), s)
+    x.flatten()[::7] = 0
+    if layout == "channels last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "with gaps":
+        x = torch.stack([x, x], dim=-1)[..., 0]
+    g = torch.randn(shape, dtype=torch.float64)
+    results = []
+    for function in (fake_quantize, fake_quantize_composed):
+        x_, s_, b_ = (t.detach().clone().requires_grad_() for t in (x, s, bound))
+        kwargs: dict[str, Any] = {"bound": b_} if bounded else {"rectified": True}
+        y = function(x_, s_, low=low, high=high, zero_point=low, **kwargs)
+        y.backward(g)
+        results.append([y.detach(), x_.grad, s_.grad, *([b_.grad] if bounded else [])])
+        # An operation in place behind does not disturb the gradient.
+        x_.grad = s_.grad = b_.grad = None
+        y = function(x_, s_, low=low, high=high, zero_point=low, **kwargs)
+        y.mul_(1.0) if function is fake_quantize_composed else y.add_(1)
+        y.backward(g)
+        results[-1] += [x_.grad, s_.grad]
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=EXACT, atol=EXACT * (high - low))
+    assert 0 < int((results[0][1] == 0).sum()) < x.numel()
 
 
 @pytest.mark.parametrize("s_shape", [(), (1, 4, 1, 1)])

@@ -10,7 +10,9 @@ import torch
 from graphs import mapped, parameters_of, record
 from models import chained, image
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from qft_plugin.bounded import ChannelHardtanh
 from qft_plugin.finetune import Prediction
 from qft_plugin.offline import fold_network
 from qft_plugin.placement import ActivationGrid
@@ -105,6 +107,52 @@ def test_a_stand_in_is_one_operation_for_a_recorder() -> None:
     assert graph.ops[2].inputs == graph.ops[1].outputs
     model[1].scale = torch.tensor(0.1)
     assert [op.function for op in record(model, torch.randn(2, 3)).ops] == ["relu", "relu"]
+
+
+@pytest.mark.parametrize("starts_at_zero", [False, True])
+@pytest.mark.parametrize("kind", ["relu", "bounded", "tanh"])
+def test_a_function_and_the_quantizer_behind_it(kind: str, starts_at_zero: bool) -> None:
+    """Value and gradients are those of one after the other; a recorder's numbers of calls stay what they were."""
+    function = {
+        "relu": nn.ReLU(),
+        "bounded": ChannelHardtanh(nn.ReLU6(), 3, axis=-3, like=torch.ones(())),
+        "tanh": nn.Tanh(),
+    }[kind]
+    grid = ActivationGrid(0.02, 0, 255, 0 if starts_at_zero else 3)
+    x, g = 4 * torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    called, grads = [], []
+    for together in (False, True):
+        quantizer = FakeQuantizer(grid)
+        quantizer.scale = torch.tensor(0.02, requires_grad=True)
+        x_ = x.clone().requires_grad_()
+        with Names() as names:
+            y = quantizer.after(function, x_) if together else quantizer(function(x_))
+        y.backward(g)
+        called.append(names.called)
+        grads.append((y.detach(), x_.grad, quantizer.scale.grad))
+    assert called[0] == called[1] == [{"relu": "relu", "bounded": "hardtanh", "tanh": "tanh"}[kind]]
+    for found, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
+
+
+def test_a_function_before_a_quantizer_without_a_scale() -> None:
+    """Where the network runs in float the function is computed, and what it returns is seen."""
+    quantizer = FakeQuantizer(ActivationGrid(0.02, 0, 255, 0))
+    x = torch.randn(3, 4)
+    seen = observed({"a": quantizer}, lambda: quantizer.after(nn.ReLU(), x))
+    assert torch.equal(seen["a"], x.relu().flatten())
+
+
+class Names(TorchFunctionMode):
+    """Writes down the names of the functions that are called, without looking inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.called.append(func.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def test_a_copy_is_a_quantizer_of_its_own() -> None:
@@ -254,8 +302,15 @@ def test_with_a_compiler_the_fused_function_is_used(
     monkeypatch.setattr(torch, "compile", compiler)
     found = compiled_fake_quantize.__wrapped__()
     assert len(runs) == 1
-    x, scale = torch.randn(3, 4), torch.tensor(0.3)
-    expected = fake_quantize(x, scale, low=-8, high=7)
-    torch.testing.assert_close(found(x, scale, low=-8, high=7, zero_point=0), expected)
-    assert len(runs) == 2
+    scale = torch.tensor(0.3)
+    for x in (torch.randn(3, 4), torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)):
+        expected = fake_quantize(x, scale, low=-8, high=7)
+        value = found(x, scale, low=-8, high=7, zero_point=0)
+        torch.testing.assert_close(value, expected)
+        assert value.stride() == x.stride()
+        bound = torch.rand(x.shape[1]).view(-1, *(1,) * (x.dim() - 2))
+        expected = fake_quantize(x, scale, low=0, high=7, bound=bound)
+        torch.testing.assert_close(found(x, scale, low=0, high=7, zero_point=0, bound=bound), expected)
+    # One axis, or three with the channels in the middle, in the order of memory: few variants are compiled.
+    assert runs[1:] == [(12,), (3, 4, 1), (96,), (32, 3, 1)]
     assert not caplog.text

@@ -129,8 +129,7 @@ class _Activation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.input_quant is not None:
             x = self.input_quant(x)
-        x = self.function(x)
-        return x if self.act_quant is None else self.act_quant(x)
+        return self.function(x) if self.act_quant is None else self.act_quant.after(self.function, x)
 
 
 class _Join(nn.Module):
