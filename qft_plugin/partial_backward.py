@@ -214,24 +214,24 @@ class _PartialKernel(torch.autograd.Function):
         operation, g = ctx.operation, gradients[0]
         of_input, _, of_bias, of_rows, of_gain, *_ = ctx.needs_input_grad
         gx = operation.input_gradient(g, x, W) if of_input else None
-        sums = _sum_channels(g, operation, g.dtype) if bias is not None and (of_bias or of_gain) else None
-        whole = None
+        sums = None
+        if bias is not None and (of_bias or of_gain):
+            sums = _sum_channels(g, operation, ctx.gain.dtype)
+        whole, log_step, rows = None, None, None
         if of_gain and ctx.out._version != ctx.version:
             whole = operation.weight_gradient(g, x, W)
-        of_log_step = None
-        if of_gain:
-            if whole is None:
-                channels = _sum_channels(same_layout(g, ctx.out) * ctx.out, operation, ctx.gain.dtype)
-                channels = channels if sums is None else channels - sums * bias
-            else:
-                channels = (whole * by_output(W, kind=operation.kind, groups=operation.groups)).flatten(1).sum(1)
-            frozen = channels.index_fill(0, index, 0)
-            of_log_step = frozen if ctx.gain.dim() else frozen.sum()
-        found = None
-        if of_rows and len(index):
-            row = operation.row_gradient(g, x, W, index, touched) if whole is None else whole.index_select(0, index)
-            found = row.to(ctx.rows.dtype)
-        return gx, None, sums if of_bias else None, found, of_log_step, None, None, None
+            by_out = by_output(W, kind=operation.kind, groups=operation.groups)
+            log_step = (whole * by_out).flatten(1).sum(1, dtype=ctx.gain.dtype)
+        elif of_gain:
+            log_step = _sum_channels(same_layout(g, ctx.out) * ctx.out, operation, ctx.gain.dtype)
+            log_step = log_step if sums is None else log_step - sums * bias
+        if log_step is not None:
+            frozen = log_step.index_fill(0, index, 0)
+            log_step = frozen if ctx.gain.dim() else frozen.sum()
+        if of_rows:
+            found = operation.row_gradient(g, x, W, index, touched) if whole is None else whole.index_select(0, index)
+            rows = found.to(ctx.rows.dtype)
+        return gx, None, sums.to(bias.dtype) if of_bias else None, rows, log_step, None, None, None
 
 
 def _sum_channels(x: Tensor, operation: Operation, dtype: torch.dtype) -> Tensor:
