@@ -151,7 +151,7 @@ def partly_trained(
     gain = scale / scale.detach()
     if not len(held.index):
         W = held.integers * step
-        return W, PartialWeight(W, held.rows.detach(), held.index, held.touched, gain)
+        return W, PartialWeight(W, held.rows, held.index, held.touched, gain)
     rows = held.rows
     for unit in units:
         rows = rows * _rows(unit, held, layer)

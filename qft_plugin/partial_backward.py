@@ -228,10 +228,11 @@ class _PartialKernel(torch.autograd.Function):
         if log_step is not None:
             frozen = log_step.index_fill(0, index, 0)
             log_step = frozen if ctx.gain.dim() else frozen.sum()
-        if of_rows:
+        if of_rows and len(index):
             found = operation.row_gradient(g, x, W, index, touched) if whole is None else whole.index_select(0, index)
             rows = found.to(ctx.rows.dtype)
-        return gx, None, sums.to(bias.dtype) if of_bias else None, rows, log_step, None, None, None
+        bias_gradient = None if sums is None or not of_bias else sums.to(bias.dtype)
+        return gx, None, bias_gradient, rows, log_step, None, None, None
 
 
 def _sum_channels(x: Tensor, operation: Operation, dtype: torch.dtype) -> Tensor:

@@ -229,8 +229,8 @@ class FinetuneConfig:
                         f"{name!r}: {weight!r}. Leave out what should not count."
                     )
         _flag(self, "compile")
-        if self.train is not None:
-            _instance(self, "train", EfQAT)
+        if not isinstance(self.train, EfQAT | None):
+            raise ConfigError(f"FinetuneConfig.train should be an EfQAT, or None to train all. Found {self.train!r}.")
         if self.trains_part is not None and self.blocks:
             raise ConfigError(
                 "FinetuneConfig.blocks should be empty where EfQAT.ratio is below 1: what trains is chosen over the "
