@@ -93,6 +93,8 @@ def hold(W: Tensor, integers: Tensor, trained: Tensor, layer: Layer) -> Held:
     index = trained.nonzero().flatten()
     touched = torch.unique_consecutive(torch.div(index, len(trained) // layer.groups, rounding_mode="floor"))
     rows = by_output(W.detach(), kind=layer.kind, groups=layer.groups).index_select(0, index)
+    if W.dim() == 4 and W.is_contiguous(memory_format=torch.channels_last):
+        rows = rows.contiguous(memory_format=torch.channels_last)
     return Held(integers, trained, index, touched, rows.requires_grad_())
 
 
@@ -116,7 +118,8 @@ def settled(held: Held, W: Tensor, units: tuple[Tensor, ...], step: Tensor, laye
 
 
 def _with_rows(W: Tensor, held: Held, rows: Tensor, layer: Layer) -> Tensor:
-    by_out = by_output(W, kind=layer.kind, groups=layer.groups).index_copy(0, held.index, rows)
+    """Put rows into a kernel that nobody else holds: in place, because a copy would lose its memory format."""
+    by_out = by_output(W, kind=layer.kind, groups=layer.groups).index_copy_(0, held.index, rows)
     return from_output(by_out, kind=layer.kind, groups=layer.groups)
 
 

@@ -22,6 +22,9 @@ from qft_plugin.quantize import TRANSPOSED_KINDS, same_layout
 VECTOR: Final = 16
 """Channels that a CPU's convolution computes together; it is not faster with fewer."""
 
+MOST: Final = 0.75
+"""Share of a kernel from which on slicing costs more than it saves."""
+
 
 def by_output(W: Tensor, *, kind: str, groups: int) -> Tensor:
     """Bring the output channels of a kernel to the first axis: `[out, in/groups, *k]`.
@@ -91,6 +94,10 @@ class Linear:
         """Return the rows of dL/dW that train."""
         return self.weight_gradient(g.index_select(-1, index), x, W)
 
+    def whole_is_faster(self, g: Tensor, x: Tensor, index: Tensor, touched: Tensor) -> bool:
+        """Whether the gradient of the whole kernel costs less than that of its rows."""
+        return len(index) > MOST * g.shape[-1]
+
 
 @dataclass(frozen=True)
 class Convolution:
@@ -142,8 +149,6 @@ class Convolution:
 
     def row_gradient(self, g: Tensor, x: Tensor, W: Tensor, index: Tensor, touched: Tensor) -> Tensor:
         """Return the rows of dL/dW that train; in a grouped kernel, those of the groups that they are in."""
-        if self._whole_is_faster(g, x, index, touched):
-            return self.weight_gradient(g, x, W).index_select(0, index)
         # Of the kernel only the shape counts here: a slice will do.
         if self.groups == 1:
             rows = W.narrow(1 if self.transposed else 0, 0, len(index))
@@ -159,14 +164,12 @@ class Convolution:
         places = torch.searchsorted(touched, group) * outs + index % outs
         return by_output(gradient, kind=self.kind, groups=count).index_select(0, places)
 
-    def _whole_is_faster(self, g: Tensor, x: Tensor, index: Tensor, touched: Tensor) -> bool:
-        """Whether slicing costs more than it saves (measured on CPUs; on GPUs small kernels cost their launch)."""
-        out = g.shape[1]
-        share = len(index) / out if self.groups == 1 else len(touched) / self.groups
-        if g.device.type != "cpu":
-            return share > 1 / 2
-        depthwise = self.groups > 1 and x.shape[1] == self.groups
-        return share > 1 / 2 or out <= VECTOR or (depthwise and _channels_last(g))
+    def whole_is_faster(self, g: Tensor, x: Tensor, index: Tensor, touched: Tensor) -> bool:
+        """Whether the gradient of the whole kernel costs less than that of its rows (measured, on CPUs)."""
+        out, depthwise = g.shape[1], self.groups > 1 and x.shape[1] == self.groups
+        if g.device.type == "cpu" and (out <= VECTOR or (depthwise and _channels_last(g))):
+            return True
+        return len(index) > MOST * out if self.groups == 1 else len(touched) > MOST * self.groups
 
 
 def _members(groups: Tensor, size: int) -> Tensor:
@@ -217,9 +220,12 @@ class _PartialKernel(torch.autograd.Function):
         sums = None
         if bias is not None and (of_bias or of_gain):
             sums = _sum_channels(g, operation, ctx.gain.dtype)
+        of_rows = of_rows and len(index) > 0
+        changed = of_gain and ctx.out._version != ctx.version
         whole, log_step, rows = None, None, None
-        if of_gain and ctx.out._version != ctx.version:
+        if changed or (of_rows and operation.whole_is_faster(g, x, index, touched)):
             whole = operation.weight_gradient(g, x, W)
+        if of_gain and whole is not None:
             by_out = by_output(W, kind=operation.kind, groups=operation.groups)
             log_step = (whole * by_out).flatten(1).sum(1, dtype=ctx.gain.dtype)
         elif of_gain:
@@ -228,7 +234,7 @@ class _PartialKernel(torch.autograd.Function):
         if log_step is not None:
             frozen = log_step.index_fill(0, index, 0)
             log_step = frozen if ctx.gain.dim() else frozen.sum()
-        if of_rows and len(index):
+        if of_rows:
             found = operation.row_gradient(g, x, W, index, touched) if whole is None else whole.index_select(0, index)
             rows = found.to(ctx.rows.dtype)
         bias_gradient = None if sums is None or not of_bias else sums.to(bias.dtype)

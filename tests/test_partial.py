@@ -162,6 +162,17 @@ def test_holding_changes_nothing(share: float, per_channel: bool, doubly: bool) 
         assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+def test_kernels_keep_their_memory_format() -> None:
+    """A kernel with its channels last has them last in the student too, whatever trains of it."""
+    model = network()
+    dof = make_dof(model)
+    layer = dof.trained_weight("0.weight")
+    layer.W.data = layer.W.data.contiguous(memory_format=torch.channels_last)
+    for share in (0.0, 0.3, 1.0):
+        dof.hold(some(dof, share=share))
+        assert solve(dof).tensors["0.weight"].is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("doubly", [False, True], ids=["", "doubly"])
 @pytest.mark.parametrize("per_channel", [True, False], ids=["per channel", "per tensor"])
 def test_integers_stay_while_scales_move(per_channel: bool, doubly: bool) -> None:
