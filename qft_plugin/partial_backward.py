@@ -22,6 +22,10 @@ from qft_plugin.quantize import TRANSPOSED_KINDS, same_layout
 VECTOR: Final = 16
 """Channels that a CPU's convolution computes together; it is not faster with fewer."""
 
+FEW: Final = 128
+"""Products that a CPU adds for an output in the time that it takes to read its input: with fewer, slicing gains nothing
+(measured: depthwise and narrow 1x1 convolutions)."""
+
 MOST: Final = 0.75
 """Share of a kernel from which on slicing costs more than it saves."""
 
@@ -94,7 +98,7 @@ class Linear:
         """Return the rows of dL/dW that train."""
         return self.weight_gradient(g.index_select(-1, index), x, W)
 
-    def whole_is_faster(self, g: Tensor, x: Tensor, index: Tensor, touched: Tensor) -> bool:
+    def whole_is_faster(self, g: Tensor, x: Tensor, W: Tensor, index: Tensor, touched: Tensor) -> bool:
         """Whether the gradient of the whole kernel costs less than that of its rows."""
         return len(index) > MOST * g.shape[-1]
 
@@ -164,10 +168,10 @@ class Convolution:
         places = torch.searchsorted(touched, group) * outs + index % outs
         return by_output(gradient, kind=self.kind, groups=count).index_select(0, places)
 
-    def whole_is_faster(self, g: Tensor, x: Tensor, index: Tensor, touched: Tensor) -> bool:
-        """Whether the gradient of the whole kernel costs less than that of its rows (measured, on CPUs)."""
-        out, depthwise = g.shape[1], self.groups > 1 and x.shape[1] == self.groups
-        if g.device.type == "cpu" and (out <= VECTOR or (depthwise and _channels_last(g))):
+    def whole_is_faster(self, g: Tensor, x: Tensor, W: Tensor, index: Tensor, touched: Tensor) -> bool:
+        """Whether the gradient of the whole kernel costs less than that of its rows."""
+        out = g.shape[1]
+        if g.device.type == "cpu" and (out <= VECTOR or W.numel() < FEW * out):
             return True
         return len(index) > MOST * out if self.groups == 1 else len(touched) > MOST * self.groups
 
@@ -223,7 +227,7 @@ class _PartialKernel(torch.autograd.Function):
         of_rows = of_rows and len(index) > 0
         changed = of_gain and ctx.out._version != ctx.version
         whole, log_step, rows = None, None, None
-        if changed or (of_rows and operation.whole_is_faster(g, x, index, touched)):
+        if changed or (of_rows and operation.whole_is_faster(g, x, W, index, touched)):
             whole = operation.weight_gradient(g, x, W)
         if of_gain and whole is not None:
             by_out = by_output(W, kind=operation.kind, groups=operation.groups)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
+from qft_plugin import partial_backward
 from qft_plugin.partial_backward import Convolution, PartialBackward, PartialWeight, by_output, from_output
 
 EXACT = 1e-10
@@ -126,6 +127,13 @@ class Part:
                 torch.testing.assert_close(found[name], gradient, rtol=EXACT, atol=EXACT, msg=name)
 
 
+@pytest.fixture
+def sliced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slice kernels that are too small to gain from it."""
+    monkeypatch.setattr(partial_backward, "VECTOR", 0)
+    monkeypatch.setattr(partial_backward, "FEW", 0)
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if "transposed" in name])
 def test_output_channels_come_first_and_go_back(name: str) -> None:
     """The order of a transposed kernel is that of the loops over groups and channels, and it is undone."""
@@ -139,6 +147,7 @@ def test_output_channels_come_first_and_go_back(name: str) -> None:
     assert torch.equal(from_output(V, kind=kind, groups=groups), W)
 
 
+@pytest.mark.usefixtures("sliced")
 @pytest.mark.parametrize("count", [0, 1, None], ids=["no row", "one row", "rows"])
 @pytest.mark.parametrize("per_channel", [True, False], ids=["per channel", "per tensor"])
 @pytest.mark.parametrize("name", CASES)
@@ -148,6 +157,7 @@ def test_gradients_are_those_of_the_ordinary_backward_pass(name: str, per_channe
         Part(CASES[name], count=count, per_channel=per_channel, bias=bias).check()
 
 
+@pytest.mark.usefixtures("sliced")
 @pytest.mark.parametrize("name", FOUR_AXES)
 def test_memory_formats_are_kept(name: str) -> None:
     """With channels last the gradients are the same, and the output has its channels last."""
@@ -180,6 +190,7 @@ BEHIND: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.usefixtures("sliced")
 @pytest.mark.parametrize("behind", BEHIND)
 @pytest.mark.parametrize("name", ["conv2d", "linear", "grouped transposed"])
 @pytest.mark.parametrize("per_channel", [True, False], ids=["per channel", "per tensor"])
@@ -199,6 +210,7 @@ def flops(part: Part, *, behind: Callable[[Tensor], Tensor], cheaper: bool = Tru
     return backward.get_total_flops() / forward.get_total_flops()
 
 
+@pytest.mark.usefixtures("sliced")
 @pytest.mark.parametrize("name", ["conv2d", "linear", "linear on tokens", "conv1d", "transposed"])
 @pytest.mark.parametrize("count", [0, 2], ids=["no row", "two rows"])
 def test_only_what_is_needed_is_multiplied(name: str, count: int) -> None:
@@ -214,6 +226,7 @@ def test_changes_in_place_cost_no_product(behind: str) -> None:
     assert flops(Part(CASES["conv2d"], count=0), behind=BEHIND[behind]) == pytest.approx(1)
 
 
+@pytest.mark.usefixtures("sliced")
 def test_groups_without_rows_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a grouped kernel the products of one group of three are computed, of a depthwise one those of three channels.
 
@@ -231,6 +244,20 @@ def test_groups_without_rows_are_left_out(monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("grouped", "wide depthwise", "grouped, spread"):
         Part(CASES[name]).gradients(cheaper=True)
     assert shapes == [(8, 2, (8, 2), 1), (3, 3, (3, 1), 3), (24, 6, (24, 2), 3)]
+
+
+@pytest.mark.parametrize("name", ["conv2d", "few channels", "wide depthwise", "grouped", "transposed"])
+def test_small_kernels_are_not_sliced(name: str) -> None:
+    """On CPUs the gradient of a small kernel is computed whole, and the steps' is taken from it; it is the same."""
+    Part(CASES[name]).check()
+    assert flops(Part(CASES["conv2d"]), behind=torch.sin) == pytest.approx(2)
+
+
+def test_large_kernels_are_sliced() -> None:
+    """A kernel of 32 channels that each add 144 products is large enough."""
+    part = Part(Case(nn.Conv2d, (16, 32, 3), {}, (2, 16, 5, 5), (0, 9)))
+    part.check()
+    assert flops(part, behind=torch.sin) == pytest.approx(1 + 2 / 32)
 
 
 def test_a_kernel_that_is_used_twice() -> None:
