@@ -1,5 +1,7 @@
 """EfQAT under both hosts: a part of the weights trains, and the integers of the rest are those of the start."""
 
+from dataclasses import replace
+
 import nets
 import pytest
 import torch
@@ -33,17 +35,23 @@ def both():
     return [host_of(name) for name in HOSTS]
 
 
-def trained(ratio, *, images_fed=128, **settings):
+def trained(ratio, *, images_fed=128, compensate=True, **settings):
     """Make the settings of a short finetune of a part."""
     finetune = few_steps(images_fed=images_fed, train=EfQAT(ratio=ratio, **settings))
-    return four_bits(activation_range="max", finetune=finetune)
+    return four_bits(activation_range="max", compensate=compensate, finetune=finetune)
 
 
 def share(one, other):
-    """Return the share of all weights that have the same integer in two networks."""
+    """Return the share of the weights of all kernels that have the same integer in two networks."""
+    one, other = kernels(one), kernels(other)
     assert one.keys() == other.keys()
     equal = sum(float((one[n] == other[n]).sum()) for n in one)
     return equal / sum(t.numel() for t in one.values())
+
+
+def kernels(integers):
+    """Leave out the norms, which always train, and which NNCF alone quantizes."""
+    return {name: t for name, t in integers.items() if t.dim() > 1}
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -54,9 +62,8 @@ def test_without_a_ratio_no_integer_changes(name, host):
     result, _ = host.finetuned(model, items, trained(0))
     end = host.quantize(model, items, trained(0))
     assert result.final_loss < result.start_loss
-    for weight, integers in host.integers(end, items[0]).items():
-        if integers.dim() > 1:  # the weights of norms train
-            assert torch.equal(integers, start[weight])
+    for weight, integers in kernels(host.integers(end, items[0])).items():
+        assert torch.equal(integers, start[weight])
     expected = [t.detach() for t in tensors_in(nets.call(model, items[0]))]
     assert relative_error(host.outputs(end, items[0]), expected) < CLOSE
 
@@ -65,9 +72,10 @@ def test_without_a_ratio_no_integer_changes(name, host):
 def test_a_part_of_the_integers_changes(mode, host):
     """What is not chosen keeps its integers: with one choice, no more channels change than were allowed to."""
     model, items = nets.build("residual"), nets.items("residual")
-    start = host.integers(host.quantize(model, items, four_bits(activation_range="max", finetune=None)), items[0])
-    config = trained(0.25, mode=mode, images_fed=640, refresh_images=NEVER)
-    end = host.integers(host.quantize(model, items, config), items[0])
+    config = trained(0.25, mode=mode, images_fed=640, compensate=False, refresh_images=NEVER)
+    start, end = (
+        host.integers(host.quantize(model, items, c), items[0]) for c in (replace(config, finetune=None), config)
+    )
     assert 0 < 1 - share(start, end) < 0.25
     changed = {n: (start[n] != t).flatten(1).any(1) for n, t in end.items()}
     if mode == "cwpl":
@@ -77,9 +85,12 @@ def test_a_part_of_the_integers_changes(mode, host):
 
 
 @pytest.mark.parametrize("refresh_images", [48, NEVER])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", [name for name in NETS if name != "transformer"])
 def test_both_hosts_train_the_same_part(name, refresh_images, both):
-    """The same network, images, ranges and seed give the same integers within noise, with other choices on the way."""
+    """The same network, images, ranges and seed give the same integers within noise, with other choices on the way.
+
+    (Of a transformer NNCF quantizes other tensors than Brevitas.)
+    """
     model, items = nets.build(name), nets.items(name)
     config = trained(0.25, refresh_images=refresh_images)
     found = [host.integers(host.quantize(model, items, config), items[0]) for host in both]
@@ -97,5 +108,4 @@ def test_no_weight_gradient_is_computed(name, host, monkeypatch):
     model, items = nets.build(name), nets.items(name)
     _, quantized = host.finetuned(model, items, trained(0))
     calls = len(inputs) / (128 / 16)
-    kernels = [n for n, t in host.integers(quantized, items[0]).items() if t.dim() > 1]
-    assert calls == len(kernels) + (name == "twice")
+    assert calls == len(kernels(host.integers(quantized, items[0]))) + (name == "twice")
