@@ -18,7 +18,7 @@ ROUNDING_SLACK = 1e-9
 
 
 def choose(magnitudes: Mapping[str, Tensor], sizes: Mapping[str, int], train: EfQAT) -> dict[str, Tensor]:
-    """Choose the output channels that train (Sec. 3.2 of the EfQAT paper).
+    """Choose the output channels that train.
 
     cwpl takes the most important channels of each layer, cwpn those of the whole network, lwpn the layers with the
     largest mean. Of equally important ones the first wins.

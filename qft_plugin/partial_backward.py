@@ -1,4 +1,4 @@
-"""A cheaper backward pass for kernels of which a part trains (EfQAT, arXiv 2411.11038, Sec. 3.1).
+"""A cheaper backward pass for kernels of which a part trains (EfQAT, arXiv 2411.11038).
 
 The integers q of a frozen channel are constants, its step trains:  W[o] = q[o] * step[o].  The layer is linear in W, so
 the gradient of the step needs no gradient of the weight (Euler):

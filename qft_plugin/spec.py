@@ -339,6 +339,11 @@ class QFTConfig:
                 'QFTConfig.rounding should not be "soft" with scales that are powers of two: its integers do not '
                 'follow a step that doubles. Use "ste".'
             )
+        if part is not None and shifts:
+            raise ConfigError(
+                "FinetuneConfig.train should be None with scales that are powers of two: integers that are fixed do "
+                f"not follow a step that doubles. Found {part}. Leave it out."
+            )
 
     def weight_bits_of(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Choose the bit width of every layer.

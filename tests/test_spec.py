@@ -245,6 +245,10 @@ def test_wrong_hardware_is_refused_before_what_depends_on_it() -> None:
         ({"rounding": "soft", "finetune": FinetuneConfig(train=EfQAT())}, r'QFTConfig\.rounding should be "ste"'),
         ({"rounding": "blend", "finetune": FinetuneConfig(train=EfQAT())}, r'QFTConfig\.rounding should be "ste"'),
         ({"sparsity": 0.5, "finetune": FinetuneConfig(train=EfQAT())}, r"QFTConfig\.sparsity should be None"),
+        (
+            {"hardware": HardwareSpec.integer_only(), "finetune": FinetuneConfig(train=EfQAT())},
+            r"FinetuneConfig\.train should be None",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other(settings: dict[str, Any], words: str) -> None:
