@@ -31,7 +31,7 @@ def choose(magnitudes: Mapping[str, Tensor], sizes: Mapping[str, int], train: Ef
     Returns:
         A boolean tensor by name of the weight, `[out]`, true where the channel trains.
     """
-    if not train.ratio:
+    if not train.ratio or not magnitudes:
         return {name: torch.zeros_like(m, dtype=torch.bool) for name, m in magnitudes.items()}
     if train.mode == "cwpl":
         return {name: _largest(m, max(1, round(train.ratio * len(m)))) for name, m in magnitudes.items()}

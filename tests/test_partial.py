@@ -127,6 +127,12 @@ def test_the_most_important_are_chosen(layers: list[tuple[list[float], int]], ra
             assert bool(t[o]) == ((name, o if mode == "cwpn" else 0) in taken)
 
 
+@pytest.mark.parametrize("mode", ["cwpl", "cwpn", "lwpn"])
+def test_without_kernels_there_is_no_choice(mode: str) -> None:
+    """Where norms alone are quantized nothing is chosen."""
+    assert choose({}, {}, EfQAT(mode=mode)) == {}
+
+
 def test_importance_is_the_mean_magnitude_of_the_folded_weight() -> None:
     """In real units of the folded network, by output channel, of kernels alone."""
     dof = make_dof(network())
