@@ -334,15 +334,44 @@ def test_all_is_what_no_part_is() -> None:
         assert all(torch.equal(state[name], t) for name, t in found[0][1].items())
 
 
-def test_the_loss_at_the_end_is_that_of_what_is_deployed() -> None:
+@pytest.mark.parametrize("refresh_images", [100, 10_000])
+def test_the_loss_at_the_end_is_that_of_what_is_deployed(refresh_images: int) -> None:
     """The final loss, taken while integers are held, is that of the released state on the same images."""
     model = network()
     dof = make_dof(model)
     torch.manual_seed(1)
-    result = run(dof, model, settings(EfQAT(ratio=0.3, refresh_images=100), restarts=2))
+    result = run(dof, model, settings(EfQAT(ratio=0.3, refresh_images=refresh_images), restarts=2))
     torch.manual_seed(1)
+    assert result.final_loss < result.start_loss
     again = run(dof, model, settings(None, learning_rate=0.0, scale_learning_rate=0.0))
     assert again.start_loss == pytest.approx(result.final_loss, rel=EXACT)
+
+
+def test_the_choice_is_made_anew_when_it_is_time() -> None:
+    """With 640 images in batches of 16 and a choice every 150, the steps that see a new one are the 11th, 20th, ..."""
+    model = network()
+    dof = make_dof(model)
+    seen: list[int] = []
+    kept: list[dict[str, Held]] = []
+
+    def watch(step: Step) -> None:
+        if not kept or dof.held()["0.weight"] is not kept[-1]["0.weight"]:
+            seen.append(step.number)
+            kept.append(dof.held())
+
+    run(dof, model, settings(EfQAT(ratio=0.3, refresh_images=150)), callback=watch)
+    assert seen == [1] + [1 + math.ceil(images / 16) for images in (150, 300, 450, 600)]
+
+
+def test_left_scales_hear_nothing() -> None:
+    """The left scale of a kernel that is held gets no gradient, neither from its rows nor from the rest."""
+    model = network()
+    dof = make_dof(model, doubly=True)
+    dof.hold(some(dof))
+    student(dof, model)(((image(),), {})).features[0].square().sum().backward()
+    lefts = [d.log_L for d in dof.quantized() if d.log_L is not None]
+    assert len(lefts) == len(dof.held())
+    assert all(left.grad is None for left in lefts)
 
 
 def held_rows(trained: list[bool], rows: Tensor | None = None) -> Held:
