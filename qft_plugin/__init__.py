@@ -13,7 +13,7 @@ from qft_plugin.errors import (
     QFTError,
     QFTWarning,
 )
-from qft_plugin.spec import FinetuneConfig, HardwareSpec, QFTConfig
+from qft_plugin.spec import EfQAT, FinetuneConfig, HardwareSpec, QFTConfig
 
 __version__ = "0.1.0"
 
@@ -21,6 +21,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DeployabilityError",
+    "EfQAT",
     "FinetuneConfig",
     "HardwareSpec",
     "HostError",

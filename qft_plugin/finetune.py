@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from qft_plugin.data import Call, Inputs, Rows
 from qft_plugin.errors import ModelError, QFTWarning
+from qft_plugin.partial import PartialTraining
 from qft_plugin.spec import FinetuneConfig
 
 logger = logging.getLogger("qft_plugin")
@@ -267,15 +268,17 @@ def _steps(
     batches: Iterator[tuple[Call, Prediction]],
     best: _Best,
     extra: Callable[[], Tensor | None],
+    refresh: Callable[[int, torch.optim.Optimizer], None],
     *,
     count: int,
     cycles: int,
 ) -> Generator[tuple[float, float]]:
     """Train one phase; yields loss and learning rate of each step."""
-    optimizer = torch.optim.Adam([dict(g) for g in phase.groups if g["params"]], fused=True)
+    optimizer = torch.optim.Adam([dict(g) for g in phase.groups], fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     cycle_ends = {math.ceil(count * (i + 1) / cycles) for i in range(cycles)}
     for step, (call, wanted) in zip(range(count), batches, strict=False):
+        refresh(step, optimizer)
         factor = learning_rate_factor(step, count, cycles)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
@@ -301,6 +304,7 @@ def _all_steps(
     batches: Iterator[tuple[Call, Prediction]],
     best: _Best,
     extra: Callable[[], Tensor | None],
+    refresh: Callable[[int, torch.optim.Optimizer], None],
     *,
     total: int,
     cycles: int,
@@ -309,7 +313,7 @@ def _all_steps(
     for number, phase in enumerate(phases):
         count = total * (number + 1) // len(phases) - total * number // len(phases)
         with _training(state, phase):
-            yield from _steps(student, phase, batches, best, extra, count=count, cycles=cycles)
+            yield from _steps(student, phase, batches, best, extra, refresh, count=count, cycles=cycles)
 
 
 def finetune(
@@ -324,6 +328,7 @@ def finetune(
     callback: Callable[[Step], None] | None = None,
     schedule: Callable[[float], None] | None = None,
     penalty: Callable[[], Tensor | None] | None = None,
+    partial: PartialTraining | None = None,
 ) -> FinetuneResult:
     """Train the student to compute what the teacher computed, and leave the best state in it.
 
@@ -343,6 +348,8 @@ def finetune(
         schedule: told the position of the training before each step, from 0 to below 1, and 1 before each comparison
             of states and at the end.
         penalty: added to the loss of each step with `config.rounding_weight`, but not to what is compared or reported.
+        partial: chooses which rows of the kernels train, where not all do; the rows are in the first group of the one
+            phase that there is then.
     """
     at = schedule or (lambda _: None)
     batch_size = min(config.batch_size, len(inputs))
@@ -350,6 +357,8 @@ def finetune(
 
     def evaluate() -> float:
         at(1.0)
+        if partial is not None:
+            partial.settle()
         return _evaluate(student, inputs, targets, loss, batch_size=config.batch_size)
 
     def batches() -> Iterator[tuple[Call, Prediction]]:
@@ -361,11 +370,15 @@ def finetune(
         found = None if penalty is None else penalty()
         return None if found is None else config.rounding_weight * found
 
+    def refresh(step: int, optimizer: torch.optim.Optimizer) -> None:
+        if partial is not None:
+            partial.refresh(step * batch_size, optimizer)
+
     best = _Best(state, evaluate)
     start_loss = best.loss
     losses: list[float] = []
     logger.info("finetune: %d steps of %d images, loss %.5f at the start", total, batch_size, start_loss)
-    steps = _all_steps(student, state, phases, batches(), best, extra, total=total, cycles=config.restarts)
+    steps = _all_steps(student, state, phases, batches(), best, extra, refresh, total=total, cycles=config.restarts)
     with contextlib.closing(steps):
         for number, (found, rate) in enumerate(steps, start=1):
             losses.append(found)

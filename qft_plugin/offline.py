@@ -21,6 +21,9 @@ from torch import Tensor, nn
 
 from qft_plugin.elements import NearestRounding, check_masks, element_of, masked, undecided
 from qft_plugin.graph import PINNED, DofMap, Layer, absorbs_input
+from qft_plugin.initialize import out_slices
+from qft_plugin.partial import Held, hold, partly_trained, settled
+from qft_plugin.partial_backward import PartialWeight
 from qft_plugin.placement import ActivationGrid
 from qft_plugin.quantize import (
     fake_quantize,
@@ -311,6 +314,8 @@ class Dof(nn.Module):
     ) -> list[dict[str, object]]:
         """Group what trains for an optimizer: weights and biases, then the logarithms of all scales.
 
+        Of a kernel that is held the rows that train; cross-layer factors and left scales then stay as they are.
+
         Args:
             learning_rate: of weights and biases.
             scale_learning_rate: of the logarithms.
@@ -318,30 +323,91 @@ class Dof(nn.Module):
             quantizers: the activation quantizers that train, `None` for all.
             factors: whether cross-layer factors train.
         """
-        values: list[nn.Parameter] = []
+        values: list[Tensor] = []
         roots = {name: self._root.get(name, name) for name in self._activation_index}
         # A scale that several quantizers share, or are shifts of, trains where all of them do.
         fixed = set() if quantizers is None else {root for name, root in roots.items() if name not in quantizers}
         trained = [name for name, root in roots.items() if root not in fixed]
-        scales: list[nn.Parameter] = [self.log_s[i] for i in dict.fromkeys(self._activation_index[n] for n in trained)]
+        scales: list[Tensor] = [self.log_s[i] for i in dict.fromkeys(self._activation_index[n] for n in trained)]
         scales += [self.shift[i] for name, i in self._shift_index.items() if name in trained]
         for layer in self.quantized():
             if layers is not None and layer.layer.weight not in layers:
                 continue
-            values.extend(p for p in (layer.W, layer.bias) if p is not None)
+            if layer.held is None:
+                values.append(layer.W)
+            elif len(layer.held.index):
+                values.append(layer.held.rows)
+            values.extend(() if layer.bias is None else (layer.bias,))
             values.extend(() if layer.element is None else layer.element.parameters())
             scales.append(layer.log_F)
-            if layer.log_L is not None:
+            if layer.log_L is not None and layer.held is None:
                 scales.append(layer.log_L)
-        if factors and self.log_c.numel():
+        if factors and self.log_c.numel() and not self.held():
             scales.append(self.log_c)
         groups = ((values, learning_rate), (scales, scale_learning_rate))
         return [{"params": [p for p in found if p.requires_grad], "lr": rate} for found, rate in groups]
 
+    def _kernels(self) -> "list[LayerDof]":
+        return [d for d in self.quantized() if d.layer.is_kernel]
+
+    @torch.no_grad()
+    def magnitudes(self) -> dict[str, Tensor]:
+        """Return the mean magnitude of each output channel of the quantized kernels by name, `[out]`, folded units."""
+        c = self.factors()
+        return {
+            d.layer.weight: out_slices(d.folded(c)[0], kind=d.layer.kind, groups=d.layer.groups).abs().mean(1)
+            for d in self._kernels()
+        }
+
+    def sizes(self) -> dict[str, int]:
+        """Return the number of weights of the quantized kernels by name."""
+        return {d.layer.weight: d.W.numel() for d in self._kernels()}
+
+    def held(self) -> dict[str, Held]:
+        """Return the kernels of which a part trains, by name of the weight."""
+        return {d.layer.weight: d.held for d in self.quantized() if d.held is not None}
+
+    @torch.no_grad()
+    def hold(self, trained: Mapping[str, Tensor]) -> None:
+        """Fix the integers of all channels but those that train; nothing that is solved changes.
+
+        Args:
+            trained: by name of the weight, `[out]`.
+        """
+        c, steps = self.factors(), weight_steps(self, self.activation_scales())
+        for name, mask in trained.items():
+            layer = self.trained_weight(name)
+            W, _ = layer.folded(c)
+            assert layer.element is not None
+            integers = layer.element.integers(W, on_weight(steps[name], layer.scale_in, W, layer.layer))
+            layer.held = hold(layer.W, integers, mask, layer.layer)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Write the rows that train, and float weights that round to the integers of the rest, into the weights.
+
+        The weights are then the whole state: `release` changes nothing that is solved, nor what is deployed.
+        """
+        c, steps = self.factors(), weight_steps(self, self.activation_scales())
+        for name, held in self.held().items():
+            layer = self.trained_weight(name)
+            step = on_weight(steps[name], layer.scale_in, layer.W, layer.layer)
+            layer.W.copy_(settled(held, layer.W, layer.units(c), step, layer.layer))
+
+    def release(self) -> None:
+        """Let all weights train again, from what is stored of them."""
+        for layer in self.quantized():
+            layer.held = None
+
 
 class LayerDof(nn.Module):
-    """The degrees of freedom of one layer."""
+    """The degrees of freedom of one layer.
 
+    Attributes:
+        held: its state while a part of it trains; no part of the state dict, because `Dof.settle` writes it into `W`.
+    """
+
+    held: Held | None = None
     unit: Tensor
     bias_unit: Tensor
     in_index: Tensor
@@ -387,19 +453,35 @@ class LayerDof(nn.Module):
             c: factor of every variable, `[1 + size]`.
             kept: weights that are not 0, a boolean tensor of the shape of the weight; `None` where none is dropped.
         """
-        layer = self.layer
-        out = self.unit
-        B = None if self.bias is None else self.bias * self.bias_unit
         # A weight that is dropped hears of its gradient, the factors do not.
         W: Tensor = self.W if kept is None else masked(self.W, kept)
+        for unit in self.units(c):
+            W = W * unit
+        return W, self.folded_bias(c)
+
+    def units(self, c: Tensor) -> tuple[Tensor, ...]:
+        """Return what the stored weight is multiplied by, in this order, to be the folded one.
+
+        Args:
+            c: factor of every variable, `[1 + size]`.
+        """
+        layer, out = self.layer, self.unit
         if self.folds_out:
-            c_out = c.index_select(0, self.out_index)
-            out = self.unit / per_out(c_out, W, groups=layer.groups, kind=layer.kind)
-            B = None if B is None else B / c_out
-        W = W * out
-        if self.folds_in:
-            W = W * per_in(c.index_select(0, self.in_index), W, groups=layer.groups, kind=layer.kind)
-        return W, B
+            out = out / per_out(c.index_select(0, self.out_index), self.W, groups=layer.groups, kind=layer.kind)
+        if not self.folds_in:
+            return (out,)
+        return out, per_in(c.index_select(0, self.in_index), self.W, groups=layer.groups, kind=layer.kind)
+
+    def folded_bias(self, c: Tensor) -> Tensor | None:
+        """Return the bias with the cross-layer factors moved into it, `[out]`, real units; `None` where there is none.
+
+        Args:
+            c: factor of every variable, `[1 + size]`.
+        """
+        if self.bias is None:
+            return None
+        B = self.bias * self.bias_unit
+        return B / c.index_select(0, self.out_index) if self.folds_out else B
 
 
 @dataclass(frozen=True)
@@ -411,12 +493,14 @@ class Solution:
         activation_scales: step of every activation quantizer by name, `[]`.
         factors: cross-layer factor of every variable, `[1 + size]`.
         zero_points: those that train, by name of the activation quantizer, `[]`.
+        partial: what the cheaper backward pass of the kernels of which a part trains needs.
     """
 
     tensors: dict[str, Tensor]
     activation_scales: dict[str, Tensor]
     factors: Tensor
     zero_points: dict[str, Tensor] = field(default_factory=dict)
+    partial: tuple[PartialWeight, ...] = ()
 
 
 def weight_steps(dof: Dof, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -445,18 +529,38 @@ def solve(dof: Dof) -> Solution:
     c, scales = dof.factors(), dof.activation_scales()
     steps = weight_steps(dof, scales)
     tensors: dict[str, Tensor] = {}
+    partial: list[PartialWeight] = []
     for module in dof.layers:
         assert isinstance(module, LayerDof)
         layer = module.layer
-        W, B = module.folded(c)
-        if module.element is not None:
-            step = on_weight(steps[layer.weight], module.scale_in, W, layer)
-            kept = module.element.kept(W, step)
-            W = module.element(W if kept is None else module.folded(c, kept)[0], step, dof.progress)
-        tensors[layer.weight] = W
+        if module.element is None:
+            W = module.folded(c)[0]
+        elif module.held is None:
+            W = _fake_quantized(module, module.element, c, steps[layer.weight], dof.progress)
+        else:
+            W, cheaper = _partly_trained(module, module.element, module.held, c, steps[layer.weight])
+            partial += [] if cheaper is None else [cheaper]
+        tensors[layer.weight], B = W, module.folded_bias(c)
         if layer.bias is not None and B is not None:
             tensors[layer.bias] = on_hardware(dof, module, B, steps, scales)
-    return Solution(tensors, scales, c, dof.zero_points())
+    return Solution(tensors, scales, c, dof.zero_points(), tuple(partial))
+
+
+def _fake_quantized(layer: "LayerDof", element: NearestRounding, c: Tensor, scale: Tensor, progress: float) -> Tensor:
+    W, _ = layer.folded(c)
+    step = on_weight(scale, layer.scale_in, W, layer.layer)
+    kept = element.kept(W, step)
+    used: Tensor = element(W if kept is None else layer.folded(c, kept)[0], step, progress)
+    return used
+
+
+def _partly_trained(
+    layer: "LayerDof", element: NearestRounding, held: Held, c: Tensor, scale: Tensor
+) -> tuple[Tensor, PartialWeight | None]:
+    """Compute a kernel of which a part trains; fixed integers follow neither cross-layer factors nor a left scale."""
+    left = None if layer.scale_in is None else layer.scale_in.detach()
+    step = on_weight(scale, left, layer.W, layer.layer)
+    return partly_trained(held, layer.units(c.detach()), step, scale, element, layer.layer)
 
 
 def accumulator_step(

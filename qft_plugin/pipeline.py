@@ -4,16 +4,19 @@ import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, cast
 
 from torch import nn
 
 from qft_plugin.blocks import split
+from qft_plugin.data import Call
 from qft_plugin.deployed import accumulator_bits
 from qft_plugin.errors import ConfigError, QFTWarning
 from qft_plugin.finetune import FinetuneResult, Loss, Network, Phase, Prediction, Step, finetune, teacher_predictions
 from qft_plugin.graph import DofMap
 from qft_plugin.offline import Dof, solve
+from qft_plugin.partial import PartialTraining
+from qft_plugin.partial_backward import PartialBackward
 from qft_plugin.problem import Problem
 from qft_plugin.spec import FinetuneConfig, QFTConfig
 from qft_plugin.start import Start
@@ -104,18 +107,32 @@ def _finetuned(
 ) -> FinetuneResult:
     dof = start.dof
     loss = Loss(problem.at.weights(len(targets.features)), settings.cross_entropy)
-    return finetune(
-        lambda call: start.student(solve(dof), call),
-        dof,
-        _phases(start, problem, loss, settings),
-        inputs=problem.inputs,
-        targets=targets,
-        loss=loss,
-        config=settings,
-        callback=callback,
-        schedule=dof.set_progress,
-        penalty=dof.penalty,
-    )
+    part = settings.trains_part
+    partial = None if part is None else PartialTraining(dof, part)
+
+    def student(call: Call) -> Prediction:
+        solution = solve(dof)
+        if not solution.partial:
+            return cast(Prediction, start.student(solution, call))
+        with PartialBackward(solution.partial):
+            return cast(Prediction, start.student(solution, call))
+
+    try:
+        return finetune(
+            student,
+            dof,
+            _phases(start, problem, loss, settings),
+            inputs=problem.inputs,
+            targets=targets,
+            loss=loss,
+            config=settings,
+            callback=callback,
+            schedule=dof.set_progress,
+            penalty=dof.penalty,
+            partial=partial,
+        )
+    finally:
+        dof.release()
 
 
 def _phases(start: Start, problem: Problem, loss: Loss, settings: FinetuneConfig) -> list[Phase]:

@@ -1,4 +1,4 @@
-"""What a user can set: three frozen dataclasses that refuse a wrong value by the name of its field."""
+"""What a user can set: frozen dataclasses that refuse a wrong value by the name of its field."""
 
 import fnmatch
 import math
@@ -14,6 +14,7 @@ Bounded = Literal["exact", "relu"]
 Elementwise = Literal["none", "tensor", "channel", "power_of_two"]
 Rounding = Literal["ste", "soft", "blend"]
 Sparsity = float | Literal["2:4"] | None
+Trained = Literal["cwpl", "cwpn", "lwpn"]
 
 
 def _choice(owner: object, name: str, allowed: tuple[str, ...]) -> None:
@@ -135,6 +136,34 @@ class HardwareSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EfQAT:
+    """Train only the most important weights, so that the backward pass is cheaper (EfQAT, arXiv 2411.11038).
+
+    The importance of an output channel is the mean magnitude of its weights, in real units of the folded network. The
+    integers of all other channels are fixed until the next choice. Scales, biases and the weights of normalisations
+    always train; below a ratio of 1, factors that fixed integers cannot follow do not: the cross-layer factors, and the
+    left scales of doubly per-channel kernels.
+
+    Attributes:
+        mode: what is chosen: `"cwpl"` the most important channels of each layer, `"cwpn"` those of the whole network,
+            `"lwpn"` whole layers, by the mean of their channels.
+        ratio: share that trains: of the channels of each layer (cwpl), rounded, or of the weights of all quantized
+            kernels, not exceeded (cwpn, lwpn); but at least one channel (of each layer) or layer where it is not 0.
+            0 trains only what always trains, 1 everything, as without this setting.
+        refresh_images: the choice is made anew each time that so many images have been fed.
+    """
+
+    mode: Trained = "cwpl"
+    ratio: float = 0.05
+    refresh_images: int = 4_096
+
+    def __post_init__(self) -> None:
+        _choice(self, "mode", ("cwpl", "cwpn", "lwpn"))
+        _number(self, "ratio", at_least=0, at_most=1)
+        _number(self, "refresh_images", at_least=1, whole=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
     """The distillation of the float network into the fake-quantized one.
 
@@ -154,6 +183,7 @@ class FinetuneConfig:
             execution. With any, training runs one phase for each block, against the teacher's activation at its end,
             and only what belongs to the block trains; the last phase is the loss above. Each phase gets an equal
             share of the images fed, an optimizer, and `restarts` cosine cycles of its own.
+        train: which weights train: all (`None`), or the most important ones.
         rounding_weight: weight of soft rounding's regulariser in the loss. It is a mean over all weights, 0 where all
             are decided and 1 where none is, so each weight has little of it.
         memory_limit: bytes of images and teacher outputs held in memory; above it they are memory-mapped files.
@@ -171,6 +201,7 @@ class FinetuneConfig:
     loss_at: str | Mapping[str, float] | Sequence[str] | None = None
     cross_entropy: float = 0.0
     blocks: Sequence[str] = ()
+    train: EfQAT | None = None
     rounding_weight: float = 300.0
     memory_limit: int = 2 * 2**30
     compile: bool = False
@@ -198,6 +229,18 @@ class FinetuneConfig:
                         f"{name!r}: {weight!r}. Leave out what should not count."
                     )
         _flag(self, "compile")
+        if not isinstance(self.train, EfQAT | None):
+            raise ConfigError(f"FinetuneConfig.train should be an EfQAT, or None to train all. Found {self.train!r}.")
+        if self.trains_part is not None and self.blocks:
+            raise ConfigError(
+                "FinetuneConfig.blocks should be empty where EfQAT.ratio is below 1: what trains is chosen over the "
+                f"whole network. Found {list(self.blocks)} with a ratio of {self.trains_part.ratio}. Use one of them."
+            )
+
+    @property
+    def trains_part(self) -> EfQAT | None:
+        """Which weights train, `None` where all do."""
+        return self.train if self.train is not None and self.train.ratio < 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,11 +321,28 @@ class QFTConfig:
                 'FinetuneConfig.blocks should be empty unless QFTConfig.rounding is "ste": other elements decide over '
                 f"the whole of a training. Found {list(self.finetune.blocks)} with {self.rounding!r}."
             )
+        part = None if self.finetune is None else self.finetune.trains_part
+        if part is not None and self.rounding != "ste":
+            raise ConfigError(
+                'QFTConfig.rounding should be "ste" where EfQAT.ratio is below 1: other elements decide over the whole '
+                f"of a training. Found {self.rounding!r} with a ratio of {part.ratio}. Leave out FinetuneConfig.train."
+            )
+        if part is not None and self.sparsity is not None:
+            raise ConfigError(
+                "QFTConfig.sparsity should be None where EfQAT.ratio is below 1: which weights are 0 is chosen among "
+                f"all weights of a layer. Found {self.sparsity!r} with a ratio of {part.ratio}. Leave out "
+                "FinetuneConfig.train."
+            )
         shifts = "power_of_two" in (self.hardware.rescale_factor, self.hardware.elementwise_rescale)
         if self.rounding == "soft" and shifts:
             raise ConfigError(
                 'QFTConfig.rounding should not be "soft" with scales that are powers of two: its integers do not '
                 'follow a step that doubles. Use "ste".'
+            )
+        if part is not None and shifts:
+            raise ConfigError(
+                "FinetuneConfig.train should be None with scales that are powers of two: integers that are fixed do "
+                f"not follow a step that doubles. Found {part}. Leave it out."
             )
 
     def weight_bits_of(self, sizes: Mapping[str, int]) -> dict[str, int]:

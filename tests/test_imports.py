@@ -15,8 +15,9 @@ HOSTS = {"nncf", "brevitas", "openvino", "onnx", "qonnx", "onnxruntime"}
 LEVELS = [
     {"errors"},
     {"spec", "quantize"},
-    {"graph", "data", "partial"},
+    {"graph", "data", "partial_backward"},
     {"norms", "relations", "placement", "initialize", "compensate", "model", "elements"},
+    {"partial"},
     {"bounded", "dof_map", "offline", "finetune", "record", "blocks"},
     {"channelwise", "deployed"},
     {"report", "student", "bias_correction"},

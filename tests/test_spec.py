@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qft_plugin.errors import ConfigError, QFTError
-from qft_plugin.spec import FinetuneConfig, HardwareSpec, QFTConfig
+from qft_plugin.spec import EfQAT, FinetuneConfig, HardwareSpec, QFTConfig
 
 WRONG: list[tuple[type, str, Any]] = [
     (HardwareSpec, "rescale", "per-tensor"),
@@ -35,6 +35,10 @@ WRONG: list[tuple[type, str, Any]] = [
     *((FinetuneConfig, "loss_at", bad) for bad in (7, [], {}, ["a", "a"], ["a", 1], {1: 1.0}, {"a", "b"})),
     *((FinetuneConfig, "loss_at", {"a": bad}) for bad in (0, -1.0, math.nan, math.inf, "1", True, None)),
     (FinetuneConfig, "compile", 1),
+    *((FinetuneConfig, "train", bad) for bad in ("cwpl", 0.05, True, {"ratio": 0.05}, EfQAT)),
+    *((EfQAT, "mode", bad) for bad in ("CWPL", "layer", None, 1)),
+    *((EfQAT, "ratio", bad) for bad in (-0.01, 1.01, math.nan, "0.05", True, None)),
+    *((EfQAT, "refresh_images", bad) for bad in (0, -1, 0.5, "4096", True, None)),
     *((QFTConfig, name, bad) for name in ("weight_bits", "small_layer_bits") for bad in (1, 9, 4.0, "4", False)),
     *((QFTConfig, "small_layer_share", bad) for bad in (-0.01, 1.01, math.nan, None)),
     (QFTConfig, "activation_range", "minmax"),
@@ -64,9 +68,9 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(kind: type, name: str
     assert isinstance(caught.value, (QFTError, ValueError))
 
 
-@pytest.mark.parametrize("kind", [HardwareSpec, FinetuneConfig, QFTConfig])
+@pytest.mark.parametrize("kind", [HardwareSpec, EfQAT, FinetuneConfig, QFTConfig])
 def test_every_field_is_checked(kind: type) -> None:
-    """No field of any of the three can be set to something absurd."""
+    """No field of any of them can be set to something absurd."""
     for field in dataclasses.fields(kind):
         with pytest.raises(ConfigError, match=field.name):
             kind(**{field.name: object()})
@@ -86,6 +90,10 @@ def test_every_field_is_checked(kind: type) -> None:
         (FinetuneConfig, {"loss_at": {"a": 1, "b": 1e-9}}),
         (FinetuneConfig, {"loss_at": ("a", "b.c"), "blocks": ()}),
         (FinetuneConfig, {"blocks": ["a", "b.c"]}),
+        (EfQAT, {"mode": "lwpn", "ratio": 0, "refresh_images": 1}),
+        (EfQAT, {"mode": "cwpn", "ratio": 1}),
+        (FinetuneConfig, {"blocks": ["a"], "train": EfQAT(ratio=1)}),
+        (QFTConfig, {"rounding": "soft", "sparsity": "2:4", "finetune": FinetuneConfig(train=EfQAT(ratio=1))}),
         (QFTConfig, {"sparsity": 0, "rounding": "soft"}),
         (QFTConfig, {"sparsity": "2:4", "rounding": "blend"}),
         (QFTConfig, {"weight_bits": 2, "small_layer_bits": 8, "small_layer_share": 1, "finetune": None}),
@@ -234,12 +242,32 @@ def test_wrong_hardware_is_refused_before_what_depends_on_it() -> None:
     [
         ({"rounding": "soft", "finetune": FinetuneConfig(blocks=["a"])}, r"FinetuneConfig\.blocks should be empty"),
         ({"rounding": "soft", "hardware": HardwareSpec.integer_only()}, r"QFTConfig\.rounding should not be"),
+        ({"rounding": "soft", "finetune": FinetuneConfig(train=EfQAT())}, r'QFTConfig\.rounding should be "ste"'),
+        ({"rounding": "blend", "finetune": FinetuneConfig(train=EfQAT())}, r'QFTConfig\.rounding should be "ste"'),
+        ({"sparsity": 0.5, "finetune": FinetuneConfig(train=EfQAT())}, r"QFTConfig\.sparsity should be None"),
+        (
+            {"hardware": HardwareSpec.integer_only(), "finetune": FinetuneConfig(train=EfQAT())},
+            r"FinetuneConfig\.train should be None",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other(settings: dict[str, Any], words: str) -> None:
     """What cannot be had together is refused before anything runs."""
     with pytest.raises(ConfigError, match=words):
         QFTConfig(**settings)
+
+
+def test_blocks_contradict_a_choice_over_the_whole_network() -> None:
+    """What trains is chosen among all layers, so a phase cannot have a choice of its own."""
+    with pytest.raises(ConfigError, match=r"FinetuneConfig\.blocks should be empty where EfQAT\.ratio"):
+        FinetuneConfig(blocks=["a"], train=EfQAT())
+
+
+def test_a_ratio_of_one_is_no_part() -> None:
+    """Everything trains without the setting and with a ratio of 1; below, a part."""
+    assert FinetuneConfig().trains_part is None
+    assert FinetuneConfig(train=EfQAT(ratio=1)).trains_part is None
+    assert FinetuneConfig(train=EfQAT(ratio=0)).trains_part == EfQAT(ratio=0)
 
 
 @pytest.mark.parametrize("name", ["bias_bits", "accumulator_bits", "rescale_factor"])
