@@ -85,11 +85,16 @@ class World:
         return float(self.total(torch.tensor(value, dtype=torch.float64, device=self.device)))
 
     def replicated(self, module: nn.Module) -> nn.Module:
-        """Let the gradients of a module's parameters be the means over all processes, after each backward pass."""
+        """Let the gradients of a module's parameters be the means over all processes, after each backward pass.
+
+        The module should hold no buffers, which would be sent around in every step.
+        """
         if self.size == 1:
             return module
-        # What is compared need not depend on everything that trains.
-        return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)
+        # What is compared need not depend on everything that trains. Where torch looks for such parameters and finds
+        # none, it warns.
+        module.register_parameter("unused", nn.Parameter(torch.zeros((), device=self.device)))
+        return DistributedDataParallel(module, find_unused_parameters=True)
 
     @torch.no_grad()
     def share_state(self, module: nn.Module) -> None:

@@ -311,7 +311,7 @@ class Batch:
 
 
 class _Objective(nn.Module):
-    """What a step makes small, as a module that holds all that trains.
+    """What a step makes small, as a module that holds the parameters that train.
 
     Of several processes, each has its share of the loss times their number: the mean of the gradients is then that of
     the whole batch's loss, and the penalty, which is the same for all, counts once.
@@ -321,7 +321,8 @@ class _Objective(nn.Module):
         self, student: Network, state: nn.Module, loss: Loss, extra: Callable[[], Tensor | None], *, size: int
     ) -> None:
         super().__init__()
-        self.state = state
+        # Parameters alone: buffers, as large as the weights, are constants.
+        self.trained = nn.ParameterList(p for p in state.parameters() if p.requires_grad)
         self._compute, self._loss, self._extra, self._size = (student,), loss, extra, size
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
