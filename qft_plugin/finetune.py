@@ -460,8 +460,8 @@ def finetune(
                     stacklevel=2,
                 )
                 break
-            if callback is not None:
-                with agreed(world):
+            with agreed(world):  # the first process alone may have a callback
+                if callback is not None:
                     callback(Step(number, total, found, rate))
     at(1.0)
     state.load_state_dict(best.state)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, distributed, nn
 
 from qft_plugin.data import Call, Inputs, read_inputs
-from qft_plugin.distributed import agreed, check_alike, joined, once, world_of
+from qft_plugin.distributed import agreed, joined, once, world_of
 from qft_plugin.errors import ModelError, QFTError, QFTWarning
 from qft_plugin.finetune import FinetuneResult, Loss, Phase, Prediction, finetune, teacher_predictions
-from qft_plugin.spec import FinetuneConfig
+from qft_plugin.problem import images
+from qft_plugin.spec import FinetuneConfig, QFTConfig
 
 CPU = torch.device("cpu")
 
@@ -109,10 +110,17 @@ def stopped() -> None:
     """Let the callback of one process end the finetune of all."""
 
     def stop(step: Any) -> None:
-        if step.number == 3 and world_of(CPU).rank == 1:
+        if step.number == 3:
             raise KeyboardInterrupt
 
-    trained(callback=stop)
+    trained(callback=stop if world_of(CPU).rank == 1 else None)
+
+
+def prepared(batches: Any = None, *, seed: int = 0, batch_size: int = 16, model_seed: int = 0) -> None:
+    """Read images the way every host does."""
+    torch.manual_seed(model_seed)
+    config = QFTConfig(finetune=FinetuneConfig(batch_size=batch_size, seed=seed))
+    images(nn.Linear(5, 3).double(), items() if batches is None else batches, config)
 
 
 def wrong_item() -> None:
@@ -120,8 +128,7 @@ def wrong_item() -> None:
     batches = items()
     if world_of(CPU).rank == 1:
         batches[2][0, 0] = float("nan")
-    with agreed(world_of(CPU)):
-        read(batches)
+    prepared(batches)
 
 
 def other_error() -> None:
@@ -133,25 +140,27 @@ def other_error() -> None:
 
 def other_order() -> None:
     """Read the same images in another order in the second process."""
-    inputs = read(items() if world_of(CPU).rank == 0 else items()[::-1])
-    check_alike(inputs.world, marks=inputs.marks, settings="", model=nn.Linear(1, 1))
+    prepared(items() if world_of(CPU).rank == 0 else items()[::-1])
 
 
 def fewer_images() -> None:
     """Read fewer images in the second process, as behind a sampler."""
-    inputs = read(items()[: 5 - world_of(CPU).rank])
-    check_alike(inputs.world, marks=inputs.marks, settings="", model=nn.Linear(1, 1))
+    prepared(items()[: 5 - world_of(CPU).rank])
 
 
 def other_settings() -> None:
-    """Ask for other settings in the second process."""
-    check_alike(world_of(CPU), marks=[], settings=f"seed={world_of(CPU).rank}", model=nn.Linear(1, 1))
+    """Ask for another order of the images in the second process."""
+    prepared(seed=world_of(CPU).rank)
 
 
 def other_model() -> None:
     """Start from another model in the second process."""
-    torch.manual_seed(world_of(CPU).rank)
-    check_alike(world_of(CPU), marks=[], settings="", model=nn.Linear(9, 9))
+    prepared(model_seed=world_of(CPU).rank)
+
+
+def uneven() -> None:
+    """Ask for batches that cannot be divided."""
+    prepared(batch_size=15)
 
 
 @once
@@ -165,11 +174,6 @@ def _write(folder: Path, *, fails: bool = False) -> Path:
 def few_images() -> dict[str, Any]:
     """Train on fewer images than a batch has."""
     return trained(count=14, images_fed=140)
-
-
-def uneven() -> None:
-    """Train with batches that cannot be divided."""
-    trained(batch_size=15)
 
 
 TRAINED: dict[str, Callable[[], dict[str, Any]]] = {
