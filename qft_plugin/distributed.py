@@ -97,6 +97,22 @@ class World:
         return DistributedDataParallel(module, find_unused_parameters=True)
 
     @torch.no_grad()
+    def average_gradients(self, tensors: Sequence[Tensor]) -> None:
+        """Do the same for what trains and is no parameter of a module, such as a few rows of a weight.
+
+        Args:
+            tensors: what trains; parameters are left to `replicated`.
+        """
+        if self.size == 1:
+            return
+        gradients = [t.grad for t in tensors if not isinstance(t, nn.Parameter) and t.grad is not None]
+        if gradients:
+            means = self.total(torch.cat([g.flatten() for g in gradients])) / self.size
+            parts = torch.split_with_sizes(means, [g.numel() for g in gradients])
+            for gradient, mean in zip(gradients, parts, strict=True):
+                gradient.copy_(mean.view(gradient.shape))
+
+    @torch.no_grad()
     def share_state(self, module: nn.Module) -> None:
         """Give every process the parameters and buffers of the first one, bit for bit."""
         if self.size == 1:

@@ -284,7 +284,7 @@ class _Best:
 @contextlib.contextmanager
 def _training(state: nn.Module, phase: Phase) -> Iterator[None]:
     """Ask for gradients of what trains in a phase only, so that nothing before it costs a backward pass."""
-    trained = {id(p) for group in phase.groups for p in group["params"]}
+    trained = {id(p) for p in _trained(phase.groups)}
     others = [p for p in state.parameters() if p.requires_grad and id(p) not in trained]
     for parameter in others:
         parameter.requires_grad_(False)
@@ -317,26 +317,28 @@ class _Objective(nn.Module):
     the whole batch's loss, and the penalty, which is the same for all, counts once.
     """
 
-    def __init__(
-        self, student: Network, state: nn.Module, loss: Loss, extra: Callable[[], Tensor | None], *, size: int
-    ) -> None:
+    def __init__(self, student: Network, phase: Phase, extra: Callable[[], Tensor | None], *, size: int) -> None:
         super().__init__()
-        # Parameters alone: buffers, as large as the weights, are constants.
-        self.trained = nn.ParameterList(p for p in state.parameters() if p.requires_grad)
-        self._compute, self._loss, self._extra, self._size = (student,), loss, extra, size
+        # What trains and nothing else: buffers, as large as the weights, are constants.
+        self.trained = nn.ParameterList(p for p in _trained(phase.groups) if isinstance(p, nn.Parameter))
+        self._student = (student,)  # in a tuple, where torch does not look for more parameters
+        self._loss, self._extra, self._size = phase.loss, extra, size
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return what is made small and, without a graph, the loss in it."""
-        (student,) = self._compute
+        (student,) = self._student
         loss = distillation_loss(student(batch.call), batch.wanted, self._loss, batch.whole)
         loss = loss if self._size == 1 else self._size * loss
         added = self._extra()
         return loss if added is None else loss + added, loss.detach()
 
 
+def _trained(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+    return [p for group in groups for p in group["params"]]
+
+
 def _steps(
     student: Network,
-    state: nn.Module,
     phase: Phase,
     batches: Iterator[Batch],
     best: _Best,
@@ -347,7 +349,7 @@ def _steps(
     cycles: int,
 ) -> Generator[tuple[float, float]]:
     """Train one phase; yields loss and learning rate of each step."""
-    objective = world.replicated(_Objective(student, state, phase.loss, extra, size=world.size))
+    objective = world.replicated(_Objective(student, phase, extra, size=world.size))
     optimizer = torch.optim.Adam([dict(g) for g in phase.groups if g["params"]], fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     cycle_ends = {math.ceil(count * (i + 1) / cycles) for i in range(cycles)}
@@ -359,6 +361,7 @@ def _steps(
         whole, loss = objective(batch)
         if whole.requires_grad:  # else nothing that trains reaches what is compared
             whole.backward()
+        world.average_gradients(_trained(optimizer.param_groups))
         for parameter, mask in phase.masks:
             if parameter.grad is not None:
                 parameter.grad.mul_(mask)
@@ -384,7 +387,7 @@ def _all_steps(
     for number, phase in enumerate(phases):
         count = total * (number + 1) // len(phases) - total * number // len(phases)
         with _training(state, phase):
-            yield from _steps(student, state, phase, batches, best, extra, world=world, count=count, cycles=cycles)
+            yield from _steps(student, phase, batches, best, extra, world=world, count=count, cycles=cycles)
 
 
 def finetune(

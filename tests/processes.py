@@ -30,9 +30,10 @@ class Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second, self.unused = nn.Linear(5, 4), nn.Linear(4, 3), nn.Linear(2, 2)
+        self.loose = torch.zeros(4, dtype=torch.float64, requires_grad=True)
 
     def __call__(self, call: Call) -> Any:
-        hidden = self.first(call[0][0]).relu()
+        hidden = self.first(call[0][0]).relu() + self.loose
         logits = self.second(hidden)
         return Prediction((hidden, logits), logits)
 
@@ -54,7 +55,7 @@ def read(batches: Any) -> Inputs:
 def trained(
     *, callback: Any = None, factor: float = 1.0, count: int = 70, make: type[Layers] = Layers, **changes: Any
 ) -> dict[str, Any]:
-    """Train in two phases, with a mask, a penalty and all parts of the loss."""
+    """Train in three phases, the second of which trains nothing that counts, with a mask and all parts of the loss."""
     torch.manual_seed(0)
     teacher, student = Layers().double(), make().double()
     inputs = read(items(count))
@@ -62,9 +63,12 @@ def trained(
     loss = Loss((1.0, 2.0), 0.3)
     rate = 0.02 * factor
     first = [{"params": list(student.first.parameters()), "lr": rate}]
-    both = [{"params": list(student.parameters()), "lr": rate}, {"params": [], "lr": rate}]
+    loose = {"params": [student.loose], "lr": rate}
+    both = [{"params": list(student.parameters()), "lr": rate}, {"params": [], "lr": rate}, loose]
     mask = torch.arange(20).view(4, 5) % 3 > 0
-    phases = [Phase(Loss((1.0, 0.0), 0.0), first, [(student.first.weight, mask)]), Phase(loss, both)]
+    unused = [{"params": list(student.unused.parameters()), "lr": rate}]
+    alone = Loss((1.0, 0.0), 0.0)
+    phases = [Phase(alone, first, [(student.first.weight, mask)]), Phase(alone, unused), Phase(loss, both)]
     config = FinetuneConfig(
         **{"images_fed": 640, "batch_size": 16, "restarts": 2, "rounding_weight": 0.01, "seed": 5, **changes}
     )
@@ -79,7 +83,7 @@ def trained(
         callback=callback,
         penalty=lambda: student.second.weight.square().sum(),
     )
-    return told(result) | {f"state.{k}": v for k, v in student.state_dict().items()}
+    return told(result) | {k: v.detach() for k, v in (*student.state_dict().items(), ("loose", student.loose))}
 
 
 def told(result: FinetuneResult) -> dict[str, Any]:
