@@ -118,7 +118,7 @@ def teacher_predictions(teacher: Network, inputs: Inputs, *, batch_size: int, me
     return Prediction(tuple(kept[:-1] if has_logits else kept), kept[-1] if has_logits else None)
 
 
-def normalised_l2(student: Tensor, teacher: Tensor, squares: Tensor | None = None) -> Tensor:
+def normalised_l2(student: Tensor, teacher: Tensor, *, squares: Tensor | None = None) -> Tensor:
     """Return the loss of Sec. 4:  sum (student - teacher)^2 / sum teacher^2,  `[]`.
 
     Args:
@@ -130,7 +130,7 @@ def normalised_l2(student: Tensor, teacher: Tensor, squares: Tensor | None = Non
     return (student - teacher).square().sum() / squares.clamp(min=torch.finfo(teacher.dtype).tiny)
 
 
-def class_divergence(student: Tensor, teacher: Tensor, images: int | None = None) -> Tensor:
+def class_divergence(student: Tensor, teacher: Tensor, *, images: int | None = None) -> Tensor:
     """Compare class probabilities:  KL(teacher || student) = CE(teacher, student) - CE(teacher, teacher).
 
     Departure: the paper mixes in the cross entropy itself. The teacher's own entropy is taken off it, which changes no
@@ -174,7 +174,7 @@ class Whole:
     images: int
 
 
-def whole_of(targets: Prediction, images: int, world: World) -> Whole | None:
+def whole_of(targets: Prediction, *, images: int, world: World) -> Whole | None:
     """Return what the parts of a batch, one in each process, have together; `None` where there is one process.
 
     Args:
@@ -189,7 +189,7 @@ def whole_of(targets: Prediction, images: int, world: World) -> Whole | None:
     return Whole(world.total(torch.stack(squares)) if squares else torch.empty(0), images)
 
 
-def distillation_loss(student: Prediction, teacher: Prediction, loss: Loss, whole: Whole | None = None) -> Tensor:
+def distillation_loss(student: Prediction, teacher: Prediction, loss: Loss, *, whole: Whole | None = None) -> Tensor:
     """Compare two networks:  (1 - p) * sum_k w_k L_k / sum_k w_k  +  p * KL(teacher || student).
 
     L_k is the normalised L2 of Sec. 4, which has no unit, so that features of any size and kind can be added. The
@@ -208,13 +208,13 @@ def distillation_loss(student: Prediction, teacher: Prediction, loss: Loss, whol
     if p < 1:
         squares = [None] * len(teacher.features) if whole is None else whole.squares.unbind()
         features = zip(loss.weights, student.features, teacher.features, squares, strict=True)
-        terms = [w * normalised_l2(s, t, norm) for w, s, t, norm in features if w]
+        terms = [w * normalised_l2(s, t, squares=norm) for w, s, t, norm in features if w]
         parts.append((1 - p) * torch.stack(terms).sum() / sum(loss.weights))
     if p > 0:
         assert student.logits is not None
         assert teacher.logits is not None
         images = None if whole is None else whole.images
-        parts.append(p * class_divergence(student.logits, teacher.logits, images))
+        parts.append(p * class_divergence(student.logits, teacher.logits, images=images))
     return torch.stack(parts).sum()
 
 
@@ -260,9 +260,9 @@ def _evaluate(student: Network, inputs: Inputs, targets: Prediction, loss: Loss,
         stop = min(start + size, count)
         part = world.row_range(start, stop)
         wanted = _targets(targets, part, inputs.device)
-        whole = whole_of(wanted, stop - start, world)
+        whole = whole_of(wanted, images=stop - start, world=world)
         if part.start < part.stop:  # a last batch may have no image of this process
-            total += float(distillation_loss(student(share.batch(part)), wanted, loss, whole)) * (stop - start)
+            total += float(distillation_loss(student(share.batch(part)), wanted, loss, whole=whole)) * (stop - start)
     return world.total_of(total) / count
 
 
@@ -327,7 +327,7 @@ class _Objective(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return what is made small and, without a graph, the loss in it."""
         (student,) = self._student
-        loss = distillation_loss(student(batch.call), batch.wanted, self._loss, batch.whole)
+        loss = distillation_loss(student(batch.call), batch.wanted, self._loss, whole=batch.whole)
         loss = loss if self._size == 1 else self._size * loss
         added = self._extra()
         return loss if added is None else loss + added, loss.detach()
@@ -440,7 +440,7 @@ def finetune(
             at(step / total)
             rows = world.rows(index)
             wanted = _targets(targets, rows, inputs.device)
-            yield Batch(share.batch(rows), wanted, whole_of(wanted, batch_size, world))
+            yield Batch(share.batch(rows), wanted, whole_of(wanted, images=batch_size, world=world))
 
     def extra() -> Tensor | None:
         found = None if penalty is None else penalty()

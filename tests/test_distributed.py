@@ -19,9 +19,13 @@ from qft_plugin import bias_correction, start
 from qft_plugin.data import HEAD_IMAGES, Inputs, read_inputs
 from qft_plugin.distributed import ALONE, STRATA, World, agreed, check_alike, joined, once, orders, strata_of
 from qft_plugin.errors import ConfigError, DataError
+from qft_plugin.finetune import Loss, Prediction, Whole, distillation_loss
 
 EXACT = 1e-12
 """A hundred steps in float64, with sums in another order."""
+
+FLOAT32 = 1e-6
+"""A few dozen float32 terms in another order."""
 
 SECONDS = 120
 """The two processes need about five."""
@@ -65,9 +69,7 @@ def test_every_epoch_shows_every_image_once_in_even_batches(parts: int, strata: 
 
 
 def test_orders_differ_between_epochs_and_seeds() -> None:
-    """Another epoch, and another seed, is another order; in the long run all pairs of images meet but those of one
-    stratum of a batch with one image of each.
-    """
+    """Another epoch, and another seed, is another order."""
     found = orders(64, 16, strata=8, seed=0)
     first, second = ([next(found).tolist() for _ in range(4)] for _ in range(2))
     assert first != second
@@ -143,6 +145,34 @@ def test_one_process_stays_alone(monkeypatch: pytest.MonkeyPatch) -> None:
             check_alike(world, marks=[], settings="", model=nn.Linear(1, 1))
             assert once(lambda: 3)() == 3
             processes.trained()
+
+
+def test_a_group_that_cannot_serve_the_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group for GPUs alone and a model on the CPU: an error before anything is exchanged."""
+    answers = {"is_initialized": True, "get_world_size": 2, "get_rank": 1, "get_backend_config": "cuda:nccl"}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.distributed, name, lambda answer=answer: answer)
+    with pytest.raises(ConfigError, match=r"model's device cpu.*Found the backends 'cuda:nccl'.*gloo"):
+        joined(nn.Linear(1, 1)).__enter__()
+    with joined() as world:
+        assert (world.rank, world.size, world.is_first) == (1, 2, False)
+
+
+def test_parts_of_a_batch_add_up_to_its_loss() -> None:
+    """The shares of both parts of a batch, cut unevenly, are together the loss of the batch."""
+    student, teacher = (Prediction((torch.randn(9, 3), torch.randn(9, 4, 2)), torch.randn(9, 5)) for _ in range(2))
+    loss = Loss((1.0, 3.0), 0.25)
+    whole = Whole(torch.stack([t.square().sum() for t in teacher.features]), 9)
+    shares = [
+        float(distillation_loss(*(_cut(p, part) for p in (student, teacher)), loss, whole=whole))
+        for part in (slice(0, 2), slice(2, 9))
+    ]
+    assert sum(shares) == pytest.approx(float(distillation_loss(student, teacher, loss)), rel=FLOAT32)
+
+
+def _cut(p: Prediction, part: slice) -> Prediction:
+    assert p.logits is not None
+    return Prediction(tuple(f[part] for f in p.features), p.logits[part])
 
 
 @pytest.fixture(scope="module")
