@@ -539,7 +539,7 @@ def test_every_channel_of_an_addend_has_a_factor_of_its_own(net, host, tmp_path)
     torch.manual_seed(0)
     model, items = nets.build(net), nets.items(net)
     # Plain rounding to 3 bits leaves enough to gain for the training to be kept.
-    settings = {"finetune": few_steps(images_fed=1024), "compensate": False, "weight_bits": 3}
+    settings = {"finetune": few_steps(images_fed=4096), "compensate": False, "weight_bits": 3}
     result = host().quantize(model, items, four_bits(hardware=SPECS["addends per channel"], **settings))
     tied, _, _ = quantized(host, net, "openvino cpu")
     channels = len(result.dof_map.layer({"residual": "conv2.weight", "inverted": "project.0.weight"}[net]).out_index)

@@ -4,15 +4,19 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from qft_plugin.distributed import ALONE, World
 from qft_plugin.errors import DataError
 
 Call = tuple[tuple[Tensor, ...], dict[str, Tensor]]
 """Positional and keyword arguments of one call of the model."""
+
+HEAD_IMAGES: Final = 300
+"""Where several processes train, every one of them keeps this many of the first images, to choose the same start."""
 
 
 class Rows:
@@ -66,7 +70,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All inputs, one row per image.
+    """All inputs, one row per image; in one of several processes the first images only, and `own` beside them.
 
     Attributes:
         args: positional inputs of the model, each `[images, ...]`.
@@ -74,6 +78,9 @@ class Inputs:
         sizes: images in each item of the dataset.
         device: where batches are put.
         channels_last: batches of images are laid out channels-last (NHWC in memory), which CPUs convolve faster.
+        world: the processes that train together.
+        own: where they are several, every image i with i % size == rank; `None` where there is one process.
+        marks: likewise, a number for each item that tells it from others.
     """
 
     args: tuple[Tensor, ...]
@@ -81,10 +88,23 @@ class Inputs:
     sizes: tuple[int, ...]
     device: torch.device
     channels_last: bool = False
+    world: World = ALONE
+    own: "Inputs | None" = None
+    marks: tuple[float, ...] = ()
 
     def __len__(self) -> int:
-        """Return the number of images."""
+        """Return the number of images that are held here."""
         return int(next(iter([*self.args, *self.kwargs.values()])).shape[0])
+
+    @property
+    def total(self) -> int:
+        """How many images all processes have together."""
+        return len(self) if self.own is None else sum(self.sizes)
+
+    @property
+    def share(self) -> "Inputs":
+        """What this process trains on."""
+        return self if self.own is None else self.own
 
     def batch(self, index: Tensor | slice) -> Call:
         """Return one batch as arguments of the model."""
@@ -98,7 +118,8 @@ class Inputs:
 
     def laid_out(self, *, channels_last: bool) -> "Inputs":
         """Return the same inputs with another memory layout of the batches."""
-        return replace(self, channels_last=channels_last)
+        own = None if self.own is None else self.own.laid_out(channels_last=channels_last)
+        return replace(self, channels_last=channels_last, own=own)
 
     def _cut(self, rows: Tensor, index: Tensor | slice) -> Tensor:
         # Mixed layouts are the slowest of all, so the layout is always made explicit.
@@ -144,7 +165,14 @@ def _words(t: Tensor) -> str:
 
 
 def read_inputs(
-    items: Iterable[Any], *, accepts: Callable[..., bool], like: Tensor, max_images: int, memory_limit: int
+    items: Iterable[Any],
+    *,
+    accepts: Callable[..., bool],
+    like: Tensor,
+    max_images: int,
+    memory_limit: int,
+    world: World = ALONE,
+    head_items: int = 0,
 ) -> Inputs:
     """Read the images of a dataset once, checking every one of them.
 
@@ -154,13 +182,19 @@ def read_inputs(
         like: a parameter of the model; the inputs must agree with its dtype and device.
         max_images: where to stop reading.
         memory_limit: bytes to hold in memory per input.
+        world: the processes that train together. Every one of them reads and checks the whole dataset; of several,
+            each keeps the first images and its own.
+        head_items: how many items the first images have at least; `HEAD_IMAGES` is the least number of images.
 
     Raises:
-        DataError: the dataset is empty or holds something that the model cannot be run on; it names the item.
+        DataError: the dataset is empty, holds something that the model cannot be run on (it names the item), or has
+            fewer images than there are processes.
     """
     rows: dict[int | str, Rows] = {}
+    own: dict[int | str, Rows] = {}
     first: dict[int | str, Tensor] = {}
     sizes: list[int] = []
+    marks: list[float] = []
     count = 0
     try:
         for number, item in enumerate(items):
@@ -169,9 +203,15 @@ def read_inputs(
             named.update(kwargs)
             _check_item(number, named, first, like)
             take = min(next(iter(named.values())).shape[0], max_images - count)
+            head = take if world.size == 1 or number < head_items else min(take, max(0, HEAD_IMAGES - count))
             for key, value in named.items():
                 first.setdefault(key, value[:0])
-                rows.setdefault(key, Rows(memory_limit)).append(value[:take])
+                rows.setdefault(key, Rows(memory_limit)).append(value[:head])
+                if world.size > 1:
+                    mine = value[(world.rank - count) % world.size : take : world.size]
+                    own.setdefault(key, Rows(memory_limit)).append(mine)
+            if world.size > 1:
+                marks.append(float(sum(v[:take].mean(dtype=torch.float64) for v in named.values())))
             count += take
             sizes.append(take)
             if count >= max_images:
@@ -181,13 +221,26 @@ def read_inputs(
                 "Dataset: should yield at least one batch of inputs. Found none. If it is a generator, "
                 "it may have been used up: pass something that can be iterated again, such as a list or a DataLoader."
             )
-        done = {key: r.finish() for key, r in rows.items()}
+        if count < world.size:
+            raise DataError(
+                f"Dataset: should have an image for each of the {world.size} processes at least. Found {count}. "
+                "Pass more images, or start fewer processes."
+            )
+        done, done_own = ({key: r.finish() for key, r in kept.items()} for kept in (rows, own))
     except BaseException:
-        for r in rows.values():
+        for r in (*rows.values(), *own.values()):
             r.discard()
         raise
-    positional = tuple(done[key] for key in sorted(k for k in done if isinstance(k, int)))
-    return Inputs(positional, {k: v for k, v in done.items() if isinstance(k, str)}, tuple(sizes), like.device)
+    inputs = Inputs(*_arguments(done), tuple(sizes), like.device)
+    if world.size == 1:
+        return inputs
+    share = Inputs(*_arguments(done_own), (len(range(world.rank, count, world.size)),), like.device)
+    return replace(inputs, world=world, own=share, marks=tuple(marks))
+
+
+def _arguments(named: dict[int | str, Tensor]) -> Call:
+    positional = tuple(named[key] for key in sorted(k for k in named if isinstance(k, int)))
+    return positional, {k: v for k, v in named.items() if isinstance(k, str)}
 
 
 def _check_item(number: int, named: dict[int | str, Tensor], first: dict[int | str, Tensor], like: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qft_plugin.data import Call, Inputs, Rows
+from qft_plugin.distributed import World, agreed, orders, strata_of
 from qft_plugin.errors import ModelError, QFTWarning
 from qft_plugin.partial import PartialTraining
 from qft_plugin.spec import FinetuneConfig
@@ -118,12 +119,19 @@ def teacher_predictions(teacher: Network, inputs: Inputs, *, batch_size: int, me
     return Prediction(tuple(kept[:-1] if has_logits else kept), kept[-1] if has_logits else None)
 
 
-def normalised_l2(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the loss of Sec. 4:  sum (student - teacher)^2 / sum teacher^2,  `[]`."""
-    return (student - teacher).square().sum() / teacher.square().sum().clamp(min=torch.finfo(teacher.dtype).tiny)
+def normalised_l2(student: Tensor, teacher: Tensor, *, squares: Tensor | None = None) -> Tensor:
+    """Return the loss of Sec. 4:  sum (student - teacher)^2 / sum teacher^2,  `[]`.
+
+    Args:
+        student: what the student computed.
+        teacher: what the teacher computed.
+        squares: sum teacher^2, `[]`, where these are a part of the batch; `None` where they are all of it.
+    """
+    squares = teacher.square().sum() if squares is None else squares
+    return (student - teacher).square().sum() / squares.clamp(min=torch.finfo(teacher.dtype).tiny)
 
 
-def class_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+def class_divergence(student: Tensor, teacher: Tensor, *, images: int | None = None) -> Tensor:
     """Compare class probabilities:  KL(teacher || student) = CE(teacher, student) - CE(teacher, teacher).
 
     Departure: the paper mixes in the cross entropy itself. The teacher's own entropy is taken off it, which changes no
@@ -132,11 +140,13 @@ def class_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: logits, `[images, classes]`.
         teacher: logits, `[images, classes]`.
+        images: how many the batch has, where these are a part of it; `None` where they are all of it.
 
     Returns:
-        The mean over the images, `[]`, at least 0.
+        The mean over the images of the batch, `[]`, at least 0.
     """
-    return functional.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
+    total = functional.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="sum", log_target=True)
+    return total / (len(student) if images is None else images)
 
 
 @dataclass(frozen=True)
@@ -152,7 +162,35 @@ class Loss:
     cross_entropy: float
 
 
-def distillation_loss(student: Prediction, teacher: Prediction, loss: Loss) -> Tensor:
+@dataclass(frozen=True)
+class Whole:
+    """What the loss of a part of a batch is divided by, so that the losses of all parts add up to that of the batch.
+
+    Attributes:
+        squares: sum of the squares of each of the teacher's features over the whole batch, `[features]`.
+        images: of the whole batch.
+    """
+
+    squares: Tensor
+    images: int
+
+
+def whole_of(targets: Prediction, *, images: int, world: World) -> Whole | None:
+    """Return what the parts of a batch, one in each process, have together; `None` where there is one process.
+
+    Args:
+        targets: what the teacher computed for the part of this process.
+        images: of the whole batch.
+        world: the processes that train together.
+    """
+    if world.size == 1:
+        return None
+    squares = [t.square().sum() for t in targets.features]
+    # With the logits alone in the loss there is no feature.
+    return Whole(world.total(torch.stack(squares)) if squares else torch.empty(0), images)
+
+
+def distillation_loss(student: Prediction, teacher: Prediction, loss: Loss, *, whole: Whole | None = None) -> Tensor:
     """Compare two networks:  (1 - p) * sum_k w_k L_k / sum_k w_k  +  p * KL(teacher || student).
 
     L_k is the normalised L2 of Sec. 4, which has no unit, so that features of any size and kind can be added. The
@@ -162,19 +200,22 @@ def distillation_loss(student: Prediction, teacher: Prediction, loss: Loss) -> T
         student: what the student computed; with p > 0 it has logits.
         teacher: what the teacher computed for the same images, likewise.
         loss: the weights w and the proportion p.
+        whole: the batch that these images are a part of; `None` where they are all of it.
 
     Returns:
-        `[]`.
+        `[]`; of a part, its share of the loss of the whole batch.
     """
     p, parts = loss.cross_entropy, []
     if p < 1:
-        pairs = zip(loss.weights, student.features, teacher.features, strict=True)
-        terms = [w * normalised_l2(s, t) for w, s, t in pairs if w]
+        squares = [None] * len(teacher.features) if whole is None else whole.squares.unbind()
+        features = zip(loss.weights, student.features, teacher.features, squares, strict=True)
+        terms = [w * normalised_l2(s, t, squares=norm) for w, s, t, norm in features if w]
         parts.append((1 - p) * torch.stack(terms).sum() / sum(loss.weights))
     if p > 0:
         assert student.logits is not None
         assert teacher.logits is not None
-        parts.append(p * class_divergence(student.logits, teacher.logits))
+        images = None if whole is None else whole.images
+        parts.append(p * class_divergence(student.logits, teacher.logits, images=images))
     return torch.stack(parts).sum()
 
 
@@ -189,16 +230,6 @@ def learning_rate_factor(step: int, total: int, restarts: int) -> float:
     position = step * restarts / total
     cycle = min(int(position), restarts - 1)
     return 0.5**cycle * 0.5 * (1 + math.cos(math.pi * (position - cycle)))
-
-
-def _orders(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Yield the images of each step: every epoch in a new order, a last incomplete batch left out."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(count, generator=generator)
-        for start in range(0, count - batch_size + 1, batch_size):
-            # Sorted, so that reading from a mapped file moves forwards; the order inside a batch does not matter.
-            yield order[start : start + batch_size].sort().values
 
 
 def _targets(targets: Prediction, index: Tensor | slice, device: torch.device) -> Prediction:
@@ -223,14 +254,17 @@ class Phase:
 
 @torch.no_grad()
 def _evaluate(student: Network, inputs: Inputs, targets: Prediction, loss: Loss, *, batch_size: int) -> float:
-    size = max(batch_size, 64)
-    losses = []
-    count = min(len(inputs), EVALUATION_IMAGES)
-    for number, call in enumerate(inputs.batches(size, at_most=count)):
-        part = slice(number * size, min((number + 1) * size, count))
+    world, share = inputs.world, inputs.share
+    size, count = max(batch_size, 64), min(inputs.total, EVALUATION_IMAGES)
+    total = 0.0
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        part = world.row_range(start, stop)
         wanted = _targets(targets, part, inputs.device)
-        losses.append(float(distillation_loss(student(call), wanted, loss)) * (part.stop - part.start))
-    return sum(losses) / count
+        whole = whole_of(wanted, images=stop - start, world=world)
+        if part.start < part.stop:  # a last batch may have no image of this process
+            total += float(distillation_loss(student(share.batch(part)), wanted, loss, whole=whole)) * (stop - start)
+    return world.total_of(total) / count
 
 
 class _Best:
@@ -251,7 +285,7 @@ class _Best:
 @contextlib.contextmanager
 def _training(state: nn.Module, phase: Phase) -> Iterator[None]:
     """Ask for gradients of what trains in a phase only, so that nothing before it costs a backward pass."""
-    trained = {id(p) for group in phase.groups for p in group["params"]}
+    trained = {id(p) for p in _trained(phase.groups)}
     others = [p for p in state.parameters() if p.requires_grad and id(p) not in trained]
     for parameter in others:
         parameter.requires_grad_(False)
@@ -262,37 +296,80 @@ def _training(state: nn.Module, phase: Phase) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What a process computes in one step.
+
+    Attributes:
+        call: its images.
+        wanted: what the teacher computed for them.
+        whole: the batch of all processes; `None` where there is one.
+    """
+
+    call: Call
+    wanted: Prediction
+    whole: Whole | None
+
+
+class _Objective(nn.Module):
+    """What a step makes small, as a module that holds the parameters that train.
+
+    Of several processes, each has its share of the loss times their number: the mean of the gradients is then that of
+    the whole batch's loss, and the penalty, which is the same for all, counts once.
+    """
+
+    def __init__(self, student: Network, phase: Phase, extra: Callable[[], Tensor | None], *, size: int) -> None:
+        super().__init__()
+        # What trains and nothing else: buffers, as large as the weights, are constants.
+        self.trained = nn.ParameterList(p for p in _trained(phase.groups) if isinstance(p, nn.Parameter))
+        self._student = (student,)  # in a tuple, where torch does not look for more parameters
+        self._loss, self._extra, self._size = phase.loss, extra, size
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return what is made small and, without a graph, the loss in it."""
+        (student,) = self._student
+        loss = distillation_loss(student(batch.call), batch.wanted, self._loss, whole=batch.whole)
+        loss = loss if self._size == 1 else self._size * loss
+        added = self._extra()
+        return loss if added is None else loss + added, loss.detach()
+
+
+def _trained(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+    return [p for group in groups for p in group["params"]]
+
+
 def _steps(
     student: Network,
     phase: Phase,
-    batches: Iterator[tuple[Call, Prediction]],
+    batches: Iterator[Batch],
     best: _Best,
     extra: Callable[[], Tensor | None],
     refresh: Callable[[int, torch.optim.Optimizer], None],
     *,
+    world: World,
     count: int,
     cycles: int,
 ) -> Generator[tuple[float, float]]:
     """Train one phase; yields loss and learning rate of each step."""
+    objective = world.replicated(_Objective(student, phase, extra, size=world.size))
     optimizer = torch.optim.Adam([dict(g) for g in phase.groups], fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     cycle_ends = {math.ceil(count * (i + 1) / cycles) for i in range(cycles)}
-    for step, (call, wanted) in zip(range(count), batches, strict=False):
+    for step, batch in zip(range(count), batches, strict=False):
         refresh(step, optimizer)
         factor = learning_rate_factor(step, count, cycles)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
         optimizer.zero_grad(set_to_none=True)
-        loss = distillation_loss(student(call), wanted, phase.loss)
-        added = extra()
-        whole = loss if added is None else loss + added
+        whole, loss = objective(batch)
         if whole.requires_grad:  # else nothing that trains reaches what is compared
-            whole.backward()  # type: ignore[no-untyped-call]
+            whole.backward()
+        world.average_gradients(_trained(optimizer.param_groups))
         for parameter, mask in phase.masks:
             if parameter.grad is not None:
                 parameter.grad.mul_(mask)
         optimizer.step()
-        yield loss.item(), rates[0] * factor
+        yield world.total(loss).item() / world.size, rates[0] * factor
         if step + 1 in cycle_ends:
             best.look()
 
@@ -301,11 +378,12 @@ def _all_steps(
     student: Network,
     state: nn.Module,
     phases: Sequence[Phase],
-    batches: Iterator[tuple[Call, Prediction]],
+    batches: Iterator[Batch],
     best: _Best,
     extra: Callable[[], Tensor | None],
     refresh: Callable[[int, torch.optim.Optimizer], None],
     *,
+    world: World,
     total: int,
     cycles: int,
 ) -> Generator[tuple[float, float]]:
@@ -313,7 +391,7 @@ def _all_steps(
     for number, phase in enumerate(phases):
         count = total * (number + 1) // len(phases) - total * number // len(phases)
         with _training(state, phase):
-            yield from _steps(student, phase, batches, best, extra, refresh, count=count, cycles=cycles)
+            yield from _steps(student, phase, batches, best, extra, refresh, world=world, count=count, cycles=cycles)
 
 
 def finetune(
@@ -336,12 +414,15 @@ def finetune(
     the loss on (at most 512 of) the finetuning images; the best is what stays. A later phase starts from where the one
     before it ended. The whole network runs forward in every phase; the backward pass ends where nothing trains.
 
+    Where several processes train together, each step's batch is divided among them, and losses, gradients and states
+    are those of the whole batch in every one of them.
+
     Args:
         student: the fake-quantized network, a function of `state`.
         state: holds everything that is trained; ends in the best state seen.
         phases: what is trained one after the other, usually one phase.
         inputs: all images.
-        targets: what the teacher computed for them.
+        targets: what the teacher computed for `inputs.share`.
         loss: decides which state is the best.
         config: the settings.
         callback: called after each step.
@@ -352,7 +433,9 @@ def finetune(
             phase that there is then.
     """
     at = schedule or (lambda _: None)
-    batch_size = min(config.batch_size, len(inputs))
+    world, share = inputs.world, inputs.share
+    batch_size = min(config.batch_size, inputs.total)
+    strata = strata_of(batch_size, world.size)
     total = max(len(phases), round(config.images_fed / batch_size))
 
     def evaluate() -> float:
@@ -361,10 +444,12 @@ def finetune(
             partial.settle()
         return _evaluate(student, inputs, targets, loss, batch_size=config.batch_size)
 
-    def batches() -> Iterator[tuple[Call, Prediction]]:
-        for step, index in enumerate(_orders(len(inputs), batch_size, config.seed)):
+    def batches() -> Iterator[Batch]:
+        for step, index in enumerate(orders(inputs.total, batch_size, strata=strata, seed=config.seed)):
             at(step / total)
-            yield inputs.batch(index), _targets(targets, index, inputs.device)
+            rows = world.rows(index)
+            wanted = _targets(targets, rows, inputs.device)
+            yield Batch(share.batch(rows), wanted, whole_of(wanted, images=batch_size, world=world))
 
     def extra() -> Tensor | None:
         found = None if penalty is None else penalty()
@@ -374,11 +459,14 @@ def finetune(
         if partial is not None:
             partial.refresh(step * batch_size, optimizer)
 
+    world.share_state(state)
     best = _Best(state, evaluate)
     start_loss = best.loss
     losses: list[float] = []
     logger.info("finetune: %d steps of %d images, loss %.5f at the start", total, batch_size, start_loss)
-    steps = _all_steps(student, state, phases, batches(), best, extra, refresh, total=total, cycles=config.restarts)
+    steps = _all_steps(
+        student, state, phases, batches(), best, extra, refresh, world=world, total=total, cycles=config.restarts
+    )
     with contextlib.closing(steps):
         for number, (found, rate) in enumerate(steps, start=1):
             losses.append(found)
@@ -390,9 +478,11 @@ def finetune(
                     stacklevel=2,
                 )
                 break
-            if callback is not None:
-                callback(Step(number, total, found, rate))
+            with agreed(world):  # the first process alone may have a callback
+                if callback is not None:
+                    callback(Step(number, total, found, rate))
     at(1.0)
     state.load_state_dict(best.state)
+    world.share_state(state)
     logger.info("finetune: loss %.5f after %d steps", best.loss, len(losses))
     return FinetuneResult(start_loss, best.loss, len(losses), tuple(losses))

@@ -42,7 +42,7 @@ class Job:
 
 
 def targets_of(teacher: Network, problem: Problem, config: QFTConfig) -> Prediction | None:
-    """Run the teacher once over all images; without a finetune there is nothing to compare with.
+    """Run the teacher once over what this process trains on; without a finetune there is nothing to compare with.
 
     Args:
         teacher: the float network, compared at `problem.at`.
@@ -53,7 +53,7 @@ def targets_of(teacher: Network, problem: Problem, config: QFTConfig) -> Predict
     if settings is None:
         return None
     size = max(settings.batch_size, TEACHER_BATCH)
-    targets = teacher_predictions(teacher, problem.inputs, batch_size=size, memory_limit=settings.memory_limit)
+    targets = teacher_predictions(teacher, problem.inputs.share, batch_size=size, memory_limit=settings.memory_limit)
     if settings.cross_entropy and targets.logits is None:
         raise ConfigError(
             "FinetuneConfig.cross_entropy should be 0 for a model that does not return one tensor [images, classes]. "
@@ -108,6 +108,8 @@ def _finetuned(
     dof = start.dof
     loss = Loss(problem.at.weights(len(targets.features)), settings.cross_entropy)
     part = settings.trains_part
+    # What is chosen to train depends on every bit of the state.
+    problem.inputs.world.share_state(dof)
     partial = None if part is None else PartialTraining(dof, part)
 
     def student(call: Call) -> Prediction:

@@ -11,6 +11,7 @@ from torch import nn
 
 from qft_plugin.blocks import check_blocks
 from qft_plugin.data import Call, Inputs, read_inputs
+from qft_plugin.distributed import agreed, check_alike, strata_of, world_of
 from qft_plugin.dof_map import map_dof
 from qft_plugin.errors import ConfigError, QFTWarning
 from qft_plugin.graph import DofMap
@@ -47,22 +48,32 @@ class Problem:
     at: Comparison
 
 
-def images(model: nn.Module, items: Iterable[Any], config: QFTConfig) -> Inputs:
-    """Read and check the user's images.
+def images(model: nn.Module, items: Iterable[Any], config: QFTConfig, *, head_items: int = 0) -> Inputs:
+    """Read and check the user's images; several processes agree that they are the same for all.
 
     Args:
         model: a model that was checked.
         items: the dataset.
         config: the settings.
+        head_items: how many of the first items every process keeps.
     """
     settings = config.finetune or FinetuneConfig()
-    return read_inputs(
-        items,
-        accepts=accepts(model),
-        like=next(p for p in model.parameters() if p.is_floating_point()),
-        max_images=settings.max_images,
-        memory_limit=settings.memory_limit,
-    )
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    world = world_of(like.device)
+    with agreed(world):
+        inputs = read_inputs(
+            items,
+            accepts=accepts(model),
+            like=like,
+            max_images=settings.max_images,
+            memory_limit=settings.memory_limit,
+            world=world,
+            head_items=head_items,
+        )
+    check_alike(world, marks=inputs.marks, settings=repr(config), model=model)
+    if config.finetune is not None:
+        strata_of(min(settings.batch_size, inputs.total), world.size)
+    return inputs
 
 
 def understand(source: Any, inputs: Inputs, config: QFTConfig) -> Problem:

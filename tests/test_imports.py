@@ -14,7 +14,7 @@ HOSTS = {"nncf", "brevitas", "openvino", "onnx", "qonnx", "onnxruntime"}
 
 LEVELS = [
     {"errors"},
-    {"spec", "quantize"},
+    {"spec", "quantize", "distributed"},
     {"graph", "data", "partial_backward"},
     {"norms", "relations", "placement", "initialize", "compensate", "model", "elements"},
     {"partial"},
@@ -32,8 +32,9 @@ INSIDE = {
     "errors": set(),
     "spec": {"errors"},
     "quantize": set(),
-    "data": {"errors"},
-    "finetune": {"data", "errors", "spec", "partial"},
+    "distributed": {"errors"},
+    "data": {"errors", "distributed"},
+    "finetune": {"data", "errors", "spec", "partial", "distributed"},
     "__init__": {"errors", "spec"},
 }
 """Modules that may import even less of the package than their level allows."""

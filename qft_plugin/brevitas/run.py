@@ -16,6 +16,7 @@ from qft_plugin.brevitas.version import check_version
 from qft_plugin.brevitas.write import write
 from qft_plugin.channelwise import Rescaled
 from qft_plugin.data import Call, Inputs, as_call
+from qft_plugin.distributed import agreed, joined
 from qft_plugin.errors import ConfigError
 from qft_plugin.finetune import FinetuneResult
 from qft_plugin.model import accepts, check_finite, check_model
@@ -48,8 +49,10 @@ def initialize(model: nn.Module, data: Iterable[Any], config: QFTConfig | None =
         config: the settings; bit widths and granularity are those of the model's quantizers.
     """
     config = _config(config, model)
-    with torch.inference_mode(False), torch.no_grad():
-        _initialize(model, _images(model, data, config), config)
+    with torch.inference_mode(False), torch.no_grad(), joined(model) as world:
+        inputs = _images(model, data, config)
+        with agreed(world):
+            _initialize(model, inputs, config)
 
 
 def finetune(
@@ -85,7 +88,7 @@ def finetune(
             "QFTConfig.finetune should be a FinetuneConfig. Found None. Call initialize for a start alone."
         )
     check_model(teacher)
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), joined(model):
         inputs = _images(model, data, config)
         result = _finetune(model, teacher, inputs, config, callback)
     assert result is not None
@@ -125,11 +128,12 @@ def quantize(
     check_version()
     check_model(model)
     check_finite(dict(model.named_parameters()))
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), joined(model) as world:
         inputs = images(model, data, config)
-        call = _first(inputs) if example_input is None else as_call(example_input, accepts=accepts(model))
-        quantized = swap(model, call, inputs, config)
-        _initialize(quantized, inputs, config)
+        with agreed(world):
+            call = _first(inputs) if example_input is None else as_call(example_input, accepts=accepts(model))
+            quantized = swap(model, call, inputs, config)
+            _initialize(quantized, inputs, config)
         if config.finetune is not None:
             _finetune(quantized, model, inputs, config, callback)
     return quantized
@@ -185,18 +189,19 @@ def _initialize(model: nn.Module, inputs: Inputs, config: QFTConfig) -> None:
 def _finetune(
     model: nn.Module, float_model: nn.Module, inputs: Inputs, config: QFTConfig, callback: Callback | None
 ) -> FinetuneResult | None:
-    source, problem = _understood(model, inputs, config)
-    targets = targets_of(teacher(float_model, source, problem.at, _first(inputs)), problem, config)
-    factors = shared_factors(model)
-    assert factors is not None
-    begin = start(
-        sys.modules["qft_plugin.brevitas"],
-        problem,
-        Request(calibrate=False),
-        replace(config, activation_range="host"),
-        log_c=factors.log_c.detach().clone(),
-        compensate=False,
-    )
+    with agreed(inputs.world):
+        source, problem = _understood(model, inputs, config)
+        targets = targets_of(teacher(float_model, source, problem.at, _first(inputs)), problem, config)
+        factors = shared_factors(model)
+        assert factors is not None
+        begin = start(
+            sys.modules["qft_plugin.brevitas"],
+            problem,
+            Request(calibrate=False),
+            replace(config, activation_range="host"),
+            log_c=factors.log_c.detach().clone(),
+            compensate=False,
+        )
     result = train(begin, problem, targets, config, callback=callback)
     write(model, source, begin)
     return result

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qft_plugin.data import as_call
 from qft_plugin.deploy import qcdq, qonnx
 from qft_plugin.deploy.files import checked_path, draft_of
+from qft_plugin.distributed import once
 from qft_plugin.errors import DeployabilityError
 from qft_plugin.model import accepts, evaluating, tensors_in
 
@@ -24,6 +25,7 @@ OPSET: Final = 14
 """The first with torch's attention function; quantization per channel, and Brevitas' exporters, begin with 13."""
 
 
+@once
 def save_qonnx(
     model: nn.Module, path: str | os.PathLike[str], example_input: Any, *, check: bool = True
 ) -> qonnx.QONNXReport:
@@ -49,6 +51,7 @@ def save_qonnx(
     return replace(report, path=made.target)
 
 
+@once
 def save_qcdq(
     model: nn.Module, path: str | os.PathLike[str], example_input: Any, *, check: bool = True
 ) -> qcdq.QCDQReport:

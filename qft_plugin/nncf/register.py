@@ -5,7 +5,7 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ from nncf.quantization.advanced_parameters import (
 from torch import nn
 
 from qft_plugin.data import Inputs
+from qft_plugin.distributed import agreed, joined
 from qft_plugin.errors import ConfigError, DataError, HostError
 from qft_plugin.finetune import Step
 from qft_plugin.nncf.attach import teacher
@@ -104,14 +105,22 @@ def _quantize(
     config = _config(algorithm)
     request = Request(original, dataset, _host_settings(original, host, config), config.hardware)
     # Calibration code often stands inside no_grad or inference_mode, but this one trains.
-    with torch.inference_mode(False), torch.enable_grad(), _progress(config, callback) as report:
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        joined(model) as world,
+        _progress(config, callback, shown=world.is_first) as report,
+    ):
         check_version()
         check_model(model)
-        inputs = images(model, request.items(), config)
-        source = read(model, inputs, config)
-        problem = understand(source, inputs, config)
-        targets = targets_of(teacher(source, problem.at), problem, config)
-        start = initialize(sys.modules["qft_plugin.nncf"], problem, request, config)
+        # One process keeps all images anyway; NNCF says then what is wrong with its setting.
+        head_items = 0 if world.size == 1 else request.calibration_items
+        inputs = images(model, request.items(), config, head_items=head_items)
+        with agreed(world):
+            source = read(model, inputs, config)
+            problem = understand(source, inputs, config)
+            targets = targets_of(teacher(source, problem.at), problem, config)
+            start = initialize(sys.modules["qft_plugin.nncf"], problem, request, config)
         result = train(start, problem, targets, config, callback=report)
         return Job(write(start.placed, start.dof), problem.dof_map, result)
 
@@ -212,6 +221,12 @@ class Request:
         return items
 
     @property
+    def calibration_items(self) -> int:
+        """How many items of the dataset NNCF calibrates on, at most."""
+        default = inspect.signature(self.original).parameters["subset_size"].default
+        return int(self.settings.get("subset_size", default))
+
+    @property
     def runs_on_cpu(self) -> bool:
         """Whether the model is meant for OpenVINO's CPU plugin."""
         device = self.settings.get("target_device", nncf.TargetDevice.ANY)
@@ -219,7 +234,8 @@ class Request:
 
     def place(self, model: nn.Module, inputs: Inputs) -> nn.Module:
         """Let NNCF place and calibrate its quantizers on the images that were read."""
-        replay = _Replay(inputs, self.dataset.get_batch_size())
+        sizes = inputs.sizes if inputs.own is None else inputs.sizes[: self.calibration_items]
+        replay = _Replay(inputs, sizes, self.dataset.get_batch_size())
         quantized: nn.Module = self.original(model, nncf.Dataset(replay), **self.settings)
         return quantized
 
@@ -227,25 +243,27 @@ class Request:
 class _Replay:
     """The items of the user's dataset again, in the batches they came in: a generator can be read once only."""
 
-    def __init__(self, inputs: Inputs, batch_size: int | None) -> None:
-        self._inputs = inputs
+    def __init__(self, inputs: Inputs, sizes: Sequence[int], batch_size: int | None) -> None:
+        self._inputs, self._sizes = inputs, sizes
         self.batch_size = batch_size  # NNCF chooses the form of its statistics by it
 
     def __iter__(self) -> Iterator[Any]:
         start = 0
-        for size in self._inputs.sizes:
+        for size in self._sizes:
             yield example_of(self._inputs.batch(slice(start, start + size)))
             start += size
 
     def __len__(self) -> int:
-        return len(self._inputs.sizes)
+        return len(self._sizes)
 
 
 @contextlib.contextmanager
-def _progress(config: QFTConfig, callback: Callable[[Step], None] | None) -> Iterator[Callable[[Step], None] | None]:
+def _progress(
+    config: QFTConfig, callback: Callable[[Step], None] | None, *, shown: bool
+) -> Iterator[Callable[[Step], None] | None]:
     """Show the finetune in NNCF's own progress bar."""
-    if config.finetune is None:
-        yield None
+    if config.finetune is None or not shown:
+        yield callback
         return
     bar: Any = None
     try:

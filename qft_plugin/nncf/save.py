@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 
 from qft_plugin.deploy.openvino import OpenVINOReport, Storage, save
+from qft_plugin.distributed import once
 from qft_plugin.errors import DeployabilityError
 from qft_plugin.model import evaluating, tensors_in
 from qft_plugin.nncf.read import HOOKS_ATTRIBUTE
 from qft_plugin.nncf.write import without_compiler
 
 
+@once
 def save_openvino(
     model: nn.Module,
     path: str | os.PathLike[str],
