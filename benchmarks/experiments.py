@@ -23,7 +23,7 @@ import real_networks
 import torch
 from torch import Tensor, nn
 
-from qft_plugin import DeployabilityError, FinetuneConfig, HardwareSpec, ParityError, QFTConfig
+from qft_plugin import DeployabilityError, EfQAT, FinetuneConfig, HardwareSpec, ParityError, QFTConfig
 from qft_plugin.initialize import apq, out_slices, ppq
 from qft_plugin.offline import fold_network
 from qft_plugin.relations import LAYERS
@@ -93,6 +93,15 @@ def experiments(base: QFTConfig, images: int) -> dict[str, list[Point]]:
                 "doubly per-channel": WEIGHT_ONLY,
             }.items()
             for train in (False, True)
+        ],
+        "efqat_ratio": [
+            (f"{ratio}", *tuned(CHANNELWISE, train=EfQAT(ratio=ratio))[1:])
+            for ratio in (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
+        ],
+        "efqat_modes": [
+            (f"{mode}, ratio {ratio}", *tuned(CHANNELWISE, train=EfQAT(mode=mode, ratio=ratio))[1:])
+            for mode in ("cwpl", "cwpn", "lwpn")
+            for ratio in (0.05, 0.25)
         ],
         "relu6": [
             (f"{granularity(h)}: {kind}", *tuned(h, config={"bounded": kind})[1:])

@@ -19,7 +19,10 @@ CURVES = {
     "fig5_images": ("Images (the number of images fed is constant)", "Fig. 5"),
     "fig6_cross_entropy": ("Proportion of cross entropy in the loss", "Fig. 6"),
     "fig7_learning_rate": ("Learning rate of weights and biases", "Fig. 7"),
+    "efqat_ratio": ("Share of channels that train", "EfQAT"),
 }
+LINEAR = ("fig6_cross_entropy", "efqat_ratio")
+PER_CHANNEL = ("efqat_ratio",)
 BARS = ("fig8_fig9_cle_and_training", "fig12_doubly_per_channel")
 TITLES = {
     "table1_ours": "Table 1, our rows",
@@ -29,6 +32,7 @@ TITLES = {
     "relu6": "ReLU6 exact, or replaced by ReLU",
     "skew": "Channels multiplied by random factors in [1/8, 8]",
     "skew_short": "The same with half of the images fed, and without CLE and trained factors",
+    "efqat_modes": "EfQAT: channels of each layer (cwpl), of the network (cwpn), or whole layers (lwpn)",
     **{name: f"{figure}: {label.lower()}" for name, (label, figure) in CURVES.items()},
 }
 
@@ -66,10 +70,10 @@ def curve(name: str, files: list[dict[str, Any]], path: Path) -> None:
     for data in files:
         points = sorted((float(p["label"]), p["agreement"]) for p in data["points"])
         axes.plot(*zip(*points, strict=True), marker="o", label=NAMES[data["net"]])
-    if name != "fig6_cross_entropy":
+    if name not in LINEAR:
         axes.set_xscale("log")
     axes.set_xlabel(CURVES[name][0])
-    axes.set_ylabel("Agreement, %, weights per tensor")
+    axes.set_ylabel(f"Agreement, %, weights per {'channel' if name in PER_CHANNEL else 'tensor'}")
     figure.legend(loc="outside upper center", ncols=2)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

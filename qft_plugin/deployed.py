@@ -35,7 +35,7 @@ def deployed_weights(dof: Dof) -> dict[str, DeployedWeight]:
     result = {}
     for module in dof.quantized():
         layer, grid = module.layer, dof.weight_grids[module.layer.weight]
-        W, _ = module.folded(c)
+        W = module.folded_weight(module.channels(c))
         step = steps[layer.weight]
         assert module.element is not None
         integers = module.element.integers(W, on_weight(step, module.scale_in, W, layer))
@@ -55,7 +55,7 @@ def folded_tensors(dof: Dof) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for module in dof.layers:
         assert isinstance(module, LayerDof)
-        W, B = module.folded(c)
+        W, B = module.folded(module.channels(c))
         if module.element is not None:
             W = module.element.near(W, on_weight(steps[module.layer.weight], module.scale_in, W, module.layer))
         tensors[module.layer.weight] = W
@@ -88,7 +88,7 @@ def integer_biases(dof: Dof) -> dict[str, Tensor]:
         if S_acc is None or grid.s_in is None or not layer.is_kernel:
             continue
         sums = out_slices(deployed[layer.weight].integers, kind=layer.kind, groups=layer.groups).sum(1)
-        _, B = module.folded(c)
+        B = module.folded_bias(module.channels(c))
         start = torch.zeros_like(sums) if B is None else (on_hardware(dof, module, B, steps, scales) / S_acc).round()
         zero_point = Z.get(grid.s_in, sums.new_tensor(dof.activation_grids[grid.s_in].zero_point))
         found[layer.weight] = start - zero_point * sums

@@ -154,6 +154,39 @@ def first_outputs(model: nn.Module, call: Call) -> list[Tensor]:
     return outputs
 
 
+class Functional:
+    """A module as a function of its parameters and buffers.
+
+    `torch.func.functional_call` looks in every call for parameters that have several names; here they are found once.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        """Find the names; the module should get no other parameters later.
+
+        Args:
+            module: the module.
+        """
+        self._module = module
+        names: dict[int, list[str]] = {}
+        for find in (module.named_parameters, module.named_buffers):
+            for name, tensor in find(remove_duplicate=False):
+                names.setdefault(id(tensor), []).append(name)
+        self._others = {name: tied for tied in names.values() if len(tied) > 1 for name in tied}
+
+    def __call__(self, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call the module with other tensors in the place of its own.
+
+        Args:
+            tensors: by one of their names.
+            args: positional arguments of the module.
+            kwargs: keyword arguments of the module.
+        """
+        held = dict(tensors)
+        for name in self._others.keys() & tensors.keys():
+            held.update(dict.fromkeys(self._others[name], tensors[name]))
+        return torch.func.functional_call(self._module, held, args, dict(kwargs), tie_weights=False)
+
+
 def largest_change(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     """Return the largest change of an output from one network to another, relative to its largest value."""
     worst = 0.0

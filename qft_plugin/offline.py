@@ -163,6 +163,9 @@ class Dof(nn.Module):
     """
 
     progress: float = 1.0
+    in_indices: Tensor
+    out_indices: Tensor
+    layer_of_step: Tensor
 
     def __init__(
         self,
@@ -229,6 +232,16 @@ class Dof(nn.Module):
                 if scale is not None:
                     scale.requires_grad_(train_scales)
         check_masks(self._elements(), sparsity)
+        every = [d for d in self.layers if isinstance(d, LayerDof)]
+        self._in_sizes, self._out_sizes = [len(d.in_index) for d in every], [len(d.out_index) for d in every]
+        numbers = torch.arange(len(self.quantized()))
+        sizes = torch.tensor([d.log_F.numel() for d in self.quantized()], dtype=torch.long)
+        for name, index in (
+            ("in_indices", torch.cat([d.in_index for d in every])),
+            ("out_indices", torch.cat([d.out_index for d in every])),
+            ("layer_of_step", numbers.repeat_interleave(sizes).to(first.device)),
+        ):
+            self.register_buffer(name, index, persistent=False)
 
     def _initial_step(self, name: str | None) -> float:
         return 1.0 if name is None else self.activation_grids[name].scale
@@ -289,6 +302,18 @@ class Dof(nn.Module):
             moved = grid.zero_point + (grid.high - grid.low) * self.shift[i]
             found[name] = round_ste(moved.clamp(grid.low, grid.high))
         return found
+
+    def spread(self, c: Tensor) -> "list[Channels]":
+        """Give every layer the factors of its channels, with two operations for all of them.
+
+        Args:
+            c: factor of every variable, `[1 + size]`.
+        """
+        inputs, outputs = (
+            c.index_select(0, index).split_with_sizes(sizes)
+            for index, sizes in ((self.in_indices, self._in_sizes), (self.out_indices, self._out_sizes))
+        )
+        return [Channels(c_in, c_out) for c_in, c_out in zip(inputs, outputs, strict=True)]
 
     def rescale_factor(self, layer: "LayerDof") -> Tensor:
         """Return a layer's rescale factor as the hardware holds it, `[]` or `[out]`.
@@ -355,7 +380,9 @@ class Dof(nn.Module):
         """Return the mean magnitude of each output channel of the quantized kernels by name, `[out]`, folded units."""
         c = self.factors()
         return {
-            d.layer.weight: out_slices(d.folded(c)[0], kind=d.layer.kind, groups=d.layer.groups).abs().mean(1)
+            d.layer.weight: out_slices(d.folded(d.channels(c))[0], kind=d.layer.kind, groups=d.layer.groups)
+            .abs()
+            .mean(1)
             for d in self._kernels()
         }
 
@@ -377,7 +404,7 @@ class Dof(nn.Module):
         c, steps = self.factors(), weight_steps(self, self.activation_scales())
         for name, mask in trained.items():
             layer = self.trained_weight(name)
-            W, _ = layer.folded(c)
+            W = layer.folded_weight(layer.channels(c))
             assert layer.element is not None
             integers = layer.element.integers(W, on_weight(steps[name], layer.scale_in, W, layer.layer))
             layer.held = hold(layer.W, integers, mask, layer.layer)
@@ -392,7 +419,7 @@ class Dof(nn.Module):
         for name, held in self.held().items():
             layer = self.trained_weight(name)
             step = on_weight(steps[name], layer.scale_in, layer.W, layer.layer)
-            layer.W.copy_(settled(held, layer.W, layer.units(c), step, layer.layer))
+            layer.W.copy_(settled(held, layer.W, layer.units(layer.channels(c)), step, layer.layer))
 
     def release(self) -> None:
         """Let all weights train again, from what is stored of them."""
@@ -446,42 +473,73 @@ class LayerDof(nn.Module):
         """The trained left scale of a doubly per-channel kernel, `[in]`."""
         return None if self.log_L is None else self.log_L.exp()
 
-    def folded(self, c: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return weight and bias with the cross-layer factors moved into them, real units.
+    def channels(self, c: Tensor) -> "Channels":
+        """Return the factors of this layer's channels.
 
         Args:
             c: factor of every variable, `[1 + size]`.
+        """
+        return Channels(c.index_select(0, self.in_index), c.index_select(0, self.out_index))
+
+    def folded(self, c: "Channels") -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias with the cross-layer factors moved into them, real units.
+
+        Args:
+            c: the factors of the layer's channels.
+        """
+        return self.folded_weight(c), self.folded_bias(c)
+
+    def folded_weight(self, c: "Channels", kept: Tensor | None = None) -> Tensor:
+        """Return the weight with the cross-layer factors moved into it, real units.
+
+        Args:
+            c: the factors of the layer's channels.
             kept: weights that are not 0, a boolean tensor of the shape of the weight; `None` where none is dropped.
         """
         # A weight that is dropped hears of its gradient, the factors do not.
         W: Tensor = self.W if kept is None else masked(self.W, kept)
         for unit in self.units(c):
             W = W * unit
-        return W, self.folded_bias(c)
+        return W
 
-    def units(self, c: Tensor) -> tuple[Tensor, ...]:
+    def units(self, c: "Channels") -> tuple[Tensor, ...]:
         """Return what the stored weight is multiplied by, in this order, to be the folded one.
 
         Args:
-            c: factor of every variable, `[1 + size]`.
+            c: the factors of the layer's channels.
         """
         layer, out = self.layer, self.unit
         if self.folds_out:
-            out = out / per_out(c.index_select(0, self.out_index), self.W, groups=layer.groups, kind=layer.kind)
-        if not self.folds_in:
-            return (out,)
-        return out, per_in(c.index_select(0, self.in_index), self.W, groups=layer.groups, kind=layer.kind)
+            out = out / per_out(c.outputs, self.W, groups=layer.groups, kind=layer.kind)
+        return (out, per_in(c.inputs, self.W, groups=layer.groups, kind=layer.kind)) if self.folds_in else (out,)
 
-    def folded_bias(self, c: Tensor) -> Tensor | None:
+    def folded_bias(self, c: "Channels") -> Tensor | None:
         """Return the bias with the cross-layer factors moved into it, `[out]`, real units; `None` where there is none.
 
         Args:
-            c: factor of every variable, `[1 + size]`.
+            c: the factors of the layer's channels.
         """
         if self.bias is None:
             return None
         B = self.bias * self.bias_unit
-        return B / c.index_select(0, self.out_index) if self.folds_out else B
+        return B / c.outputs if self.folds_out else B
+
+
+@dataclass(frozen=True)
+class Channels:
+    """The cross-layer factors of the channels of one layer.
+
+    Attributes:
+        inputs: `[in]`.
+        outputs: `[out]`.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+    def detach(self) -> "Channels":
+        """Return the same factors as constants."""
+        return Channels(self.inputs.detach(), self.outputs.detach())
 
 
 @dataclass(frozen=True)
@@ -515,13 +573,22 @@ def weight_steps(dof: Dof, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Returns:
         By name of the weight, `[]` or `[out]`, real per step.
     """
-    steps = {}
-    for layer in dof.quantized():
-        grid = dof.weight_grids[layer.layer.weight]
-        F = dof.rescale_factor(layer)
-        S_wR = F if grid.s_out is None else scales[grid.s_out] * F
-        steps[layer.layer.weight] = S_wR if grid.s_in is None else S_wR / scales[grid.s_in]
-    return steps
+    layers = dof.quantized()
+    if not layers:
+        return {}
+    if dof.hardware.rescale_factor == "float":
+        F = torch.cat([layer.log_F.reshape(-1) for layer in layers]).exp()
+    else:
+        F = torch.cat([dof.rescale_factor(layer).reshape(-1) for layer in layers])
+    grids = [dof.weight_grids[layer.layer.weight] for layer in layers]
+    one = F.new_ones(())
+    s_out, s_in = (
+        torch.stack([one if name is None else scales[name] for name in names])
+        for names in ([grid.s_out for grid in grids], [grid.s_in for grid in grids])
+    )
+    steps = F * (s_out / s_in).index_select(0, dof.layer_of_step)
+    parts = steps.split_with_sizes([layer.log_F.numel() for layer in layers])
+    return {layer.layer.weight: part.view(layer.log_F.shape) for layer, part in zip(layers, parts, strict=True)}
 
 
 def solve(dof: Dof) -> Solution:
@@ -530,32 +597,27 @@ def solve(dof: Dof) -> Solution:
     steps = weight_steps(dof, scales)
     tensors: dict[str, Tensor] = {}
     partial: list[PartialWeight] = []
-    for module in dof.layers:
+    for module, channels in zip(dof.layers, dof.spread(c), strict=True):
         assert isinstance(module, LayerDof)
         layer = module.layer
-        if module.element is None:
-            W = module.folded(c)[0]
-        elif module.held is None:
-            W = _fake_quantized(module, module.element, c, steps[layer.weight], dof.progress)
-        else:
-            W, cheaper = _partly_trained(module, module.element, module.held, c, steps[layer.weight])
+        if module.held is not None and module.element is not None:
+            W, cheaper = _partly_trained(module, module.element, module.held, channels, steps[layer.weight])
             partial += [] if cheaper is None else [cheaper]
-        tensors[layer.weight], B = W, module.folded_bias(c)
+        else:
+            W = module.folded_weight(channels)
+            if module.element is not None:
+                step = on_weight(steps[layer.weight], module.scale_in, W, layer)
+                kept = module.element.kept(W, step)
+                W = module.element(W if kept is None else module.folded_weight(channels, kept), step, dof.progress)
+        B = module.folded_bias(channels)
+        tensors[layer.weight] = W
         if layer.bias is not None and B is not None:
             tensors[layer.bias] = on_hardware(dof, module, B, steps, scales)
     return Solution(tensors, scales, c, dof.zero_points(), tuple(partial))
 
 
-def _fake_quantized(layer: "LayerDof", element: NearestRounding, c: Tensor, scale: Tensor, progress: float) -> Tensor:
-    W, _ = layer.folded(c)
-    step = on_weight(scale, layer.scale_in, W, layer.layer)
-    kept = element.kept(W, step)
-    used: Tensor = element(W if kept is None else layer.folded(c, kept)[0], step, progress)
-    return used
-
-
 def _partly_trained(
-    layer: "LayerDof", element: NearestRounding, held: Held, c: Tensor, scale: Tensor
+    layer: "LayerDof", element: NearestRounding, held: Held, c: Channels, scale: Tensor
 ) -> tuple[Tensor, PartialWeight | None]:
     """Compute a kernel of which a part trains; fixed integers follow neither cross-layer factors nor a left scale."""
     left = None if layer.scale_in is None else layer.scale_in.detach()

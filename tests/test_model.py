@@ -1,5 +1,6 @@
 """What is asked of a torch model before any host looks at it, and how its outputs are compared."""
 
+import copy
 import math
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from models import Apply
 from torch import Tensor, nn
 
 from qft_plugin.errors import DataError, ModelError
-from qft_plugin.model import accepts, check_finite, check_model, first_outputs, largest_change, tensors_in
+from qft_plugin.model import Functional, accepts, check_finite, check_model, first_outputs, largest_change, tensors_in
 
 FLOAT32 = 1e-6
 """One difference and one quotient of float32 numbers."""
@@ -219,3 +220,35 @@ def test_largest_change_passes_over_labels_and_nothing() -> None:
     assert largest_change([torch.tensor([1]), torch.ones(0)], [torch.tensor([5]), torch.ones(0)]) == 0
     with pytest.raises(ValueError, match="argument 2 is shorter"):
         largest_change([torch.ones(1), torch.ones(1)], [torch.ones(1)])
+
+
+def test_a_module_as_a_function_of_its_tensors() -> None:
+    """Tensors stand in for parameters and buffers under all of their names, for one call and with their gradients."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.norm = nn.Linear(3, 3), nn.Linear(3, 3), nn.BatchNorm1d(3)
+            self.second.weight = self.first.weight
+            self.again = self.second
+
+        def forward(self, x: Tensor, *, scale: float) -> Tensor:
+            return scale * self.again(self.second(self.first(self.norm(x))))
+
+    model = Tied().eval()
+    function, x = Functional(model), torch.randn(2, 3)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    for name in ("first.weight", "second.weight", "again.weight"):
+        W = torch.randn(3, 3, requires_grad=True)
+        mean = torch.randn(3)
+        found = function({name: W, "norm.running_mean": mean}, (x,), {"scale": 2.0})
+        expected = copy.deepcopy(model)
+        with torch.no_grad():
+            expected.first.weight.copy_(W)
+            expected.norm.running_mean.copy_(mean)
+        torch.testing.assert_close(found, expected(x, scale=2.0))
+        found.sum().backward()
+        assert W.grad is not None
+        assert bool(W.grad.any())
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert model.second.weight is model.first.weight

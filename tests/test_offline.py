@@ -413,7 +413,7 @@ def test_folding_of_the_degrees_of_freedom_is_differentiable(kind: str) -> None:
     dof = make_dof(*two_layers(kind))
     layer = dof.layers[1]
     c = dof.factors().detach().requires_grad_()
-    assert torch.autograd.gradcheck(lambda c: layer.folded(c), (c,))
+    assert torch.autograd.gradcheck(lambda c: layer.folded(layer.channels(c)), (c,))
 
 
 @pytest.mark.parametrize("doubly", [False, True], ids=["", "doubly"])

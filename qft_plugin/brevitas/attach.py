@@ -14,7 +14,7 @@ from qft_plugin.data import Call, Inputs
 from qft_plugin.errors import ConfigError
 from qft_plugin.finetune import Prediction
 from qft_plugin.graph import LayerGraph
-from qft_plugin.model import tensors_in
+from qft_plugin.model import Functional, tensors_in
 from qft_plugin.offline import Solution
 from qft_plugin.placement import (
     ActivationGrid,
@@ -101,10 +101,11 @@ def _calibrated(source: Source, tensors: Mapping[str, Tensor], inputs: Inputs) -
     worse than ranges that clip less by 0.3 to 0.4 points of agreement (ResNet-20, weights per tensor, one seed).
     """
     twin = copy.deepcopy(source.model)
+    function = Functional(twin)
     stand_ins = _stand_ins(twin, source)
     extremes: dict[str, list[Tensor]] = {}
     for args, kwargs in inputs.batches(CALIBRATION_BATCH, at_most=CALIBRATION_IMAGES):
-        run = functools.partial(torch.func.functional_call, twin, dict(tensors), args, kwargs)
+        run = functools.partial(function, tensors, args, kwargs)
         for name, values in observed(stand_ins, run).items():
             extremes.setdefault(name, []).append(torch.stack(values.aminmax()))
     grids = {}
@@ -153,6 +154,7 @@ class Student:
                 )
         function = compiled_fake_quantize() if compiled else fake_quantize
         self._twin = copy.deepcopy(source.model)
+        self._function = Functional(self._twin)
         self._graph = source.graph
         self._at = at
         self._unfolds = unfolds
@@ -191,7 +193,7 @@ class Student:
     ) -> list[Tensor]:
         args, kwargs = call
         with Tap(watchers, self._graph):
-            return list(tensors_in(torch.func.functional_call(self._twin, dict(tensors), args, kwargs)))
+            return list(tensors_in(self._function(tensors, args, kwargs)))
 
 
 class _Kept:

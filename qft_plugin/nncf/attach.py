@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qft_plugin.data import Call, Inputs
 from qft_plugin.finetune import Prediction
 from qft_plugin.graph import ADDS, Const, Ref
-from qft_plugin.model import tensor_of, tensors_in
+from qft_plugin.model import Functional, tensor_of, tensors_in
 from qft_plugin.nncf.read import Source, add_factors, port_of, tensor_name
 from qft_plugin.nncf.replay import Replay, replay
 from qft_plugin.offline import Solution
@@ -321,7 +321,7 @@ class Student:
         self._names = _remove_neutral_norms(model, source)
         own = add_factors(model, source.addends, source.ports)
         self._names |= {source.addends[addend]: name for addend, name in own.items()}
-        self._observed = Observed(model, at, source)
+        self._observed, self._function = Observed(model, at, source), Functional(model)
         self._unfolds = unfolds
         self._first_port = _ports_of_input(source, 0)
         self._looked = False
@@ -375,8 +375,7 @@ class Student:
     def _run(self, tensors: Mapping[str, Tensor], call: Call) -> Prediction:
         args, kwargs = call
         renamed = {self._names.get(name, name): tensor for name, tensor in tensors.items()}
-        model = self._observed.model
-        return self._observed.predict(lambda: torch.func.functional_call(model, renamed, args, kwargs))
+        return self._observed.predict(lambda: self._function(renamed, args, kwargs))
 
 
 def _remove_neutral_norms(model: nn.Module, source: Source) -> dict[str, str]:
