@@ -167,11 +167,13 @@ class Functional:
             module: the module.
         """
         self._module = module
-        names: dict[int, list[str]] = {}
-        for find in (module.named_parameters, module.named_buffers):
-            for name, tensor in find(remove_duplicate=False):
-                names.setdefault(id(tensor), []).append(name)
-        self._others = {name: tied for tied in names.values() if len(tied) > 1 for name in tied}
+        # A module may stand under several names too; a tensor of it is put into its place once.
+        places: dict[int, list[str]] = {}
+        for prefix, owner in module.named_modules():
+            for name, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
+                places.setdefault(id(tensor), []).append(f"{prefix}.{name}" if prefix else name)
+        every = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        self._places = {name: places[id(tensor)] for name, tensor in every if places[id(tensor)] != [name]}
 
     def __call__(self, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call the module with other tensors in the place of its own.
@@ -181,9 +183,9 @@ class Functional:
             args: positional arguments of the module.
             kwargs: keyword arguments of the module.
         """
-        held = dict(tensors)
-        for name in self._others.keys() & tensors.keys():
-            held.update(dict.fromkeys(self._others[name], tensors[name]))
+        held: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            held.update(dict.fromkeys(self._places.get(name, (name,)), tensor))
         return torch.func.functional_call(self._module, held, args, dict(kwargs), tie_weights=False)
 
 
