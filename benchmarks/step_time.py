@@ -5,10 +5,12 @@
 
 The plain step trains the float network in eval mode (its BatchNorms use their statistics) with the same batch, the
 same optimizer and a squared error on its output. The last line is one JSON object; `ratio` is the median over pairs,
+`memory` that of the largest amount of memory that one step allocates beside what is held between steps, and
 `brevitas_over_nncf` the quotient of the two hosts' ratios.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -21,6 +23,7 @@ import architectures
 import real_networks
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from qft_plugin import FinetuneConfig, QFTConfig
 from qft_plugin.finetune import Step
@@ -45,16 +48,30 @@ class Pairs:
             self.target = self.net(self.images)
         self.times: list[tuple[float, float]] = []
         self.last = 0.0
+        self.memory: dict[str, float] = {}
+        self._profile: profile | None = None
 
-    def __call__(self, _: Step) -> None:
-        """Take both times."""
+    def __call__(self, step: Step) -> None:
+        """Take both times, and in two of the first steps the memory instead."""
         now = time.perf_counter()
+        if self._profile is not None:
+            self.memory["qft_mb"] = peak_mb(self._profile)
+            self._profile = None
+        self._plain_step()
+        after = time.perf_counter()
+        self.times.append((now - self.last, after - now))
+        if step.number == WARM_UP - 2:
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as plain:
+                self._plain_step()
+            self.memory["plain_mb"] = peak_mb(plain)
+            self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            self._profile.start()
+        self.last = time.perf_counter()
+
+    def _plain_step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         (self.net(self.images) - self.target).square().mean().backward()
         self.optimizer.step()
-        after = time.perf_counter()
-        self.times.append((now - self.last, after - now))
-        self.last = time.perf_counter()
 
     def line(self) -> dict[str, float]:
         """Return the medians in milliseconds and the median ratio."""
@@ -63,7 +80,19 @@ class Pairs:
             "qft_ms": round(1e3 * statistics.median(q for q, _ in pairs), 2),
             "plain_ms": round(1e3 * statistics.median(p for _, p in pairs), 2),
             "ratio": round(statistics.median(q / p for q, p in pairs), 3),
+            **self.memory,
+            "memory": round(self.memory["qft_mb"] / self.memory["plain_mb"], 3),
         }
+
+
+def peak_mb(profiled: profile) -> float:
+    """Return the largest amount of memory, MB, that a profiled step held beside what was held before."""
+    if profiled.profiler is None or profiled.profiler.kineto_results is None:
+        profiled.stop()
+    assert profiled.profiler is not None
+    events = profiled.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return round(max(itertools.accumulate(size for _, size in changes)) / 1e6, 1)
 
 
 def under_nncf(net: nn.Module, batches: list[Tensor], config: QFTConfig, callback: Callable[[Step], None]) -> Any:

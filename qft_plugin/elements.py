@@ -8,7 +8,8 @@ step times `integers`, which is what is deployed.
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from qft_plugin.errors import ModelError
 from qft_plugin.graph import Layer
-from qft_plugin.quantize import TRANSPOSED_KINDS, fake_quantize, integer_range, to_integer
+from qft_plugin.quantize import TRANSPOSED_KINDS, fake_quantize, fake_quantize_folded, integer_range, to_integer
 from qft_plugin.spec import Rounding, Sparsity
 
 logger = logging.getLogger("qft_plugin")
@@ -178,6 +179,25 @@ class NearestRounding(nn.Module):
             progress: position of the training, 0 to 1.
         """
         return fake_quantize(W, step, low=self.low, high=self.high)
+
+    def folded(self, W: Tensor, units: Sequence[Tensor], step: Tensor, progress: float) -> Tensor:
+        """Return the same of a weight that factors are still to be multiplied into.
+
+        Args:
+            W: the stored float weight.
+            units: what it is multiplied by, in this order, to be the folded one, real units.
+            step: broadcasts against `W`, real per step.
+            progress: position of the training, 0 to 1.
+        """
+        if type(self) is NearestRounding and self.mask is None:
+            return fake_quantize_folded(W, units, step, low=self.low, high=self.high)
+        folded: Tensor = functools.reduce(operator.mul, units, W)
+        kept = self.kept(folded, step)
+        if kept is not None:
+            # A weight that is dropped hears of its gradient, the factors do not.
+            folded = functools.reduce(operator.mul, units, masked(W, kept))
+        used: Tensor = self(folded, step, progress)
+        return used
 
     @torch.no_grad()
     def integers(self, W: Tensor, step: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from qft_plugin.elements import NearestRounding, check_masks, element_of, masked, undecided
+from qft_plugin.elements import NearestRounding, check_masks, element_of, undecided
 from qft_plugin.graph import PINNED, DofMap, Layer, absorbs_input
 from qft_plugin.initialize import out_slices
 from qft_plugin.partial import Held, hold, partly_trained, settled
@@ -489,15 +489,13 @@ class LayerDof(nn.Module):
         """
         return self.folded_weight(c), self.folded_bias(c)
 
-    def folded_weight(self, c: "Channels", kept: Tensor | None = None) -> Tensor:
+    def folded_weight(self, c: "Channels") -> Tensor:
         """Return the weight with the cross-layer factors moved into it, real units.
 
         Args:
             c: the factors of the layer's channels.
-            kept: weights that are not 0, a boolean tensor of the shape of the weight; `None` where none is dropped.
         """
-        # A weight that is dropped hears of its gradient, the factors do not.
-        W: Tensor = self.W if kept is None else masked(self.W, kept)
+        W: Tensor = self.W
         for unit in self.units(c):
             W = W * unit
         return W
@@ -603,12 +601,11 @@ def solve(dof: Dof) -> Solution:
         if module.held is not None and module.element is not None:
             W, cheaper = _partly_trained(module, module.element, module.held, channels, steps[layer.weight])
             partial += [] if cheaper is None else [cheaper]
+        elif module.element is not None:
+            step = on_weight(steps[layer.weight], module.scale_in, module.W, layer)
+            W = module.element.folded(module.W, module.units(channels), step, dof.progress)
         else:
             W = module.folded_weight(channels)
-            if module.element is not None:
-                step = on_weight(steps[layer.weight], module.scale_in, W, layer)
-                kept = module.element.kept(W, step)
-                W = module.element(W if kept is None else module.folded_weight(channels, kept), step, dof.progress)
         B = module.folded_bias(channels)
         tensors[layer.weight] = W
         if layer.bias is not None and B is not None:

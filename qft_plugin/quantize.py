@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -286,6 +287,67 @@ def fake_quantize(
         bounded: Tensor = _BoundedFakeQuantize.apply(x, scale, high - zero_point, bound)  # type: ignore[no-untyped-call]
         return bounded
     out: Tensor = _FakeQuantize.apply(x, scale, low, high, zero_point, rectified)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _FoldedFakeQuantize(torch.autograd.Function):
+    """Fold factors into a kernel and fake-quantize it, keeping nothing of the size of the kernel for the backward pass.
+
+    With V = W * prod units and the gradients of `_FakeQuantize` for V and the step,
+
+        dL/dW = dL/dV * prod units        dL/dunit = sum dL/dV * V / unit
+    """
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, step: Tensor, low: int, high: int, *units: Tensor) -> Tensor:
+        ctx.save_for_backward(W, step, *units)
+        ctx.range = low, high
+        return _multiplied(W, units).div_(step).round_().clamp_(low, high).mul_(step)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        W, step, *units = ctx.saved_tensors
+        low, high = ctx.range
+        _, of_step, _, _, *of_units = ctx.needs_input_grad
+        g, V = same_layout(gradients[0], W), _multiplied(W, units)
+        out = V / step
+        gV = torch.ops.aten.hardtanh_backward(g, out, low - 0.5, high + 0.5)
+        product = V.mul_(gV)
+        g_units = [
+            product.sum_to_size(unit.shape).div_(unit) if of_unit else None
+            for unit, of_unit in zip(units, of_units, strict=True)
+        ]
+        g_step = None
+        if of_step:
+            difference = out.round_().clamp_(low, high).mul_(step).mul_(g).sub_(product)
+            g_step = difference.sum_to_size(step.shape).div_(step)
+        for unit in units:
+            gV.mul_(unit)
+        return gV, g_step, None, None, *g_units
+
+
+def _multiplied(W: Tensor, units: Sequence[Tensor]) -> Tensor:
+    """Return a new tensor."""
+    V = W * units[0]
+    for unit in units[1:]:
+        V.mul_(unit)
+    return V
+
+
+def fake_quantize_folded(W: Tensor, units: Sequence[Tensor], step: Tensor, *, low: int, high: int) -> Tensor:
+    """Fake-quantize  W * units[0] * units[1] ...;  equal to `fake_quantize` of the product, with less memory.
+
+    Args:
+        W: a kernel, dense in memory.
+        units: at least one; each broadcasts against `W` and is not 0.
+        step: real per step, greater than 0; broadcasts against `W`.
+        low: smallest integer of the grid.
+        high: largest integer of the grid.
+
+    Returns:
+        Tensor of the shape of `W` on the grid, real units.
+    """
+    out: Tensor = _FoldedFakeQuantize.apply(W, step, low, high, *units)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -140,24 +140,37 @@ class Tap(Counted):
     A model must be called as it was when it was recorded; only the sizes of the batch may differ.
     """
 
-    def __init__(self, watchers: Mapping[str, Watcher], graph: LayerGraph) -> None:
+    def __init__(
+        self,
+        watchers: Mapping[str, Watcher],
+        graph: LayerGraph,
+        instead: Mapping[str, Callable[[Any], Any]] | None = None,
+    ) -> None:
         """Remember whom to show what.
 
         Args:
             watchers: called with the tensor, by name of the operation in the graph.
             graph: what `record` returned for the model.
+            instead: called with the positional arguments in the place of an operation, by name.
         """
         super().__init__()
         position = {op.name: _first_position(op) for op in graph.ops if op.name in watchers}
-        self._watchers = {"/".join(n.rsplit("/", 2)[-2:]): (w, position[n]) for n, w in watchers.items()}
+        self._watchers = {_key(name): (watcher, position[name]) for name, watcher in watchers.items()}
+        self._instead = {_key(name): function for name, function in (instead or {}).items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        watcher = self._watchers.get(self.key(func))
+        key = self.key(func)
+        watcher, instead = self._watchers.get(key), self._instead.get(key)
         if watcher is not None:
-            show, (key, part) = watcher
-            value = args[key] if isinstance(key, int) else kwargs[key]
+            show, (place, part) = watcher
+            value = args[place] if isinstance(place, int) else kwargs[place]
             show(value if part is None else value[part])
-        return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {})) if instead is None else instead(args)
+
+
+def _key(name: str) -> str:
+    """Return function and number of an operation."""
+    return "/".join(name.rsplit("/", 2)[-2:])
 
 
 def _first_position(op: Op) -> tuple[int | str, int | None]:

@@ -9,9 +9,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import wrap_torch_function
 
-from qft_plugin.bounded import ChannelHardtanh
 from qft_plugin.finetune import Prediction
 from qft_plugin.graph import on_axis
 from qft_plugin.offline import Solution
@@ -38,20 +36,6 @@ class Unfold:
     axis: int
 
 
-def _skipped(name: str) -> Callable[[Tensor], Tensor]:
-    """Return a function that does nothing, which is seen as a call of another one."""
-
-    def function(x: Tensor) -> Tensor:
-        return x
-
-    function.__name__ = name
-    wrapped: Callable[[Tensor], Tensor] = wrap_torch_function(lambda x: (x,))(function)
-    return wrapped
-
-
-_SKIPPED: Final = {name: _skipped(name) for name in ("relu", "hardtanh")}
-
-
 class FakeQuantizer(nn.Module):
     """Stands in for an activation quantizer while the student trains; the scale is put in before each call.
 
@@ -68,6 +52,7 @@ class FakeQuantizer(nn.Module):
         self.scale: Tensor | None = None
         self.zero_point: ZeroPoint = 0
         self.seen: list[Tensor] | None = None
+        self._read: dict[int, tuple[Any, ...]] = {}
         if grid is not None:
             self.set_grid(grid, function)
 
@@ -83,6 +68,9 @@ class FakeQuantizer(nn.Module):
             if self.seen is not None:
                 self.seen.append(x)
             return x.clone()  # an operation behind may be in place
+        bound = self._read.pop(id(x), None)
+        if bound is not None:
+            return self.rectified(x, *bound)
         # Function modes (the hooks of NNCF are one) have no business inside a quantizer, and would cost time.
         with torch._C.DisableTorchFunction():
             return self.run(x, self.scale, zero_point=self.zero_point)
@@ -100,20 +88,22 @@ class FakeQuantizer(nn.Module):
                 return self.run(x, self.scale, zero_point=self.zero_point, rectified=True)
             return self.run(x, self.scale, zero_point=self.zero_point, bound=on_axis(bound, axis))
 
-    def after(self, function: nn.Module, x: Tensor) -> Tensor:
-        """Fake-quantize what an activation function returns; a ReLU, and a bounded one, is computed along with it.
+    def behind(self, x: Tensor, *bound: Any) -> Tensor:
+        """Stand in for a ReLU, or a bounded one, whose result this quantizer alone reads: it computes both when called.
 
         Args:
-            function: a module of torch, or `ChannelHardtanh`.
-            x: what it reads.
+            x: what the ReLU reads.
+            bound: the bound of each channel, `[channels]`, and their axis; nothing for a ReLU.
+
+        Returns:
+            `x` itself.
         """
-        if self.scale is not None and self.starts_at_zero:
-            if type(function) is nn.ReLU:
-                return self.rectified(_SKIPPED["relu"](x))
-            if type(function) is ChannelHardtanh and function.from_zero:
-                return self.rectified(_SKIPPED["hardtanh"](x), function.high, function.axis)
-        quantized: Tensor = self(function(x))
-        return quantized
+        self._read[id(x)] = bound
+        return x
+
+    def forget(self) -> None:
+        """Forget what ReLUs have read before."""
+        self._read.clear()
 
 
 def set_grids(quantizers: Mapping[str, FakeQuantizer], solution: Solution) -> None:
@@ -125,6 +115,7 @@ def set_grids(quantizers: Mapping[str, FakeQuantizer], solution: Solution) -> No
     """
     for name, scale in solution.activation_scales.items():
         quantizers[name].scale = scale
+        quantizers[name].forget()  # what an interrupted run has left
     for name, zero_point in solution.zero_points.items():
         quantizers[name].zero_point = zero_point
 

@@ -1,5 +1,7 @@
 """Fake-quantization: every code, ties, clip edges, its native gradient, and vectors on a weight's axes."""
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from qft_plugin.quantize import (
     fake_quantize,
     fake_quantize_composed,
+    fake_quantize_folded,
     integer_range,
     per_in,
     per_out,
@@ -205,6 +208,31 @@ def test_a_relu_is_computed_along_with_the_quantization(
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=EXACT, atol=EXACT * (high - low))
     assert 0 < int((results[0][1] == 0).sum()) < x.numel()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("step_shape", [(), (4, 1, 1, 1), (4, 3, 1, 1)])
+@pytest.mark.parametrize("unit_shapes", [[()], [(4, 1, 1, 1)], [(4, 1, 1, 1), (1, 3, 1, 1)], [(4, 3, 1, 1), ()]])
+def test_a_folded_kernel(unit_shapes: list[tuple[int, ...]], step_shape: tuple[int, ...], channels_last: bool) -> None:
+    """Value and all gradients are those of multiplying first and fake-quantizing then; one unit needs no gradient."""
+    step = 0.1 + torch.rand(step_shape, dtype=torch.float64)
+    units = [0.5 + torch.rand(shape, dtype=torch.float64) for shape in unit_shapes]
+    W, g = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64)
+    if channels_last:
+        W = W.contiguous(memory_format=torch.channels_last)
+    results = []
+    for fused in (False, True):
+        leaves = [t.detach().clone().requires_grad_(i != 2) for i, t in enumerate((W, step, *units))]
+        W_, step_, *units_ = leaves
+        if fused:
+            used = fake_quantize_folded(W_, units_, step_, low=-7, high=7)
+            assert used.stride() == W_.stride()
+        else:
+            used = fake_quantize(functools.reduce(operator.mul, units_, W_), step_, low=-7, high=7)
+        used.backward(g)
+        results.append([used.detach(), *(t.grad for t in leaves if t.requires_grad)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("s_shape", [(), (1, 4, 1, 1)])

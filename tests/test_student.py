@@ -10,9 +10,7 @@ import torch
 from graphs import mapped, parameters_of, record
 from models import chained, image
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from qft_plugin.bounded import ChannelHardtanh
 from qft_plugin.finetune import Prediction
 from qft_plugin.offline import fold_network
 from qft_plugin.placement import ActivationGrid
@@ -109,50 +107,32 @@ def test_a_stand_in_is_one_operation_for_a_recorder() -> None:
     assert [op.function for op in record(model, torch.randn(2, 3)).ops] == ["relu", "relu"]
 
 
-@pytest.mark.parametrize("starts_at_zero", [False, True])
-@pytest.mark.parametrize("kind", ["relu", "bounded", "tanh"])
-def test_a_function_and_the_quantizer_behind_it(kind: str, starts_at_zero: bool) -> None:
-    """Value and gradients are those of one after the other; a recorder's numbers of calls stay what they were."""
-    function = {
-        "relu": nn.ReLU(),
-        "bounded": ChannelHardtanh(nn.ReLU6(), 3, axis=-3, like=torch.ones(())),
-        "tanh": nn.Tanh(),
-    }[kind]
-    grid = ActivationGrid(0.02, 0, 255, 0 if starts_at_zero else 3)
-    x, g = 4 * torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    called, grads = [], []
-    for together in (False, True):
-        quantizer = FakeQuantizer(grid)
-        quantizer.scale = torch.tensor(0.02, requires_grad=True)
-        x_ = x.clone().requires_grad_()
-        with Names() as names:
-            y = quantizer.after(function, x_) if together else quantizer(function(x_))
-        y.backward(g)
-        called.append(names.called)
-        grads.append((y.detach(), x_.grad, quantizer.scale.grad))
-    assert called[0] == called[1] == [{"relu": "relu", "bounded": "hardtanh", "tanh": "tanh"}[kind]]
-    for found, expected in zip(*grads, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
-
-
-def test_a_function_before_a_quantizer_without_a_scale() -> None:
-    """Where the network runs in float the function is computed, and what it returns is seen."""
+@pytest.mark.parametrize("bounded", [False, True])
+def test_a_relu_that_only_the_quantizer_reads(bounded: bool) -> None:
+    """Left to the quantizer, value and gradients are those of one after the other, for each of several calls."""
     quantizer = FakeQuantizer(ActivationGrid(0.02, 0, 255, 0))
-    x = torch.randn(3, 4)
-    seen = observed({"a": quantizer}, lambda: quantizer.after(nn.ReLU(), x))
-    assert torch.equal(seen["a"], x.relu().flatten())
-
-
-class Names(TorchFunctionMode):
-    """Writes down the names of the functions that are called, without looking inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.called: list[str] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.called.append(func.__name__)
-        return func(*args, **(kwargs or {}))
+    xs, gs = torch.randn(2, 2, 3, 4, 4) * 4, torch.randn(2, 2, 3, 4, 4)
+    bounds = [torch.rand(3) + 0.5 for _ in xs]
+    results = []
+    for together in (False, True):
+        quantizer.scale = torch.tensor(0.02, requires_grad=True)
+        leaves = [x.clone().requires_grad_() for x in xs]
+        highs = [b.clone().requires_grad_() for b in bounds]
+        if together:
+            arguments = [(high, -3) if bounded else () for high in highs]
+            read = [quantizer.behind(x, *a) for x, a in zip(leaves, arguments, strict=True)]
+            assert all(r is x for r, x in zip(read, leaves, strict=True))
+        else:
+            read = [x.relu() for x in leaves]
+            read = [torch.minimum(x, b.view(-1, 1, 1)) for x, b in zip(read, highs, strict=True)] if bounded else read
+        ys = [quantizer(x) for x in read]
+        sum((y * g).sum() for y, g in zip(ys, gs, strict=True)).backward()
+        results.append([*ys, *(x.grad for x in leaves), quantizer.scale.grad, *(h.grad for h in highs if bounded)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
+    # What it reads next is its own again.
+    x = -torch.rand(2, 3, 4, 4, requires_grad=True)
+    quantizer(x).sum().backward()
 
 
 def test_a_copy_is_a_quantizer_of_its_own() -> None:

@@ -2,12 +2,15 @@
 
 import copy
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qft_plugin.bounded import rectified
 from qft_plugin.brevitas.read import Source
 from qft_plugin.brevitas.scalings import ActivationScaling, activation_range
 from qft_plugin.data import Call, Inputs
@@ -161,12 +164,28 @@ class Student:
         self._quantizers = _stand_ins(self._twin, source)
         for name, module in self._quantizers.items():
             module.set_grid(placed.placement.activations[name], function)
+        self._instead = self._rectifiers(source)
+
+    def _rectifiers(self, source: Source) -> dict[str, Callable[[Any], Any]]:
+        """Find the ReLUs, and bounded ones, that nothing but a quantizer reads, which computes them as well."""
+        readers = Counter(name for op in source.graph.ops for name in op.inputs)
+        readers.update(source.graph.outputs)
+        makers = {op.outputs[0]: op for op in source.graph.ops}
+        found: dict[str, Callable[[Any], Any]] = {}
+        for quantizer_op in source.graph.ops:
+            quantizer = self._quantizers.get(source.on_tensor.get(quantizer_op.outputs[0], ""))
+            op = makers.get(quantizer_op.inputs[0]) if quantizer is not None else None
+            if quantizer is None or op is None or readers[op.outputs[0]] > 1 or not quantizer.starts_at_zero:
+                continue
+            if rectified(op.function, op.args) is not None:
+                found[op.name] = functools.partial(_behind, quantizer, op.function)
+        return found
 
     def __call__(self, solution: Solution, call: Call) -> Prediction:
         """Run the student on one batch, with gradients to everything in `solution`."""
         set_grids(self._quantizers, solution)
         kept = _Kept(self._at.inputs)
-        outputs = self._run(solution.tensors, call, kept.watchers)
+        outputs = self._run(solution.tensors, call, kept.watchers, self._instead)
         prediction = prediction_of(outputs, kept.values(), with_outputs=self._at.outputs)
         return unfolded(prediction, self._unfolds, solution.factors)
 
@@ -189,11 +208,22 @@ class Student:
         self._run(tensors, call, watchers)
 
     def _run(
-        self, tensors: Mapping[str, Tensor], call: Call, watchers: Mapping[str, Callable[[Tensor], None]]
+        self,
+        tensors: Mapping[str, Tensor],
+        call: Call,
+        watchers: Mapping[str, Callable[[Tensor], None]],
+        instead: Mapping[str, Callable[[Any], Any]] | None = None,
     ) -> list[Tensor]:
         args, kwargs = call
-        with Tap(watchers, self._graph):
+        with Tap(watchers, self._graph, instead):
             return list(tensors_in(self._function(tensors, args, kwargs)))
+
+
+def _behind(quantizer: FakeQuantizer, function: str, args: Sequence[Any]) -> Tensor:
+    """Leave a ReLU, or a bounded one, to the quantizer behind it."""
+    read = rectified(function, args)
+    assert read is not None
+    return quantizer.behind(*read)
 
 
 class _Kept:

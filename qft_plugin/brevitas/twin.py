@@ -129,7 +129,8 @@ class _Activation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.input_quant is not None:
             x = self.input_quant(x)
-        return self.function(x) if self.act_quant is None else self.act_quant.after(self.function, x)
+        x = self.function(x)
+        return x if self.act_quant is None else self.act_quant(x)
 
 
 class _Join(nn.Module):
