@@ -451,3 +451,30 @@ def test_a_model_that_swapping_would_change():
     """A model that would compute something else with quantizers in it is refused, not quantized wrongly."""
     with pytest.raises(ModelError, match="in place"):
         quantize(_OldName(), [torch.randn(16, 3, 8, 8)], config=few())
+
+
+@pytest.mark.parametrize(("name", "relus"), [("residual", 3), ("in_place", 3), ("inverted", 3), ("one_d", 1)])
+def test_relus_left_to_the_quantizers_behind_them(name, relus, monkeypatch):
+    """ReLUs, bounded or in place, that only a quantizer reads are left to it, and the losses of the steps stay: all but
+    those in front of a pool.
+    """
+    from qft_plugin.brevitas import attach
+
+    model, batches = nets.build(name), nets.items(name)
+    found, losses = [], []
+    original = attach.Student._rectifiers
+
+    def counted(self, source):
+        found.append(original(self, source))
+        return found[-1]
+
+    for function in (counted, lambda *_: {}):
+        seen = []
+        with monkeypatch.context() as patch:
+            patch.setattr(attach.Student, "_rectifiers", function)
+            config = QFTConfig(small_layer_share=0, finetune=few_steps())
+            quantize(model, batches, config=config, callback=lambda step, seen=seen: seen.append(step.loss))
+        losses.append(torch.tensor(seen))
+    assert len(found[-1]) == relus
+    assert len(losses[0]) == 4
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-6)
