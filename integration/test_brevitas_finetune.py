@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("brevitas", reason="Brevitas is not installed")
 
+import brevitas.nn as qnn
 import nets
 import torch
 from brevitas_models import (
@@ -24,7 +25,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from qft_plugin import ConfigError, DataError, FinetuneConfig, HardwareSpec, ModelError, QFTConfig, QFTError
-from qft_plugin.brevitas import QFTInt4WeightDoublyPerChannelFloat, finetune, fold, initialize, link, quantize
+from qft_plugin.brevitas import (
+    QFTInt4WeightDoublyPerChannelFloat,
+    QFTInt4WeightPerTensorFloat,
+    QFTUint8ActPerTensorFloat,
+    finetune,
+    fold,
+    initialize,
+    link,
+    quantize,
+)
 from qft_plugin.finetune import normalised_l2
 from qft_plugin.model import tensors_in
 
@@ -462,7 +472,7 @@ def test_relus_left_to_the_quantizers_behind_them(name, relus, monkeypatch):
 
     model, batches = nets.build(name), nets.items(name)
     found, losses = [], []
-    original = attach.Student._rectifiers
+    original = attach.Student._relus
 
     def counted(self, source):
         found.append(original(self, source))
@@ -471,10 +481,49 @@ def test_relus_left_to_the_quantizers_behind_them(name, relus, monkeypatch):
     for function in (counted, lambda *_: {}):
         seen = []
         with monkeypatch.context() as patch:
-            patch.setattr(attach.Student, "_rectifiers", function)
+            patch.setattr(attach.Student, "_relus", function)
             config = QFTConfig(small_layer_share=0, finetune=few_steps())
             quantize(model, batches, config=config, callback=lambda step, seen=seen: seen.append(step.loss))
         losses.append(torch.tensor(seen))
     assert len(found[-1]) == relus
     assert len(losses[0]) == 4
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-6)
+
+
+class ReadTwice(nn.Module):
+    """What its ReLU reads is read by something else too: changed in place later, or as a view from before."""
+
+    def __init__(self, how):
+        super().__init__()
+        settings = {"weight_quant": QFTInt4WeightPerTensorFloat, "weight_bit_width": 4}
+        self.first, self.second = (qnn.QuantConv2d(4, 4, 3, padding=1, **settings) for _ in range(2))
+        self.relu = qnn.QuantReLU(act_quant=QFTUint8ActPerTensorFloat)
+        self.quantizer = qnn.QuantIdentity(act_quant=QFTUint8ActPerTensorFloat)
+        self.how = how
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.how == "changed later":
+            x += self.second(self.relu(x))
+            return x.mean((2, 3))
+        before = x[:, :2]
+        y = self.second(self.quantizer(nn.functional.relu(x, inplace=True)))
+        return y.mean((2, 3)) + before.mean((1, 2, 3))[:, None]
+
+
+@pytest.mark.parametrize("how", ["changed later", "a view from before"])
+def test_a_relu_whose_input_is_read_elsewhere_is_run(how, monkeypatch):
+    """It is not left to the quantizer: the student computes what it computes when all ReLUs are run, and trains."""
+    from qft_plugin.brevitas import attach
+
+    torch.manual_seed(0)
+    model, batches = ReadTwice(how).eval(), list(torch.randn(4, 16, 4, 6, 6))
+    teacher = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    losses = []
+    for relus in (attach.Student._relus, lambda *_: {}):
+        with monkeypatch.context() as patch:
+            patch.setattr(attach.Student, "_relus", relus)
+            losses.append(
+                finetune(copy.deepcopy(model), teacher, batches, few(finetune=few_steps(loss_at=None))).losses
+            )
+    assert losses[0] == losses[1]

@@ -127,6 +127,36 @@ def test_what_cannot_be_found_again_is_left_to_nncf(caplog):
     assert "NNCF's own hooks" in caplog.text
 
 
+class Changed(nn.Module):
+    """Changes in place, after a ReLU, what the ReLU has read."""
+
+    def __init__(self, change) -> None:
+        super().__init__()
+        self.first, self.second, self.last = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.change = change
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        y = self.second(torch.relu(x))
+        x = self.change(x)
+        return self.last(x + y).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x.sigmoid_(), lambda x: x.clamp_(-1, 1), lambda x: x.view(-1).neg_().view(x.shape)],
+    ids=["sigmoid", "clamp", "through a view"],
+)
+def test_what_a_relu_has_read_may_change_later(change, monkeypatch):
+    """Such a ReLU is not left to its quantizer, which would keep what it has read for the backward pass."""
+    items = list(torch.randn(4, 16, 4, 6, 6))
+    found = []
+    fast = losses(Changed(change), items, four_bits(), monkeypatch, found=found)
+    assert len(fast) == 8
+    if found[0] is not None:
+        assert not any(hooks.quantizer() for hooks in found[0]._calls.values())
+
+
 def test_an_error_leaves_the_model_as_it_was():
     """When the run fails, the hooks are in their places again and NNCF runs the model."""
     model = hooked(Joined(), ("post", "/relu/0", 0, 3.0))

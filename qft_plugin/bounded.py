@@ -66,8 +66,8 @@ def hardtanh(x: Tensor, low: Tensor, high: Tensor, axis: int, from_zero: bool) -
     return torch.minimum(x.relu() if from_zero else torch.maximum(x, low), high)
 
 
-def rectified(name: str, args: Sequence[Any]) -> tuple[Tensor] | tuple[Tensor, Tensor, int] | None:
-    """Tell whether a call is a ReLU, or `hardtanh` from 0: what a quantizer with a grid from 0 computes as well.
+def relu_operands(name: str, args: Sequence[Any]) -> tuple[Tensor] | tuple[Tensor, Tensor, int] | None:
+    """Return what a ReLU, or `hardtanh` from 0, computes with: a quantizer with a grid from 0 can do it as well.
 
     Args:
         name: of the function.

@@ -128,7 +128,7 @@ def first_outputs(model: nn.Module, call: Call) -> list[Tensor]:
     """
     args, kwargs = call
     inputs = (*args, *kwargs.values())
-    versions = [_version(t) for t in inputs]
+    versions = [version_of(t) for t in inputs]
     try:
         outputs = list(tensors_in(model(*args, **kwargs)))
     except Exception as error:  # a model may fail in any way on an input that it was not made for
@@ -137,7 +137,7 @@ def first_outputs(model: nn.Module, call: Call) -> list[Tensor]:
             f"The model should run on the dataset's images. Found {type(error).__name__}: {error}, with the first "
             f"images as input {', '.join(shapes)}. Check shape, dtype and preprocessing against model(image)."
         ) from error
-    if [_version(t) for t in inputs] != versions:
+    if [version_of(t) for t in inputs] != versions:
         # The dataset's images are used again and again, and a batch may be a view of them.
         raise ModelError(
             "The model should leave its inputs as they are. Found that its forward changes one of them in place. Use "
@@ -199,6 +199,6 @@ def largest_change(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float
     return worst
 
 
-def _version(t: Tensor) -> int:
+def version_of(t: Tensor) -> int:
     """Return how often a tensor was changed in place; tensors of the inference mode are not counted."""
     return 0 if t.is_inference() else t._version

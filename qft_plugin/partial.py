@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from qft_plugin.partial_backward import PartialWeight, by_output, from_output
 from qft_plugin.quantize import TRANSPOSED_KINDS
 from qft_plugin.spec import EfQAT
 
-ROUNDING_SLACK = 1e-9
+ROUNDING_SLACK: Final = 1e-9
 """A share of a number of weights may be a whole number in decimals and miss it by its last bit."""
 
 
@@ -260,8 +260,9 @@ def carried(state: Mapping[str, Any], before: Held, after: Held) -> dict[str, An
     places = torch.searchsorted(before.index, after.index[stays])
     second = state["exp_avg_sq"]
     known = second[places] if len(places) else second
-    first = torch.zeros_like(after.rows)
+    # In the memory format of the rows: the fused Adam walks through memory.
+    first, seconds = torch.zeros_like(after.rows), torch.empty_like(after.rows)
     first[stays] = state["exp_avg"][places]
-    seconds = known.mean(0, keepdim=True).expand_as(after.rows).clone()
+    seconds.copy_(known.mean(0, keepdim=True))
     seconds[stays] = second[places]
     return {**state, "exp_avg": first, "exp_avg_sq": seconds}

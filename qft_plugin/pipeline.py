@@ -110,7 +110,6 @@ def _finetuned(
     part = settings.trains_part
     # What is chosen to train depends on every bit of the state.
     problem.inputs.world.share_state(dof)
-    partial = None if part is None else PartialTraining(dof, part)
 
     def student(call: Call) -> Prediction:
         solution = solve(dof)
@@ -120,6 +119,7 @@ def _finetuned(
             return cast(Prediction, start.student(solution, call))
 
     try:
+        partial = None if part is None else PartialTraining(dof, part)
         return finetune(
             student,
             dof,

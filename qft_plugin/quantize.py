@@ -185,6 +185,10 @@ class _FakeQuantize(torch.autograd.Function):
         return gx, None if gs is None else gs.reshape(scale.shape), None, None, gz, None
 
 
+def _bounded_forward(x: Tensor, scale: Tensor, top: Tensor) -> Tensor:
+    return (x / scale).round_().clamp_(torch.zeros_like(top), top).mul_(scale)
+
+
 class _BoundedFakeQuantize(torch.autograd.Function):
     """Fake-quantization of  y = min(max(x, 0), b)  on a grid from 0, without ever computing y.
 
@@ -199,7 +203,7 @@ class _BoundedFakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, high: int, bound: Tensor) -> Tensor:
         x = x if by_channel(x, bound) is not None else x.contiguous()
         top = (bound / scale).round_().clamp_(max=high)
-        out = (x / scale).round_().clamp_(torch.zeros_like(top), top).mul_(scale)
+        out = _bounded_forward(x, scale, top)
         ctx.save_for_backward(x, scale, bound, top)
         ctx.out, ctx.version = out.detach(), out._version
         ctx.end = high + 0.5
@@ -208,9 +212,7 @@ class _BoundedFakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         x, scale, bound, top = ctx.saved_tensors
-        out = ctx.out
-        if out._version != ctx.version:
-            out = (x / scale).round_().clamp_(torch.zeros_like(top), top).mul_(scale)
+        out = ctx.out if ctx.out._version == ctx.version else _bounded_forward(x, scale, top)
         g = same_layout(gradients[0], x)
         end = ctx.end * scale
         # All in one new buffer, since fresh memory costs more than arithmetic, and without booleans, which are slow.
@@ -314,13 +316,13 @@ class _FoldedFakeQuantize(torch.autograd.Function):
         gV = torch.ops.aten.hardtanh_backward(g, out, low - 0.5, high + 0.5)
         product = V.mul_(gV)
         g_units = [
-            product.sum_to_size(unit.shape).div_(unit) if of_unit else None
+            product.sum_to_size(unit.shape) / unit if of_unit else None
             for unit, of_unit in zip(units, of_units, strict=True)
         ]
         g_step = None
         if of_step:
             difference = out.round_().clamp_(low, high).mul_(step).mul_(g).sub_(product)
-            g_step = difference.sum_to_size(step.shape).div_(step)
+            g_step = difference.sum_to_size(step.shape) / step
         for unit in units:
             gV.mul_(unit)
         return gV, g_step, None, None, *g_units

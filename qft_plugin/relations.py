@@ -231,6 +231,9 @@ MATRIX_PRODUCTS: Final = frozenset(["matmul", "bmm", "mm", "__matmul__"])
 LAYERS: Final = frozenset(
     ["linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
 )
+NEW_MEMORY: Final = LAYERS | ADDS | {"batch_norm", "mul", "__mul__"}
+"""Their results are no views, except that `x += y` returns `x`, which nothing else reads as it was."""
+
 HAS_BOUNDS: Final = frozenset(["relu6", "clamp", "clip"])
 ABSORBS: Final = frozenset(["layer_norm", "rms_norm", "hardtanh", "channel_affine"])
 """Beside the layers: their parameters absorb a factor of the output."""

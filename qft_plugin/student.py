@@ -174,7 +174,7 @@ def compiled_fake_quantize() -> FakeQuantize:
 
 
 def _fused(function: FakeQuantize, x: Tensor, scale: Tensor, *, bound: Tensor | None = None, **kwargs: Any) -> Tensor:
-    """Call a compiled fake-quantization in the order of memory: one loop, and one variant for all shapes."""
+    """Call a compiled fake-quantization in the order of memory: one loop, and few variants for all shapes."""
     order = sorted(range(x.dim()), key=x.stride, reverse=True)
     in_order = x.permute(order)
     if not torch.is_grad_enabled() or not in_order.is_contiguous():

@@ -406,6 +406,18 @@ def test_moments_where_no_row_stays() -> None:
     assert not found["exp_avg"].any()
 
 
+def test_moments_lie_in_memory_like_their_rows() -> None:
+    """The fused Adam walks through memory: of rows with channels last, every moment has the channels last."""
+    before, after = held_rows([True, False, True]), held_rows([False, True, True])
+    shape = (2, 3, 2, 2)
+    for held in (before, after):
+        held.rows = torch.randn(shape).contiguous(memory_format=torch.channels_last).requires_grad_()
+    moment = torch.rand(shape).contiguous(memory_format=torch.channels_last)
+    found = carried({"step": torch.tensor(9.0), "exp_avg": moment, "exp_avg_sq": moment + 1}, before, after)
+    assert found["exp_avg"].stride() == found["exp_avg_sq"].stride() == after.rows.stride()
+    torch.testing.assert_close(found["exp_avg_sq"][1], moment[1] + 1)
+
+
 def test_a_new_row_does_not_jump() -> None:
     """After many steps a new row with gradients like the others' moves by about the learning rate, not by three."""
     before = held_rows([True, True, True, False])

@@ -210,19 +210,36 @@ def test_a_relu_is_computed_along_with_the_quantization(
     assert 0 < int((results[0][1] == 0).sum()) < x.numel()
 
 
+KERNEL = (4, 3, 2, 2)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("step_shape", [(), (4, 1, 1, 1), (4, 3, 1, 1)])
-@pytest.mark.parametrize("unit_shapes", [[()], [(4, 1, 1, 1)], [(4, 1, 1, 1), (1, 3, 1, 1)], [(4, 3, 1, 1), ()]])
-def test_a_folded_kernel(unit_shapes: list[tuple[int, ...]], step_shape: tuple[int, ...], channels_last: bool) -> None:
-    """Value and all gradients are those of multiplying first and fake-quantizing then; one unit needs no gradient."""
+@pytest.mark.parametrize(
+    ("shape", "step_shape", "unit_shapes"),
+    [
+        *((KERNEL, step, units) for step in [(), (4, 1, 1, 1), (4, 3, 1, 1)] for units in [[()], [(4, 1, 1, 1)]]),
+        (KERNEL, (4, 1, 1, 1), [(4, 1, 1, 1), (1, 3, 1, 1)]),
+        (KERNEL, (4, 3, 1, 1), [(4, 3, 1, 1), (), (1, 3, 1, 1)]),
+        # Units and steps as large as the kernel: a normalisation, one output channel, doubly per-channel.
+        ((4,), (), [(4,)]),
+        ((4,), (4,), [(4,), (4,)]),
+        ((1, 3, 1, 1), (), [(), (1, 3, 1, 1), ()]),
+        ((4, 3, 1, 1), (4, 3, 1, 1), [(4, 3, 1, 1), (1, 3, 1, 1)]),
+        ((4, 3), (4, 3), [(4, 3), (1, 3)]),
+    ],
+)
+def test_a_folded_kernel(
+    shape: tuple[int, ...], step_shape: tuple[int, ...], unit_shapes: list[tuple[int, ...]], channels_last: bool
+) -> None:
+    """Value and all gradients are those of multiplying first and fake-quantizing then."""
     step = 0.1 + torch.rand(step_shape, dtype=torch.float64)
     units = [0.5 + torch.rand(shape, dtype=torch.float64) for shape in unit_shapes]
-    W, g = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64)
-    if channels_last:
+    W, g = torch.randn(2, *shape, dtype=torch.float64)
+    if channels_last and len(shape) == 4:
         W = W.contiguous(memory_format=torch.channels_last)
     results = []
     for fused in (False, True):
-        leaves = [t.detach().clone().requires_grad_(i != 2) for i, t in enumerate((W, step, *units))]
+        leaves = [t.detach().clone().requires_grad_() for t in (W, step, *units)]
         W_, step_, *units_ = leaves
         if fused:
             used = fake_quantize_folded(W_, units_, step_, low=-7, high=7)
@@ -230,7 +247,7 @@ def test_a_folded_kernel(unit_shapes: list[tuple[int, ...]], step_shape: tuple[i
         else:
             used = fake_quantize(functools.reduce(operator.mul, units_, W_), step_, low=-7, high=7)
         used.backward(g)
-        results.append([used.detach(), *(t.grad for t in leaves if t.requires_grad)])
+        results.append([used.detach(), *(t.grad for t in leaves)])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qft_plugin.bounded import rectified
+from qft_plugin.bounded import relu_operands
 from qft_plugin.brevitas.read import Source
 from qft_plugin.brevitas.scalings import ActivationScaling, activation_range
 from qft_plugin.data import Call, Inputs
@@ -30,6 +30,7 @@ from qft_plugin.placement import (
 )
 from qft_plugin.quantize import fake_quantize
 from qft_plugin.record import Tap, record
+from qft_plugin.relations import NEW_MEMORY
 from qft_plugin.student import (
     FakeQuantizer,
     Unfold,
@@ -164,20 +165,26 @@ class Student:
         self._quantizers = _stand_ins(self._twin, source)
         for name, module in self._quantizers.items():
             module.set_grid(placed.placement.activations[name], function)
-        self._instead = self._rectifiers(source)
+        self._left_to_quantizers = self._relus(source)
 
-    def _rectifiers(self, source: Source) -> dict[str, Callable[[Any], Any]]:
-        """Find the ReLUs, and bounded ones, that nothing but a quantizer reads, which computes them as well."""
+    def _relus(self, source: Source) -> dict[str, Callable[[Any], Any]]:
+        """Find the ReLUs, and bounded ones, that nothing but a quantizer reads, which computes them as well.
+
+        Nothing else may read, or change, what such a ReLU reads: a quantizer keeps it for the backward pass, and it is
+        not changed where the ReLU works in place.
+        """
         readers = Counter(name for op in source.graph.ops for name in op.inputs)
         readers.update(source.graph.outputs)
-        makers = {op.outputs[0]: op for op in source.graph.ops}
+        makers = {name: op for op in source.graph.ops for name in op.outputs}
         found: dict[str, Callable[[Any], Any]] = {}
         for quantizer_op in source.graph.ops:
             quantizer = self._quantizers.get(source.on_tensor.get(quantizer_op.outputs[0], ""))
             op = makers.get(quantizer_op.inputs[0]) if quantizer is not None else None
-            if quantizer is None or op is None or readers[op.outputs[0]] > 1 or not quantizer.starts_at_zero:
+            if quantizer is None or op is None or relu_operands(op.function, op.args) is None:
                 continue
-            if rectified(op.function, op.args) is not None:
+            maker = makers.get(op.inputs[0])
+            alone = readers[op.inputs[0]] == 1 and readers[op.outputs[0]] == 1
+            if alone and maker is not None and maker.function in NEW_MEMORY and quantizer.starts_at_zero:
                 found[op.name] = functools.partial(_behind, quantizer, op.function)
         return found
 
@@ -185,7 +192,7 @@ class Student:
         """Run the student on one batch, with gradients to everything in `solution`."""
         set_grids(self._quantizers, solution)
         kept = _Kept(self._at.inputs)
-        outputs = self._run(solution.tensors, call, kept.watchers, self._instead)
+        outputs = self._run(solution.tensors, call, kept.watchers, self._left_to_quantizers)
         prediction = prediction_of(outputs, kept.values(), with_outputs=self._at.outputs)
         return unfolded(prediction, self._unfolds, solution.factors)
 
@@ -221,7 +228,7 @@ class Student:
 
 def _behind(quantizer: FakeQuantizer, function: str, args: Sequence[Any]) -> Tensor:
     """Leave a ReLU, or a bounded one, to the quantizer behind it."""
-    read = rectified(function, args)
+    read = relu_operands(function, args)
     assert read is not None
     return quantizer.behind(*read)
 

@@ -235,12 +235,12 @@ class Request:
     def place(self, model: nn.Module, inputs: Inputs) -> nn.Module:
         """Let NNCF place and calibrate its quantizers on the images that were read."""
         sizes = inputs.sizes if inputs.own is None else inputs.sizes[: self.calibration_items]
-        replay = _Replay(inputs, sizes, self.dataset.get_batch_size())
+        replay = _Again(inputs, sizes, self.dataset.get_batch_size())
         quantized: nn.Module = self.original(model, nncf.Dataset(replay), **self.settings)
         return quantized
 
 
-class _Replay:
+class _Again:
     """The items of the user's dataset again, in the batches they came in: a generator can be read once only."""
 
     def __init__(self, inputs: Inputs, sizes: Sequence[int], batch_size: int | None) -> None:

@@ -8,6 +8,7 @@ the n-th call of their function.
 import contextlib
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,14 +18,20 @@ from nncf.torch.function_hook import get_hook_storage
 from nncf.torch.function_hook.hook_storage import decode_hook_name
 from torch import Tensor, nn
 
-from qft_plugin.bounded import rectified
+from qft_plugin.bounded import relu_operands
+from qft_plugin.model import tensors_in, version_of
 from qft_plugin.record import Counted, function_name
+from qft_plugin.relations import NEW_MEMORY
 from qft_plugin.student import FakeQuantizer
 
 logger = logging.getLogger("qft_plugin")
 
 Place = tuple[int | str, int | None]
 """An argument by position or keyword, or a result, and the position in it where it is a list."""
+
+
+class LostHookError(Exception):
+    """The call that a hook belongs to cannot be found."""
 
 
 @dataclass
@@ -34,7 +41,8 @@ class Hooks:
     Attributes:
         before: on its arguments.
         after: on its results, which count as the arguments of a call of their own.
-        rectifies: the call is a ReLU, or a bounded one.
+        rectifies: the call is a ReLU, or a bounded one, and nothing else reads, or changes, what it reads: a quantizer
+            that computes it keeps that for the backward pass, and does not change it where the ReLU works in place.
     """
 
     before: list[tuple[Place, nn.Module]] = field(default_factory=list)
@@ -78,13 +86,39 @@ class _Finder(Counted):
         self.calls: dict[str, Hooks] = {}
         self._modules, self._seen = modules, seen
         self._last: tuple[Hooks, Any, Mapping[str, Any]] = self.inputs, args, kwargs
+        self._readers: Counter[tuple[int, int]] = Counter()
+        self._makers: dict[tuple[int, int], str] = {}
+        self._relus: list[tuple[Hooks, tuple[int, int]]] = []
+        self._alive: list[Any] = []  # an id is unique only while its tensor lives
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        hooks = Hooks(self.assigned(args, kwargs or {}), rectifies=rectified(function_name(func), args) is not None)
+        hooks, name = Hooks(self.assigned(args, kwargs or {})), function_name(func)
+        if relu_operands(name, args) is not None:
+            self._relus.append((hooks, _value(args[0])))
+        read = [_value(t) for t in tensors_in([args, kwargs or {}])]
         result = func(*args, **(kwargs or {}))
+        made = [t for t in _listed(result) if isinstance(t, Tensor)]
+        if made:
+            self._alive += (args, kwargs, result)
+            self._readers.update(read)
+            self._makers |= {_value(t): name for t in made if _value(t) not in self._makers}
         self.calls[self.key(func)] = hooks
         self._last = hooks, _listed(result), {}
         return result
+
+    def finish(self, outputs: Any) -> None:
+        """Give what has run since the last call to its results, and find the ReLUs that a quantizer may compute.
+
+        Args:
+            outputs: of the model.
+
+        Raises:
+            LostHookError: a hook is on an output of the model.
+        """
+        self.assigned((), {})
+        self._readers.update(_value(t) for t in tensors_in(outputs))
+        for hooks, read in self._relus:
+            hooks.rectifies = self._readers[read] == 1 and self._makers.get(read) in NEW_MEMORY
 
     def assigned(self, args: Any, kwargs: Mapping[str, Any]) -> list[tuple[Place, nn.Module]]:
         """Give what has run since the last call to the results of that call, and return what belongs to the next one.
@@ -94,7 +128,7 @@ class _Finder(Counted):
             kwargs: of the next call.
 
         Raises:
-            LookupError: a hook was given something that neither of them has.
+            LostHookError: a hook was given something that neither of them has.
         """
         before: list[tuple[Place, nn.Module]] = []
         places: dict[tuple[str, int], Place] = {}
@@ -109,11 +143,16 @@ class _Finder(Counted):
             if (op, port) not in places:
                 free = [place for place in _places(x, args, kwargs) if place not in places.values()]
                 if not free:
-                    raise LookupError(name)
+                    raise LostHookError(name)
                 places[op, port] = free[0]
             before.append((places[op, port], self._modules[name]))
         self._seen.clear()
         return before
+
+
+def _value(t: Tensor) -> tuple[int, int]:
+    """Tell a tensor from others, and from itself before and after an operation in place."""
+    return id(t), version_of(t)
 
 
 def _listed(results: Any) -> tuple[Any, ...]:
@@ -140,8 +179,14 @@ def _hooked(hooks: list[tuple[Place, nn.Module]], args: Any, kwargs: Mapping[str
         else:
             values = list(held[key])
             values[part] = module(values[part])
-            held[key] = type(held[key])(values)
+            held[key] = _like(held[key], values)
     return args, kwargs
+
+
+def _like(sequence: Any, values: list[Any]) -> Any:
+    """Return other values in a sequence of the same kind."""
+    make: Callable[[list[Any]], Any] = getattr(sequence, "_make", type(sequence))
+    return make(values)
 
 
 class _Replayed(Counted):
@@ -161,13 +206,13 @@ class _Replayed(Counted):
         if quantizer is None:
             result = func(*args, **(kwargs or {}))
         else:
-            read = rectified(function_name(func), args)
+            read = relu_operands(function_name(func), args)
             assert read is not None
             result, after = quantizer.rectified(*read), after[1:]
         if not after:
             return result
         results, _ = _hooked(after, _listed(result), {})
-        return type(result)(results) if isinstance(result, (tuple, list)) else results[0]
+        return _like(result, results) if isinstance(result, (tuple, list)) else results[0]
 
 
 class Replay:
@@ -181,7 +226,7 @@ class Replay:
             run: runs it, the way that it will be run.
 
         Raises:
-            LookupError: a hook's call cannot be found.
+            LostHookError: a hook's call cannot be found.
         """
         self._model = model
         storage = get_hook_storage(model)
@@ -194,7 +239,7 @@ class Replay:
             finder = _Finder(modules, seen, args, kwargs)
             with finder:
                 result = forward(*args, **kwargs)
-            finder.assigned((), {})
+            finder.finish(result)
             self._inputs, self._calls = finder.inputs.after, finder.calls
             return result
 
@@ -249,7 +294,7 @@ def replay(model: nn.Module, run: Callable[[], list[Tensor]]) -> Replay | None:
         found = Replay(model, run)
         with found.active():
             same = all(torch.equal(e, f) for e, f in zip(expected, run(), strict=True))
-    except LookupError as error:
+    except LostHookError as error:
         logger.info("the student runs with NNCF's own hooks: %s was not found again", error)
         return None
     if not same:
