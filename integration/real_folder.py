@@ -17,8 +17,9 @@ SHORT = 3072
 LEAST_AGREEMENT = 93.5
 """A short finetune reaches 95 to 96 % in both granularities; rounding to nearest reaches 84 to 86 %."""
 
-LEAST_RUNTIME_AGREEMENT = 99.5
-"""Float32 sums in another order move the class of one or two images in a thousand."""
+LEAST_RUNTIME_AGREEMENT = 99.0
+"""Float32 sums in another order move the class of one or two images in a thousand; of four short finetunes two files
+agreed with torch on all images, the others on 99.75 and 99.5 %."""
 
 
 @functools.cache
