@@ -333,7 +333,8 @@ class Student:
     def __call__(self, solution: Solution, call: Call) -> Prediction:
         """Run the student on one batch, with gradients to everything in `solution`."""
         set_grids(self._quantizers, solution)
-        if not self._looked:
+        # Once, when training begins: who looks into an earlier run should see one run.
+        if not self._looked and torch.is_grad_enabled():
             self._looked, self._replay = True, self._found(solution.tensors, call)
         with contextlib.nullcontext() if self._replay is None else self._replay.active():
             prediction = self._run(solution.tensors, call)
