@@ -16,6 +16,9 @@ from qft_plugin.pipeline import Job
 
 # The tests of one host run where the other is not installed: NNCF is imported by what needs it.
 
+pytest_plugins = ["hosts"]
+"""Its fixtures are those of all tests."""
+
 
 @dataclass(frozen=True)
 class Quantized:

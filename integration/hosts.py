@@ -84,3 +84,15 @@ def host_of(name):
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed here")
     return HOSTS[name]()
+
+
+@pytest.fixture(params=HOSTS)
+def host(request):
+    """Return one host after the other."""
+    return host_of(request.param)
+
+
+@pytest.fixture
+def both():
+    """Return all hosts."""
+    return [host_of(name) for name in HOSTS]

@@ -1,12 +1,9 @@
 """Bias correction under each host: mean outputs come back to those of the float network."""
 
-import importlib.util
-
 import nets
 import pytest
 import torch
 from conftest import few_steps, four_bits
-from test_both_hosts import HOSTS
 
 from qft_plugin.model import tensors_in
 
@@ -15,13 +12,6 @@ pytestmark = pytest.mark.wide
 CORRECTED = 0.05
 """What is left of the error of the mean of an output whose layer was corrected: the hosts' outputs come from their own
 quantizers, with other rounding of single activations."""
-
-
-@pytest.fixture(params=HOSTS)
-def host(request):
-    if importlib.util.find_spec(request.param) is None:
-        pytest.skip(f"{request.param} is not installed here")
-    return HOSTS[request.param]()
 
 
 def mean_error(host, model, quantized, items):

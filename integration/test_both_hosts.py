@@ -3,7 +3,6 @@
 import nets
 import pytest
 from conftest import few_steps, four_bits, relative_error
-from hosts import HOSTS, host_of
 
 from qft_plugin.model import tensors_in
 
@@ -18,16 +17,6 @@ SAME_START = 0.995
 
 SAME_END = 0.97
 """Eight steps on top of that."""
-
-
-@pytest.fixture(params=HOSTS)
-def host(request):
-    return host_of(request.param)
-
-
-@pytest.fixture
-def both():
-    return [host_of(name) for name in HOSTS]
 
 
 @pytest.mark.parametrize("name", NETS)

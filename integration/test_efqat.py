@@ -6,7 +6,6 @@ import nets
 import pytest
 import torch
 from conftest import few_steps, four_bits, relative_error
-from hosts import HOSTS, host_of
 
 from qft_plugin import EfQAT
 from qft_plugin.model import tensors_in
@@ -23,16 +22,6 @@ CLOSE = 0.25
 
 NEVER = 10**9
 """More images than are fed: what trains is chosen once."""
-
-
-@pytest.fixture(params=HOSTS)
-def host(request):
-    return host_of(request.param)
-
-
-@pytest.fixture
-def both():
-    return [host_of(name) for name in HOSTS]
 
 
 def trained(ratio, *, images_fed=128, compensate=True, **settings):

@@ -6,7 +6,7 @@ import nets
 import pytest
 import torch
 from conftest import few_steps, four_bits, relative_error
-from test_both_hosts import HOSTS
+from hosts import HOSTS
 
 from qft_plugin.elements import two_of_four
 from qft_plugin.model import tensors_in

@@ -4,7 +4,6 @@ import nets
 import pytest
 import torch
 from conftest import few_steps, four_bits
-from hosts import HOSTS, host_of
 
 from qft_plugin import ConfigError, pipeline
 from qft_plugin.finetune import finetune
@@ -17,11 +16,6 @@ SUMS = 1e-4
 
 WRITTEN = 1e-2
 """Relative: a written network's scales differ in the last bit, so that single activations round to the other side."""
-
-
-@pytest.fixture(params=HOSTS)
-def host(request):
-    return host_of(request.param)
 
 
 def start_loss(host, name, **settings):

@@ -8,7 +8,6 @@ step times `integers`, which is what is deployed.
 import functools
 import logging
 import math
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
@@ -17,7 +16,14 @@ from torch import Tensor, nn
 
 from qft_plugin.errors import ModelError
 from qft_plugin.graph import Layer
-from qft_plugin.quantize import TRANSPOSED_KINDS, fake_quantize, fake_quantize_folded, integer_range, to_integer
+from qft_plugin.quantize import (
+    TRANSPOSED_KINDS,
+    fake_quantize,
+    fake_quantize_folded,
+    integer_range,
+    multiplied,
+    to_integer,
+)
 from qft_plugin.spec import Rounding, Sparsity
 
 logger = logging.getLogger("qft_plugin")
@@ -191,11 +197,11 @@ class NearestRounding(nn.Module):
         """
         if type(self) is NearestRounding and self.mask is None:
             return fake_quantize_folded(W, units, step, low=self.low, high=self.high)
-        folded: Tensor = functools.reduce(operator.mul, units, W)
+        folded = multiplied(W, units)
         kept = self.kept(folded, step)
         if kept is not None:
             # A weight that is dropped hears of its gradient, the factors do not.
-            folded = functools.reduce(operator.mul, units, masked(W, kept))
+            folded = multiplied(masked(W, kept), units)
         used: Tensor = self(folded, step, progress)
         return used
 

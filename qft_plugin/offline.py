@@ -28,6 +28,7 @@ from qft_plugin.placement import ActivationGrid
 from qft_plugin.quantize import (
     fake_quantize,
     integer_range,
+    multiplied,
     per_in,
     per_out,
     quantize_factor,
@@ -380,10 +381,9 @@ class Dof(nn.Module):
         """Return the mean magnitude of each output channel of the quantized kernels by name, `[out]`, folded units."""
         c = self.factors()
         return {
-            d.layer.weight: out_slices(d.folded(d.channels(c))[0], kind=d.layer.kind, groups=d.layer.groups)
-            .abs()
-            .mean(1)
+            d.layer.weight: out_slices(W, kind=d.layer.kind, groups=d.layer.groups).abs().mean(1)
             for d in self._kernels()
+            for W in [d.folded_weight(d.channels(c))]
         }
 
     def sizes(self) -> dict[str, int]:
@@ -495,10 +495,7 @@ class LayerDof(nn.Module):
         Args:
             c: the factors of the layer's channels.
         """
-        W: Tensor = self.W
-        for unit in self.units(c):
-            W = W * unit
-        return W
+        return multiplied(self.W, self.units(c))
 
     def units(self, c: "Channels") -> tuple[Tensor, ...]:
         """Return what the stored weight is multiplied by, in this order, to be the folded one.

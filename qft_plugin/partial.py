@@ -10,7 +10,7 @@ from torch import Tensor
 from qft_plugin.elements import NearestRounding, moved_to
 from qft_plugin.graph import Layer
 from qft_plugin.partial_backward import PartialWeight, by_output, from_output
-from qft_plugin.quantize import TRANSPOSED_KINDS
+from qft_plugin.quantize import TRANSPOSED_KINDS, multiplied
 from qft_plugin.spec import EfQAT
 
 ROUNDING_SLACK: Final = 1e-9
@@ -108,10 +108,7 @@ def settled(held: Held, W: Tensor, units: tuple[Tensor, ...], step: Tensor, laye
         step: of the folded kernel, broadcasts against it, real per step.
         layer: the layer.
     """
-    folded = W
-    for unit in units:
-        folded = folded * unit
-    moved = moved_to(held.integers, folded, step)
+    moved = moved_to(held.integers, multiplied(W, units), step)
     for unit in reversed(units):
         moved = moved / unit
     return _with_rows(moved, held, held.rows.detach(), layer)
@@ -155,9 +152,7 @@ def partly_trained(
     if not len(held.index):
         W = held.integers * step
         return W, PartialWeight(W, held.rows, held.index, held.touched, gain)
-    rows = held.rows
-    for unit in units:
-        rows = rows * _rows(unit, held, layer)
+    rows = multiplied(held.rows, (_rows(unit, held, layer) for unit in units))
     used = element(rows, _rows(step, held, layer), 1.0)
     if len(held.index) == len(held.trained):
         return from_output(used, kind=layer.kind, groups=layer.groups), None

@@ -1,8 +1,10 @@
 """Fake-quantization with its native gradient, and the two helpers that put a vector onto a weight's axes."""
 
+import functools
 import logging
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -304,14 +306,14 @@ class _FoldedFakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, W: Tensor, step: Tensor, low: int, high: int, *units: Tensor) -> Tensor:
         ctx.save_for_backward(W, step, *units)
         ctx.range = low, high
-        return _multiplied(W, units).div_(step).round_().clamp_(low, high).mul_(step)
+        return _product(W, units).div_(step).round_().clamp_(low, high).mul_(step)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         W, step, *units = ctx.saved_tensors
         low, high = ctx.range
         _, of_step, _, _, *of_units = ctx.needs_input_grad
-        g, V = same_layout(gradients[0], W), _multiplied(W, units)
+        g, V = same_layout(gradients[0], W), _product(W, units)
         out = V / step
         gV = torch.ops.aten.hardtanh_backward(g, out, low - 0.5, high + 0.5)
         product = V.mul_(gV)
@@ -328,8 +330,13 @@ class _FoldedFakeQuantize(torch.autograd.Function):
         return gV, g_step, None, None, *g_units
 
 
-def _multiplied(W: Tensor, units: Sequence[Tensor]) -> Tensor:
-    """Return a new tensor."""
+def multiplied(W: Tensor, units: Iterable[Tensor]) -> Tensor:
+    """Multiply a tensor by others, always in the same order, so that integers agree to the last bit."""
+    return functools.reduce(operator.mul, units, W)
+
+
+def _product(W: Tensor, units: Sequence[Tensor]) -> Tensor:
+    """Do the same in one new tensor, without gradients."""
     V = W * units[0]
     for unit in units[1:]:
         V.mul_(unit)

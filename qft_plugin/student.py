@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -14,7 +13,7 @@ from qft_plugin.finetune import Prediction
 from qft_plugin.graph import on_axis
 from qft_plugin.offline import Solution
 from qft_plugin.placement import ActivationGrid
-from qft_plugin.quantize import ZeroPoint, fake_quantize, fake_quantize_composed
+from qft_plugin.quantize import ZeroPoint, by_channel, fake_quantize, fake_quantize_composed
 
 logger = logging.getLogger("qft_plugin")
 
@@ -177,14 +176,13 @@ def _fused(function: FakeQuantize, x: Tensor, scale: Tensor, *, bound: Tensor | 
     """Call a compiled fake-quantization in the order of memory: one loop, and few variants for all shapes."""
     order = sorted(range(x.dim()), key=x.stride, reverse=True)
     in_order = x.permute(order)
-    if not torch.is_grad_enabled() or not in_order.is_contiguous():
+    view = None
+    if torch.is_grad_enabled() and in_order.is_contiguous():
+        view = in_order.reshape(-1) if bound is None else by_channel(x, bound)
+    if view is None:
         return fake_quantize(x, scale, bound=bound, **kwargs)
-    if bound is None:
-        flat = function(in_order.reshape(-1), scale, **kwargs)
-    else:
-        channels = order.index(x.dim() - bound.dim())
-        sizes = math.prod(in_order.shape[:channels]), bound.shape[0], math.prod(in_order.shape[channels + 1 :])
-        flat = function(in_order.reshape(sizes), scale, bound=bound.reshape(-1, 1), **kwargs)
+    given = {} if bound is None else {"bound": bound.reshape(-1, 1)}
+    flat = function(view, scale, **given, **kwargs)
     back = sorted(range(x.dim()), key=order.__getitem__)
     return flat.view(in_order.shape).permute(back)
 
