@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from qft_plugin.quantize import TRANSPOSED_KINDS, same_layout
+from qft_plugin.quantize import TRANSPOSED_KINDS, in_cache, same_layout
 
 VECTOR: Final = 16
 """Channels that a CPU's convolution computes together; it is not faster with fewer."""
@@ -96,7 +96,7 @@ class Linear:
 
     def row_gradient(self, g: Tensor, x: Tensor, W: Tensor, index: Tensor, touched: Tensor) -> Tensor:
         """Return the rows of dL/dW that train."""
-        return self.weight_gradient(g.index_select(-1, index), x, W)
+        return self.weight_gradient(_last(g, index), x, W)
 
     def whole_is_faster(self, g: Tensor, x: Tensor, W: Tensor, index: Tensor, touched: Tensor) -> bool:
         """Whether the gradient of the whole kernel costs less than that of its rows."""
@@ -187,7 +187,13 @@ def _channels_last(x: Tensor) -> bool:
 
 def _channels(x: Tensor, index: Tensor) -> Tensor:
     """Select channels, axis 1, in the memory format of `x`."""
-    return x.movedim(1, -1).index_select(-1, index).movedim(-1, 1) if _channels_last(x) else x.index_select(1, index)
+    return _last(x.movedim(1, -1), index).movedim(-1, 1) if _channels_last(x) else x.index_select(1, index)
+
+
+def _last(x: Tensor, index: Tensor) -> Tensor:
+    """Select along the last axis; with two axes, several times faster than with more, and `gather` is the fastest."""
+    rows = x.flatten(0, -2)
+    return rows.gather(1, index.expand(len(rows), -1)).reshape(*x.shape[:-1], len(index))
 
 
 Operation = Linear | Convolution
@@ -221,34 +227,51 @@ class _PartialKernel(torch.autograd.Function):
         operation, g = ctx.operation, gradients[0]
         of_input, _, of_bias, of_rows, of_gain, *_ = ctx.needs_input_grad
         gx = operation.input_gradient(g, x, W) if of_input else None
-        sums = None
-        if bias is not None and (of_bias or of_gain):
-            sums = _sum_channels(g, operation, ctx.gain.dtype)
         of_rows = of_rows and len(index) > 0
         changed = of_gain and ctx.out._version != ctx.version
-        whole, log_step, rows = None, None, None
+        whole, log_step, rows, sums = None, None, None, None
         if changed or (of_rows and operation.whole_is_faster(g, x, W, index, touched)):
             whole = operation.weight_gradient(g, x, W)
+        if of_gain and whole is None:
+            sums, products = _channel_sums(g, same_layout(ctx.out, g), operation=operation, dtype=ctx.gain.dtype)
+            log_step = products if bias is None else products - sums * bias
+        elif of_bias:
+            (sums,) = _channel_sums(g, operation=operation, dtype=ctx.gain.dtype)
         if of_gain and whole is not None:
             by_out = by_output(W, kind=operation.kind, groups=operation.groups)
             log_step = (whole * by_out).flatten(1).sum(1, dtype=ctx.gain.dtype)
-        elif of_gain:
-            log_step = _sum_channels(same_layout(g, ctx.out) * ctx.out, operation, ctx.gain.dtype)
-            log_step = log_step if sums is None else log_step - sums * bias
         if log_step is not None:
             frozen = log_step.index_fill(0, index, 0)
             log_step = frozen if ctx.gain.dim() else frozen.sum()
         if of_rows:
             found = operation.row_gradient(g, x, W, index, touched) if whole is None else whole.index_select(0, index)
             rows = found.to(ctx.rows.dtype)
-        bias_gradient = None if sums is None or not of_bias else sums.to(bias.dtype)
+        bias_gradient = sums.to(bias.dtype) if of_bias and sums is not None else None
         return gx, None, bias_gradient, rows, log_step, None, None, None
 
 
-def _sum_channels(x: Tensor, operation: Operation, dtype: torch.dtype) -> Tensor:
-    """Sum an activation over everything but its channels, `[channels]`."""
-    channels = operation.axis % x.dim()
-    return x.sum([axis for axis in range(x.dim()) if axis != channels], dtype=dtype)
+def _channel_sums(g: Tensor, *others: Tensor, operation: Operation, dtype: torch.dtype) -> list[Tensor]:
+    """Sum an activation, and its products with others, over everything but the channels.
+
+    Args:
+        g: `[..., channels]` of a linear layer, `[N, channels, *space]` of a convolution.
+        others: like `g`, in its memory layout.
+        operation: the layer.
+        dtype: in which is added.
+
+    Returns:
+        The sum of `g`, and of its product with each other one, each `[channels]`.
+    """
+    tensors, axis = [g, *others], operation.axis
+    if axis == -1 or _channels_last(g):
+        tensors, axis = [t.movedim(axis, -1).flatten(0, -2) for t in tensors], 1
+    summed = [n for n in range(tensors[0].dim()) if n != axis]
+    sums = [torch.zeros(tensors[0].shape[axis], dtype=dtype, device=g.device) for _ in tensors]
+    for parts in in_cache(*tensors):
+        first, *factors = (part.to(dtype) for part in parts)
+        for total, values in zip(sums, [first, *(first * factor for factor in factors)], strict=True):
+            total += values.sum(summed)
+    return sums
 
 
 SIMPLE: Final = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")

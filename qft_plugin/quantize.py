@@ -4,7 +4,7 @@ import functools
 import logging
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,6 +15,9 @@ logger = logging.getLogger("qft_plugin")
 
 ZeroPoint = int | Tensor
 """An integer, or one held in a float tensor `[]` that trains."""
+
+IN_CACHE: Final = 1 << 20
+"""Elements of an activation that are worked on at a time on a CPU: few enough for its cache, and many for one call."""
 
 TRANSPOSED_KINDS: Final = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
 
@@ -104,9 +107,10 @@ def fake_quantize_composed(
 
     Eq. (1):  x_fq = scale * (clip(round(x / scale) + Z, low, high) - Z), STE on the rounding only.
     """
-    x = x.relu() if rectified or bound is not None else x
-    x = x if bound is None else torch.minimum(x, bound)
-    return (torch.clamp(round_ste(x / scale) + zero_point, low, high) - zero_point) * scale
+    y = x.to(torch.promote_types(x.dtype, scale.dtype))
+    y = y.relu() if rectified or bound is not None else y
+    y = y if bound is None else torch.minimum(y, bound)
+    return ((torch.clamp(round_ste(y / scale) + zero_point, low, high) - zero_point) * scale).to(x.dtype)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -134,23 +138,59 @@ class _Grid:
     lowest: float
 
 
+def in_cache(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Cut tensors along their first axis, all alike, into views that are small enough for a CPU's cache.
+
+    Elementwise operations are fast one after another on a part that is still in the cache, and on fresh memory slow.
+
+    Args:
+        tensors: of one length; the first one is the largest.
+    """
+    largest = tensors[0]
+    rows = len(largest) * IN_CACHE // max(1, largest.numel())
+    if largest.device.type != "cpu" or rows >= len(largest):
+        return [tensors]
+    return zip(*(torch.split(t, max(1, rows)) for t in tensors), strict=True)
+
+
+def _parts(*read: Tensor, write: Tensor, dtype: torch.dtype) -> Iterator[list[Tensor]]:
+    """Iterate over parts of what is read and of what is written, all in one precision; it is written in its own."""
+    for *parts, target in in_cache(*read, write):
+        found = target if target.dtype == dtype else torch.empty_like(target, dtype=dtype)
+        yield [*(part.to(dtype) for part in parts), found]
+        if found is not target:
+            target.copy_(found)
+
+
 def _forward(x: Tensor, scale: Tensor, grid: _Grid) -> Tensor:
-    return (x / scale).round_().clamp_(grid.low, grid.high).mul_(scale)
+    if scale.numel() > 1:
+        return (x / scale).round_().clamp_(grid.low, grid.high).mul_(scale)
+    out, step = torch.empty_like(x), scale.reshape(())
+    for part, found in _parts(_flat(x), write=_flat(out), dtype=torch.promote_types(x.dtype, scale.dtype)):
+        torch.div(part, step, out=found).round_().clamp_(grid.low, grid.high).mul_(step)
+    return out
 
 
 def _backward(g: Tensor, x: Tensor, scale: Tensor, out: Tensor, grid: _Grid, needs_scale: bool) -> tuple[Any, Any]:
     """Return the gradients of data and scale."""
-    if scale.numel() == 1 and x.device.type == "cpu":
-        # One fused kernel; reading the scale costs nothing here, on a GPU it would wait for the device.
-        s = scale.item()
-        gx = torch.ops.aten.hardtanh_backward(g, x, grid.lowest * s, (grid.high + 0.5) * s)
-    else:
+    if scale.numel() > 1:
         gx = torch.ops.aten.hardtanh_backward(g, x / scale, grid.lowest, grid.high + 0.5)
-    if not needs_scale:
-        return gx, None
-    if scale.numel() == 1:
-        return gx, (torch.dot(_flat(g), _flat(out)) - torch.dot(_flat(gx), _flat(x))) / scale
-    return gx, (g * out).sub_(gx * x).sum_to_size(scale.shape) / scale
+        return gx, (g * out).sub_(gx * x).sum_to_size(scale.shape) / scale if needs_scale else None
+    gx, total, on_cpu = torch.empty_like(x), torch.zeros_like(scale), x.device.type == "cpu"
+    # Reading the scale costs nothing on a CPU; a GPU would have to be waited for.
+    s = scale.item() if on_cpu else 1.0
+    dtype = torch.promote_types(x.dtype, scale.dtype)
+    for part_g, part, part_out, found in _parts(_flat(g), _flat(x), _flat(out), write=_flat(gx), dtype=dtype):
+        torch.ops.aten.hardtanh_backward.grad_input(
+            part_g,
+            part if on_cpu else part / scale.reshape(()),
+            grid.lowest * s,
+            (grid.high + 0.5) * s,
+            grad_input=found,
+        )
+        if needs_scale:
+            total += torch.dot(part_g, part_out) - torch.dot(found, part)
+    return gx, total / scale if needs_scale else None
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -188,7 +228,11 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def _bounded_forward(x: Tensor, scale: Tensor, top: Tensor) -> Tensor:
-    return (x / scale).round_().clamp_(torch.zeros_like(top), top).mul_(scale)
+    out, step, high = torch.empty_like(x), scale.reshape(()), top.reshape(-1, 1)
+    low, dtype = torch.zeros_like(high), torch.promote_types(x.dtype, scale.dtype)
+    for part, found in _parts(by_channel(x, top), write=by_channel(out, top), dtype=dtype):
+        torch.div(part, step, out=found).round_().clamp_(low, high).mul_(step)
+    return out
 
 
 class _BoundedFakeQuantize(torch.autograd.Function):
@@ -203,7 +247,7 @@ class _BoundedFakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, high: int, bound: Tensor) -> Tensor:
-        x = x if by_channel(x, bound) is not None else x.contiguous()
+        x = x if has_channels(x, bound) else x.contiguous()
         top = (bound / scale).round_().clamp_(max=high)
         out = _bounded_forward(x, scale, top)
         ctx.save_for_backward(x, scale, bound, top)
@@ -216,39 +260,40 @@ class _BoundedFakeQuantize(torch.autograd.Function):
         x, scale, bound, top = ctx.saved_tensors
         out = ctx.out if ctx.out._version == ctx.version else _bounded_forward(x, scale, top)
         g = same_layout(gradients[0], x)
-        end = ctx.end * scale
-        # All in one new buffer, since fresh memory costs more than arithmetic, and without booleans, which are slow.
-        gx = torch.minimum(bound, end) - x
-        torch.ops.aten.threshold_backward.grad_input(g, gx, 0, grad_input=gx)
-        above = _sums(g, bound) - _sums(gx, bound)
-        above = torch.where(bound.flatten() < end, above, 0)
-        torch.ops.aten.threshold_backward.grad_input(gx, x, 0, grad_input=gx)
-        total = torch.dot(_flat(g), _flat(out)) - torch.dot(_flat(gx), _flat(x)) - torch.dot(above, bound.flatten())
+        end, bounds = ctx.end * scale.reshape(()), bound.flatten()
+        last = torch.minimum(bounds, end).unsqueeze(1)
+        gx, above, total = torch.empty_like(x), torch.zeros_like(bounds), torch.zeros_like(end)
+        read = (by_channel(t, bound) for t in (g, x, out))
+        dtype = torch.promote_types(x.dtype, scale.dtype)
+        for part_g, part, part_out, found in _parts(*read, write=by_channel(gx, bound), dtype=dtype):
+            # Without booleans, which are slow.
+            torch.sub(last, part, out=found)
+            torch.ops.aten.threshold_backward.grad_input(part_g, found, 0, grad_input=found)
+            above += part_g.sum((0, 2)) - found.sum((0, 2))
+            torch.ops.aten.threshold_backward.grad_input(found, part, 0, grad_input=found)
+            total += torch.dot(_flat(part_g), _flat(part_out)) - torch.dot(_flat(found), _flat(part))
+        above = torch.where(bounds < end, above, 0)
+        total -= torch.dot(above, bounds)
         return gx, (total / scale).reshape(scale.shape), None, above.reshape(bound.shape)
 
 
-def by_channel(x: Tensor, bound: Tensor) -> Tensor | None:
+def by_channel(x: Tensor, bound: Tensor) -> Tensor:
     """View an activation as `[before, channels, behind]`, with nothing behind where the channels are last in memory.
 
     Args:
-        x: any order of axes in memory.
+        x: its memory is in the order of its axes, or that with the channels last: `has_channels` holds.
         bound: broadcasts against `x`; its first axis has the channels, the others are 1.
-
-    Returns:
-        `None` where no such view exists.
     """
     axis = x.dim() - bound.dim()
     last = x.movedim(axis, -1)
     if last.is_contiguous():
         return last.reshape(-1, bound.shape[0], 1)
-    return x.reshape(math.prod(x.shape[:axis]), bound.shape[0], -1) if x.is_contiguous() else None
+    return x.reshape(math.prod(x.shape[:axis]), bound.shape[0], -1)
 
 
-def _sums(x: Tensor, bound: Tensor) -> Tensor:
-    """Return the sum over each channel, `[channels]`."""
-    channels = by_channel(x, bound)
-    assert channels is not None
-    return channels.sum((0, 2))
+def has_channels(x: Tensor, bound: Tensor) -> bool:
+    """Whether `by_channel` is a view of `x`."""
+    return x.is_contiguous() or x.movedim(x.dim() - bound.dim(), -1).is_contiguous()
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -274,7 +319,7 @@ def fake_quantize(
     edge of the grid, where rounding decides, it is 0).
 
     Args:
-        x: any floating-point tensor, real units.
+        x: any floating-point tensor, real units; where the scale has a higher precision, that is used inside.
         scale: real per step, greater than 0; broadcasts against `x` (a scalar is fastest).
         low: smallest integer of the grid.
         high: largest integer of the grid.

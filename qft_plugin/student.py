@@ -13,7 +13,7 @@ from qft_plugin.finetune import Prediction
 from qft_plugin.graph import on_axis
 from qft_plugin.offline import Solution
 from qft_plugin.placement import ActivationGrid
-from qft_plugin.quantize import ZeroPoint, by_channel, fake_quantize, fake_quantize_composed
+from qft_plugin.quantize import ZeroPoint, by_channel, fake_quantize, fake_quantize_composed, has_channels
 
 logger = logging.getLogger("qft_plugin")
 
@@ -176,11 +176,10 @@ def _fused(function: FakeQuantize, x: Tensor, scale: Tensor, *, bound: Tensor | 
     """Call a compiled fake-quantization in the order of memory: one loop, and few variants for all shapes."""
     order = sorted(range(x.dim()), key=x.stride, reverse=True)
     in_order = x.permute(order)
-    view = None
-    if torch.is_grad_enabled() and in_order.is_contiguous():
-        view = in_order.reshape(-1) if bound is None else by_channel(x, bound)
-    if view is None:
+    viewed = in_order.is_contiguous() if bound is None else has_channels(x, bound)
+    if not viewed or not torch.is_grad_enabled():
         return fake_quantize(x, scale, bound=bound, **kwargs)
+    view = in_order.reshape(-1) if bound is None else by_channel(x, bound)
     given = {} if bound is None else {"bound": bound.reshape(-1, 1)}
     flat = function(view, scale, **given, **kwargs)
     back = sorted(range(x.dim()), key=order.__getitem__)

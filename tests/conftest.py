@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from qft_plugin import quantize
+
 settings.register_profile("unit", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("unit")
 
@@ -12,3 +14,9 @@ settings.load_profile("unit")
 def seed() -> None:
     """Start every test from the same random numbers."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=[quantize.IN_CACHE, 7], ids=["whole", "in parts"])
+def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work on an activation in one part or in several."""
+    monkeypatch.setattr(quantize, "IN_CACHE", request.param)

@@ -148,6 +148,7 @@ def test_output_channels_come_first_and_go_back(name: str) -> None:
 
 
 @pytest.mark.usefixtures("sliced")
+@pytest.mark.usefixtures("parts")
 @pytest.mark.parametrize("count", [0, 1, None], ids=["no row", "one row", "rows"])
 @pytest.mark.parametrize("per_channel", [True, False], ids=["per channel", "per tensor"])
 @pytest.mark.parametrize("name", CASES)
