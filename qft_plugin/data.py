@@ -69,6 +69,68 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """An activation of all images; one in float32 takes half its memory, relative to the largest number of each image.
+
+    Rounded to 11 bits, it differs from itself by a normalised L2 of about 1e-8, a hundred thousandth of what a student
+    of 4 bits differs by.
+
+    Attributes:
+        values: `[images, ...]`.
+        largest: by what each image's values were divided, `[images]`; `None` where they are kept as they were.
+    """
+
+    values: Tensor
+    largest: Tensor | None
+
+    def rows(self, index: Tensor | slice, device: torch.device) -> Tensor:
+        """Return some images' activations on a device, in their own precision."""
+        values = self.values[index].to(device)
+        if self.largest is None:
+            return values
+        largest = self.largest[index].to(device)
+        return values.to(largest.dtype).mul_(_by_image(largest, values))
+
+
+class KeptRows:
+    """Collects an activation batch by batch, as `Rows` do."""
+
+    def __init__(self, like: Tensor, memory_limit: int, *, halve: bool) -> None:
+        """Start empty.
+
+        Args:
+            like: a batch, `[rows, ...]`.
+            memory_limit: bytes to hold in memory.
+            halve: keep what is in float32 in half its memory.
+        """
+        self._values = Rows(memory_limit)
+        self._largest = Rows(memory_limit) if halve and like.dtype == torch.float32 else None
+
+    def append(self, rows: Tensor) -> None:
+        """Add a batch, `[rows, ...]`."""
+        if self._largest is not None:
+            largest = rows.reshape(len(rows), -1).abs().amax(1).clamp(min=torch.finfo(rows.dtype).tiny)
+            self._largest.append(largest)
+            rows = (rows / _by_image(largest, rows)).to(torch.float16)
+        self._values.append(rows)
+
+    def finish(self) -> Kept:
+        """Return all rows."""
+        return Kept(self._values.finish(), None if self._largest is None else self._largest.finish())
+
+    def discard(self) -> None:
+        """Remove the files of an unfinished collection."""
+        self._values.discard()
+        if self._largest is not None:
+            self._largest.discard()
+
+
+def _by_image(v: Tensor, rows: Tensor) -> Tensor:
+    """Give a number for each image, `[rows]`, the axes of `rows`."""
+    return v.view(-1, *(1,) * (rows.dim() - 1))
+
+
+@dataclass(frozen=True)
 class Inputs:
     """All inputs, one row per image; in one of several processes the first images only, and `own` beside them.
 

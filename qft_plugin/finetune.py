@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qft_plugin.data import Call, Inputs, Rows
+from qft_plugin.data import Call, Inputs, Kept, KeptRows
 from qft_plugin.distributed import World, agreed, orders, strata_of
 from qft_plugin.errors import ModelError, QFTWarning
 from qft_plugin.partial import PartialTraining
@@ -36,6 +36,30 @@ class Prediction:
 
     features: tuple[Tensor, ...]
     logits: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> "Prediction":
+        """Return the same in another precision."""
+        return Prediction(
+            tuple(t.to(dtype) for t in self.features), None if self.logits is None else self.logits.to(dtype)
+        )
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the teacher computed for all images.
+
+    Attributes:
+        features: the activations that are compared.
+        logits: the network's output, where the loss has a use for it.
+    """
+
+    features: tuple[Kept, ...]
+    logits: Kept | None
+
+    def rows(self, index: Tensor | slice, device: torch.device) -> Prediction:
+        """Return what the teacher computed for some images, on a device."""
+        logits = None if self.logits is None else self.logits.rows(index, device)
+        return Prediction(tuple(kept.rows(index, device) for kept in self.features), logits)
 
 
 class Network(Protocol):
@@ -81,7 +105,7 @@ class FinetuneResult:
 
 
 @torch.no_grad()
-def teacher_predictions(teacher: Network, inputs: Inputs, *, batch_size: int, memory_limit: int) -> Prediction:
+def teacher_predictions(teacher: Network, inputs: Inputs, *, batch_size: int, memory_limit: int) -> Targets:
     """Run the teacher once over all images and keep what the student is compared with.
 
     Args:
@@ -91,19 +115,20 @@ def teacher_predictions(teacher: Network, inputs: Inputs, *, batch_size: int, me
         memory_limit: bytes of outputs to hold in memory; above it they are memory-mapped from a file.
 
     Returns:
-        The predictions for all images, each `[images, ...]`.
+        The predictions for all images.
 
     Raises:
         ModelError: the float network gives NaN or infinity.
     """
-    rows: list[Rows] = []
+    rows: list[KeptRows] = []
     has_logits = False
     try:
         for number, call in enumerate(inputs.batches(batch_size)):
             prediction = teacher(call)
             outputs = [*prediction.features, *([] if prediction.logits is None else [prediction.logits])]
             has_logits = prediction.logits is not None
-            rows = rows or [Rows(memory_limit // len(outputs)) for _ in outputs]
+            limit, count = memory_limit // len(outputs), len(prediction.features)
+            rows = rows or [KeptRows(output, limit, halve=n < count) for n, output in enumerate(outputs)]
             for row, output in zip(rows, outputs, strict=True):
                 if not bool(torch.isfinite(output).all()):
                     raise ModelError(
@@ -116,7 +141,7 @@ def teacher_predictions(teacher: Network, inputs: Inputs, *, batch_size: int, me
         for row in rows:
             row.discard()
         raise
-    return Prediction(tuple(kept[:-1] if has_logits else kept), kept[-1] if has_logits else None)
+    return Targets(tuple(kept[:-1] if has_logits else kept), kept[-1] if has_logits else None)
 
 
 def normalised_l2(student: Tensor, teacher: Tensor, *, squares: Tensor | None = None) -> Tensor:
@@ -232,11 +257,6 @@ def learning_rate_factor(step: int, total: int, restarts: int) -> float:
     return 0.5**cycle * 0.5 * (1 + math.cos(math.pi * (position - cycle)))
 
 
-def _targets(targets: Prediction, index: Tensor | slice, device: torch.device) -> Prediction:
-    logits = None if targets.logits is None else targets.logits[index].to(device)
-    return Prediction(tuple(t[index].to(device) for t in targets.features), logits)
-
-
 @dataclass(frozen=True)
 class Phase:
     """A part of the training, with an optimizer and cosine cycles of its own.
@@ -253,14 +273,14 @@ class Phase:
 
 
 @torch.no_grad()
-def _evaluate(student: Network, inputs: Inputs, targets: Prediction, loss: Loss, *, batch_size: int) -> float:
+def _evaluate(student: Network, inputs: Inputs, targets: Targets, loss: Loss, *, batch_size: int) -> float:
     world, share = inputs.world, inputs.share
     size, count = max(batch_size, 64), min(inputs.total, EVALUATION_IMAGES)
     total = 0.0
     for start in range(0, count, size):
         stop = min(start + size, count)
         part = world.row_range(start, stop)
-        wanted = _targets(targets, part, inputs.device)
+        wanted = targets.rows(part, inputs.device)
         whole = whole_of(wanted, images=stop - start, world=world)
         if part.start < part.stop:  # a last batch may have no image of this process
             total += float(distillation_loss(student(share.batch(part)), wanted, loss, whole=whole)) * (stop - start)
@@ -400,7 +420,7 @@ def finetune(
     phases: Sequence[Phase],
     *,
     inputs: Inputs,
-    targets: Prediction,
+    targets: Targets,
     loss: Loss,
     config: FinetuneConfig,
     callback: Callable[[Step], None] | None = None,
@@ -448,7 +468,7 @@ def finetune(
         for step, index in enumerate(orders(inputs.total, batch_size, strata=strata, seed=config.seed)):
             at(step / total)
             rows = world.rows(index)
-            wanted = _targets(targets, rows, inputs.device)
+            wanted = targets.rows(rows, inputs.device)
             yield Batch(share.batch(rows), wanted, whole_of(wanted, images=batch_size, world=world))
 
     def extra() -> Tensor | None:

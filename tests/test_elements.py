@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from models import CHANNELS, conv, image
 from torch import Tensor, nn
 
-from qft_plugin.data import Call, Inputs
+from qft_plugin.data import Call, Inputs, Kept
 from qft_plugin.deployed import deployed_weights, folded_tensors
 from qft_plugin.elements import (
     ELEMENTS,
@@ -32,7 +32,7 @@ from qft_plugin.elements import (
     undecided,
 )
 from qft_plugin.errors import ModelError
-from qft_plugin.finetune import FinetuneResult, Loss, Phase, Prediction, finetune, teacher_predictions
+from qft_plugin.finetune import FinetuneResult, Loss, Phase, Prediction, Targets, finetune, teacher_predictions
 from qft_plugin.graph import Layer
 from qft_plugin.offline import Dof, WeightGrid, on_weight, solve
 from qft_plugin.placement import ActivationGrid
@@ -504,7 +504,7 @@ def test_normalisations_are_never_sparse() -> None:
         assert element_of(layer, torch.ones(5), bits=8, sparsity=sparsity).mask is None
 
 
-def run(dof: Dof, model: nn.Module, x: Tensor, targets: Prediction, **changes: Any) -> FinetuneResult:
+def run(dof: Dof, model: nn.Module, x: Tensor, targets: Targets, **changes: Any) -> FinetuneResult:
     """Finetune a student without quantized activations."""
 
     def student(call: Call) -> Prediction:
@@ -548,7 +548,7 @@ def test_every_element_lowers_the_loss(rounding: Rounding, sparsity: Sparsity) -
     for name, found in deployed_weights(dof).items():
         layer = dof.map.layer(name)
         tensors[name] = found.integers * on_weight(found.step, found.step_in, found.integers, layer)
-    y, t = torch.func.functional_call(model, tensors, x), targets.features[0]
+    y, t = torch.func.functional_call(model, tensors, x), targets.features[0].values
     losses = [(y[i : i + 64] - t[i : i + 64]).square().sum() / t[i : i + 64].square().sum() for i in (0, 64)]
     assert float(sum(losses)) / 2 == pytest.approx(result.final_loss, rel=FLOAT32)
 
@@ -557,7 +557,7 @@ def test_the_regulariser_decides() -> None:
     """With it the last steps of the training are about as good as the hard weights; without it they are far better."""
     model = network()
     x = torch.randn(128, CHANNELS, 5, 5, dtype=torch.float64)
-    targets = Prediction((model(x).detach(),), None)
+    targets = Targets((Kept(model(x).detach(), None),), None)
     gaps = []
     for weight in (0.0, 300.0):
         dof = make_dof(model, rounding="soft", bits=3)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qft_plugin.data import Call, Inputs
+from qft_plugin.data import Call, Inputs, Kept
 from qft_plugin.errors import ModelError, QFTWarning
 from qft_plugin.finetune import (
     FinetuneResult,
@@ -22,6 +21,7 @@ from qft_plugin.finetune import (
     Phase,
     Prediction,
     Step,
+    Targets,
     class_divergence,
     distillation_loss,
     finetune,
@@ -144,7 +144,7 @@ class Linear(nn.Module):
         return Prediction((self.linear(call[0][0]),), None)
 
 
-def problem(count: int = 40) -> tuple[Linear, Inputs, Prediction]:
+def problem(count: int = 40) -> tuple[Linear, Inputs, Targets]:
     """Return an untrained student, its inputs, and the outputs of another network as the targets."""
     inputs, teacher = inputs_of(torch.randn(count, 5)), Linear()
     return Linear(), inputs, teacher_predictions(teacher, inputs, batch_size=16, memory_limit=2**20)
@@ -158,7 +158,7 @@ def settings(**changes: Any) -> FinetuneConfig:
 def run(
     student: Linear,
     inputs: Inputs,
-    targets: Prediction,
+    targets: Targets,
     *,
     rate: float = 0.05,
     callback: Callable[[Step], None] | None = None,
@@ -178,9 +178,10 @@ def run(
     )
 
 
-def loss_of(student: Linear, inputs: Inputs, targets: Prediction) -> float:
+def loss_of(student: Linear, inputs: Inputs, targets: Targets) -> float:
+    wanted = targets.rows(slice(None), inputs.device)
     with torch.no_grad():
-        return float(normalised_l2(student((inputs.args, {})).features[0], targets.features[0]))
+        return float(normalised_l2(student((inputs.args, {})).features[0], wanted.features[0]))
 
 
 def test_the_student_learns_and_the_result_says_so() -> None:
@@ -213,7 +214,7 @@ def test_every_epoch_shows_every_image_once() -> None:
             return super().__call__(call)
 
     inputs = inputs_of(torch.arange(23.0).unsqueeze(1) + torch.zeros(1, 5))
-    targets = Prediction((torch.ones(23, 3),), None)
+    targets = Targets((Kept(torch.ones(23, 3), None),), None)
     run(Watching(), inputs, targets, images_fed=80, batch_size=10)
     assert [len(batch) for batch in seen] == [10] * 8
     epochs = [sorted(seen[i] + seen[i + 1]) for i in range(0, 8, 2)]
@@ -349,7 +350,7 @@ def test_the_loss_that_decides_is_that_of_the_first_images() -> None:
     student, inputs, targets = problem(70)  # one batch of 64 and one of 6
     result = run(student, inputs, targets, rate=0.0, images_fed=1)
     with torch.no_grad():
-        wanted = [targets.features[0][:64], targets.features[0][64:]]
+        wanted = [targets.rows(part, inputs.device).features[0] for part in (slice(0, 64), slice(64, 70))]
         found = [student(((part,), {})).features[0] for part in (inputs.args[0][:64], inputs.args[0][64:])]
     losses = [float(normalised_l2(f, w)) for f, w in zip(found, wanted, strict=True)]
     assert result.start_loss == pytest.approx((64 * losses[0] + 6 * losses[1]) / 70, rel=EXACT)
@@ -366,15 +367,43 @@ def test_teacher_predictions_are_those_of_one_large_batch(logits: bool, limit: i
         return Prediction((hidden, hidden.relu()), second(hidden) if logits else None)
 
     inputs = inputs_of(torch.randn(11, 4))
-    found = teacher_predictions(teacher, inputs, batch_size=3, memory_limit=limit)
+    found = teacher_predictions(teacher, inputs, batch_size=3, memory_limit=limit).rows(slice(None), inputs.device)
     expected = teacher((inputs.args, {}))
     assert len(found.features) == 2
     for f, e in zip(found.features, expected.features, strict=True):
-        np.testing.assert_allclose(f.numpy(), e.detach().numpy(), rtol=EXACT, atol=EXACT)
+        assert f.dtype == e.dtype
+        # 11 bits, of the largest number of each image.
+        bound = e.detach().abs().amax(1, keepdim=True) * 2**-12
+        assert bool(((f - e.detach()).abs() <= bound * (1 + EXACT)).all())
     assert (found.logits is not None) == logits
     if found.logits is not None and expected.logits is not None:
         torch.testing.assert_close(found.logits, expected.logits.detach())
     assert not any(t.requires_grad for t in found.features)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e30])
+def test_half_precision_has_room_for_every_size(size: float) -> None:
+    """Images with large and small activations beside each other lose as little, and one of zeros nothing."""
+    x = torch.randn(6, 4, 3) * torch.tensor([1, 1e-3, 1e4, 1, 0, 1]).view(-1, 1, 1) * size
+    targets = teacher_predictions(
+        lambda call: Prediction((call[0][0],), None), inputs_of(x), batch_size=4, memory_limit=0
+    )
+    assert targets.features[0].values.dtype == torch.float16
+    (found,) = targets.rows(torch.tensor([5, 2, 4, 1]), x.device).features
+    wanted = x[[5, 2, 4, 1]]
+    assert bool(((found - wanted).abs() <= 2**-11 * wanted.abs().amax((1, 2), keepdim=True)).all())
+
+
+def test_double_precision_is_kept() -> None:
+    """What is not in float32 is not rounded."""
+    x = torch.randn(5, 4, dtype=torch.float64)
+    targets = teacher_predictions(
+        lambda call: Prediction((call[0][0],), call[0][0]), inputs_of(x), batch_size=4, memory_limit=2**20
+    )
+    found = targets.rows(slice(1, 3), x.device)
+    assert torch.equal(found.features[0], x[1:3])
+    assert found.logits is not None
+    assert torch.equal(found.logits, x[1:3])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
