@@ -32,13 +32,15 @@ def main() -> None:
     parser.add_argument("--net", default="resnet20")
     parser.add_argument("--weights", choices=["per-channel", "per-tensor"], default="per-channel")
     parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--images-fed", type=int, default=FinetuneConfig.images_fed)
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     real = real_networks.load(args.real, args.net, args.images)
     config = QFTConfig(
         hardware=HardwareSpec(rescale="channelwise" if args.weights == "per-channel" else "layerwise"),
-        finetune=FinetuneConfig(seed=args.seed),
+        finetune=FinetuneConfig(seed=args.seed, images_fed=args.images_fed, precision=args.precision),
     )
     measure = under_nncf if args.host == "nncf" else under_brevitas
     found, facts = measure(real, list(real.calibration.split(DATASET_BATCH)), config)
@@ -49,6 +51,8 @@ def main() -> None:
         "host": args.host,
         "weights": args.weights,
         "images": args.images,
+        "images_fed": args.images_fed,
+        "precision": args.precision,
         "seed": args.seed,
         "fp_top1": round(fp_top1, 2),
         "top1": round(top1, 2),

@@ -1,91 +1,91 @@
 """Time the backward pass of a finetune of which a part trains (EfQAT), against the one in which everything does.
 
-    python benchmarks/efqat.py --host brevitas --net resnet50 [--batch 16] [--steps 10]
+    python benchmarks/efqat.py --host brevitas --net resnet50 [--batch 16] [--rounds 10]
 
-All finetunes run at once and take turns, a step each, so that every round shares the machine's mood. The last line is
-one JSON object: milliseconds of the full backward pass, and for each mode and ratio how many times faster it is, as
-medians over the rounds.
+All finetunes have copies of one start and take turns, a pass each, so that every round shares the machine's mood. The
+last line is one JSON object: milliseconds of the full backward pass, and for each mode and ratio how many times faster
+it is, as medians over the rounds; `plain_limit` is what the plain float network gains where no kernel has a gradient.
 """
 
 import argparse
-import functools
+import copy
+import importlib
 import json
 import statistics
 import sys
-import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from unittest import mock
 
 import architectures
 import step_time
 import torch
-from torch import Tensor
 
 from qft_plugin import EfQAT, FinetuneConfig, QFTConfig
+from qft_plugin.finetune import Loss, Targets, distillation_loss
+from qft_plugin.partial import PartialTraining
+from qft_plugin.pipeline import predicted
+from qft_plugin.problem import Problem
+from qft_plugin.start import Start
 
 WARM_UP = 2
+TRAINERS = {"nncf": "qft_plugin.nncf.register", "brevitas": "qft_plugin.brevitas.run"}
+"""The module of each host that calls `pipeline.train`."""
+
 PARTS = [("cwpl", 0.0), ("cwpl", 0.05), ("cwpl", 0.25), ("cwpn", 0.05), ("cwpn", 0.25), ("lwpn", 0.05), ("lwpn", 0.25)]
 """Modes and ratios; a ratio of 0 is the same in all modes, and the limit of what can be gained."""
 
 
-class Turns:
-    """Finetunes in threads of which one runs at a time, and hands on after each step."""
-
-    def __init__(self, jobs: dict[str, EfQAT | None]) -> None:
-        """Prepare the threads' turns."""
-        self.names = list(jobs)
-        self.turn = {name: threading.Semaphore(0) for name in jobs}
-        self.times: dict[str, list[float]] = {name: [] for name in jobs}
-
-    def hand_on(self, name: str) -> None:
-        """Let the next one run."""
-        following = self.names[(self.names.index(name) + 1) % len(self.names)]
-        self.turn[following].release()
-
-    def step_done(self, name: str) -> None:
-        """Hand on and wait for the next turn."""
-        self.hand_on(name)
-        self.turn[name].acquire()
-
-    def run(self, name: str, quantize: Callable[[Callable[[Any], None]], object]) -> None:
-        """Run one finetune."""
-        self.turn[name].acquire()
-        quantize(lambda _: self.step_done(name))
-        self.hand_on(name)
-
-
-def measure(host: str, net: str, batch: int, steps: int) -> dict[str, list[float]]:
+def measure(host: str, net: str, batch: int, rounds: int) -> dict[str, list[float]]:
     """Return the milliseconds of each backward pass of each finetune."""
-    jobs: dict[str, EfQAT | None] = {"all": None}
-    jobs |= {f"{mode} {ratio}": EfQAT(mode=mode, ratio=ratio) for mode, ratio in PARTS}
-    turns, original = Turns(jobs), Tensor.backward
+    parts: dict[str, EfQAT | None] = {"all": None}
+    parts |= {f"{mode} {ratio}": EfQAT(mode=mode, ratio=ratio) for mode, ratio in PARTS}
+    times: dict[str, list[float]] = {name: [] for name in parts}
 
-    def backward(self: Tensor, *args: Any, **kwargs: Any) -> None:
-        start = time.perf_counter()
-        original(self, *args, **kwargs)
-        turns.times[threading.current_thread().name].append(1e3 * (time.perf_counter() - start))
+    def train(start: Start, problem: Problem, targets: Targets, config: QFTConfig, *, callback: object) -> None:  # noqa: ARG001
+        """Stand in for the training: run the backward passes of all finetunes, from copies of one start."""
+        assert config.finetune is not None
+        starts = {name: replace(start, dof=copy.deepcopy(start.dof)) for name in parts}
+        for name, part in parts.items():
+            if part is not None:
+                PartialTraining(starts[name].dof, part)
+        call = problem.inputs.batch(slice(0, batch))
+        wanted = targets.rows(slice(0, batch), problem.inputs.device)
+        loss = Loss(problem.at.weights(len(wanted.features)), 0.0)
+        for _ in range(WARM_UP + rounds):
+            for name, own in starts.items():
+                found = distillation_loss(predicted(own, config.finetune, call), wanted, loss)
+                begin = time.perf_counter()
+                found.backward()
+                times[name].append(1e3 * (time.perf_counter() - begin))
+                own.dof.zero_grad()
 
-    def quantize(train: EfQAT | None, callback: Callable[[Any], None]) -> None:
-        model, inputs = architectures.build(net, 2 * batch)
-        finetune = FinetuneConfig(images_fed=(WARM_UP + steps) * batch, batch_size=batch, train=train)
-        config = QFTConfig(finetune=finetune, compensate=False)  # a start that takes no time
-        step_time.HOSTS[host](model, list(inputs.split(batch)), config, callback)
+    model, inputs = architectures.build(net, 2 * batch)
+    finetune = FinetuneConfig(images_fed=batch, batch_size=batch)
+    config = QFTConfig(finetune=finetune, compensate=False, equalize=False)  # a start that takes less time
+    with mock.patch.object(importlib.import_module(TRAINERS[host]), "train", train):
+        step_time.HOSTS[host](model, list(inputs.split(batch)), config, lambda _: None)
+    return {name: ms[WARM_UP:] for name, ms in times.items()}
 
-    threads = [
-        threading.Thread(target=turns.run, args=(name, functools.partial(quantize, train)), name=name)
-        for name, train in jobs.items()
-    ]
-    Tensor.backward = backward  # type: ignore[assignment,method-assign]
-    try:
-        for thread in threads:
-            thread.start()
-        turns.turn["all"].release()
-        for thread in threads:
-            thread.join()
-    finally:
-        Tensor.backward = original  # type: ignore[method-assign]
-    return {name: ms[WARM_UP:] for name, ms in turns.times.items()}
+
+def plain_limit(net: str, batch: int, rounds: int) -> float:
+    """Return how many times faster the float network's backward pass is without the gradients of its kernels."""
+    model, images = architectures.build(net, batch)
+    model = model.to(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
+    kernels = [p for p in model.parameters() if p.dim() > 1]
+    ratios = []
+    for _ in range(WARM_UP + rounds):
+        times = []
+        for trains in (True, False):
+            for p in kernels:
+                p.requires_grad_(trains)
+            loss = model(images).square().mean()
+            start = time.perf_counter()
+            loss.backward()
+            times.append(time.perf_counter() - start)
+        ratios.append(times[0] / times[1])
+    return statistics.median(ratios[WARM_UP:])
 
 
 def main() -> None:
@@ -94,9 +94,9 @@ def main() -> None:
     parser.add_argument("--host", choices=list(step_time.HOSTS), default="brevitas")
     parser.add_argument("--net", choices=list(architectures.ARCHITECTURES), default="resnet50")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()
-    times = measure(args.host, args.net, args.batch, args.steps)
+    times = measure(args.host, args.net, args.batch, args.rounds)
     faster = {
         name: round(statistics.median(whole / part for whole, part in zip(times["all"], ms, strict=True)), 2)
         for name, ms in times.items()
@@ -110,6 +110,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "backward_ms": round(statistics.median(times["all"]), 1),
         "faster": faster,
+        "plain_limit": round(plain_limit(args.net, args.batch, args.rounds), 2),
     }
     print(json.dumps(line), flush=True)
 

@@ -1,6 +1,6 @@
 """Time one finetuning step against one plain float finetuning step of the same network, in pairs in one run.
 
-    python benchmarks/step_time.py --real DIR --host both --net resnet20 --batch 32 [--compile]
+    python benchmarks/step_time.py --real DIR --host both --net resnet20 --batch 32 [--compile] [--precision bfloat16]
     python benchmarks/step_time.py --host both --net resnet18 --batch 16 --pairs 10
 
 The plain step trains the float network in eval mode (its BatchNorms use their statistics) with the same batch, the
@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--compile", action="store_true", help="fuse the fake-quantization with torch.compile")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of QFT's layers")
     args = parser.parse_args()
 
     def load() -> tuple[nn.Module, Tensor]:
@@ -136,9 +137,10 @@ def main() -> None:
 
     net, images = load()
     total = WARM_UP + args.pairs
-    config = QFTConfig(
-        finetune=FinetuneConfig(images_fed=total * args.batch, batch_size=args.batch, compile=args.compile)
+    finetune = FinetuneConfig(
+        images_fed=total * args.batch, batch_size=args.batch, compile=args.compile, precision=args.precision
     )
+    config = QFTConfig(finetune=finetune)
     results = {}
     for host in HOSTS if args.host == "both" else [args.host]:
         pairs = Pairs(load()[0], images[: args.batch])
@@ -148,6 +150,7 @@ def main() -> None:
         "net": args.net,
         "batch": args.batch,
         "compile": args.compile,
+        "precision": args.precision,
         "threads": torch.get_num_threads(),
         "pairs": args.pairs,
         **results,

@@ -1,18 +1,30 @@
 """The whole job step by step: the only place that knows all of them. A host calls these in order."""
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final, cast
 
+import torch
 from torch import nn
 
 from qft_plugin.blocks import split
 from qft_plugin.data import Call
 from qft_plugin.deployed import accumulator_bits
 from qft_plugin.errors import ConfigError, QFTWarning
-from qft_plugin.finetune import FinetuneResult, Loss, Network, Phase, Prediction, Step, finetune, teacher_predictions
+from qft_plugin.finetune import (
+    FinetuneResult,
+    Loss,
+    Network,
+    Phase,
+    Prediction,
+    Step,
+    Targets,
+    finetune,
+    teacher_predictions,
+)
 from qft_plugin.graph import DofMap
 from qft_plugin.offline import Dof, solve
 from qft_plugin.partial import PartialTraining
@@ -41,7 +53,7 @@ class Job:
     result: FinetuneResult | None
 
 
-def targets_of(teacher: Network, problem: Problem, config: QFTConfig) -> Prediction | None:
+def targets_of(teacher: Network, problem: Problem, config: QFTConfig) -> Targets | None:
     """Run the teacher once over what this process trains on; without a finetune there is nothing to compare with.
 
     Args:
@@ -63,7 +75,7 @@ def targets_of(teacher: Network, problem: Problem, config: QFTConfig) -> Predict
 
 
 def train(
-    start: Start, problem: Problem, targets: Prediction | None, config: QFTConfig, *, callback: Callback | None
+    start: Start, problem: Problem, targets: Targets | None, config: QFTConfig, *, callback: Callback | None
 ) -> FinetuneResult | None:
     """Finetune against the teacher's outputs; leaves the best state in `start.dof`, and warns of what would overflow.
 
@@ -98,10 +110,29 @@ def check_accumulators(dof: Dof) -> None:
         )
 
 
+def predicted(start: Start, settings: FinetuneConfig, call: Call) -> Prediction:
+    """Run the student with what its degrees of freedom are now, with gradients to those that train.
+
+    Args:
+        start: what `initialize` returned.
+        settings: of the finetune.
+        call: the batch.
+    """
+    solution = solve(start.dof)
+    # What is kept, and given back, is chosen by a loss in full precision.
+    low = settings.precision == "bfloat16" and torch.is_grad_enabled()
+    with (
+        torch.autocast(start.dof.log_c.device.type, torch.bfloat16) if low else contextlib.nullcontext(),
+        PartialBackward(solution.partial) if solution.partial else contextlib.nullcontext(),
+    ):
+        prediction = cast(Prediction, start.student(solution, call))
+    return prediction.to(torch.float32) if low else prediction
+
+
 def _finetuned(
     start: Start,
     problem: Problem,
-    targets: Prediction,
+    targets: Targets,
     settings: FinetuneConfig,
     callback: Callback | None,
 ) -> FinetuneResult:
@@ -111,17 +142,10 @@ def _finetuned(
     # What is chosen to train depends on every bit of the state.
     problem.inputs.world.share_state(dof)
 
-    def student(call: Call) -> Prediction:
-        solution = solve(dof)
-        if not solution.partial:
-            return cast(Prediction, start.student(solution, call))
-        with PartialBackward(solution.partial):
-            return cast(Prediction, start.student(solution, call))
-
     try:
         partial = None if part is None else PartialTraining(dof, part)
         return finetune(
-            student,
+            functools.partial(predicted, start, settings),
             dof,
             _phases(start, problem, loss, settings),
             inputs=problem.inputs,

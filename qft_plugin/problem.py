@@ -59,6 +59,11 @@ def images(model: nn.Module, items: Iterable[Any], config: QFTConfig, *, head_it
     """
     settings = config.finetune or FinetuneConfig()
     like = next(p for p in model.parameters() if p.is_floating_point())
+    if settings.precision != "float32" and like.dtype != torch.float32:
+        raise ConfigError(
+            f'FinetuneConfig.precision should be "float32" for a model whose parameters are not in float32, which then '
+            f"trains in its own precision. Found {settings.precision!r} with parameters in {like.dtype}."
+        )
     world = world_of(like.device)
     with agreed(world):
         inputs = read_inputs(

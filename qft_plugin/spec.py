@@ -15,6 +15,7 @@ Elementwise = Literal["none", "tensor", "channel", "power_of_two"]
 Rounding = Literal["ste", "soft", "blend"]
 Sparsity = float | Literal["2:4"] | None
 Trained = Literal["cwpl", "cwpn", "lwpn"]
+Precision = Literal["float32", "bfloat16"]
 
 
 def _choice(owner: object, name: str, allowed: tuple[str, ...]) -> None:
@@ -187,6 +188,9 @@ class FinetuneConfig:
         rounding_weight: weight of soft rounding's regulariser in the loss. It is a mean over all weights, 0 where all
             are decided and 1 where none is, so each weight has little of it.
         memory_limit: bytes of images and teacher outputs held in memory; above it they are memory-mapped files.
+        precision: of the layers in a training step. With `"bfloat16"` they run under `torch.autocast`, faster where the
+            hardware has such arithmetic; weights, scales, all that is rounded to a grid, the loss, and the choice of
+            the state that is kept stay in float32.
         compile: fuse the fake-quantization with `torch.compile` (a GPU's many small kernels gain; on CPUs the
             built-in function is as fast and needs no compiler). Falls back with a log line where it does not work.
         seed: of the order of the images.
@@ -204,6 +208,7 @@ class FinetuneConfig:
     train: EfQAT | None = None
     rounding_weight: float = 300.0
     memory_limit: int = 2 * 2**30
+    precision: Precision = "float32"
     compile: bool = False
     seed: int = 0
 
@@ -229,6 +234,7 @@ class FinetuneConfig:
                         f"{name!r}: {weight!r}. Leave out what should not count."
                     )
         _flag(self, "compile")
+        _choice(self, "precision", ("float32", "bfloat16"))
         if not isinstance(self.train, EfQAT | None):
             raise ConfigError(f"FinetuneConfig.train should be an EfQAT, or None to train all. Found {self.train!r}.")
         if self.trains_part is not None and self.blocks:
