@@ -3,7 +3,7 @@
 import nets
 import pytest
 import torch
-from conftest import four_bits
+from conftest import few_steps, four_bits
 from torch import nn
 
 pytest.importorskip("nncf", reason="these tests are about NNCF")
@@ -68,6 +68,15 @@ def test_training_is_the_same_without_nncf(name, monkeypatch):
     torch.testing.assert_close(fast, slow, rtol=SAME, atol=1e-6)
     rectified = sum(hooks.quantizer() is not None for hooks in found[0]._calls.values())
     assert rectified == RELUS.get(name, rectified)
+
+
+@pytest.mark.parametrize("name", list(RELUS))
+def test_training_in_lower_precision_is_replayed_too(name, monkeypatch):
+    """What autocast rounds does not hide that both ways are the same."""
+    config, found = four_bits(finetune=few_steps(precision="bfloat16")), []
+    losses(nets.build(name), nets.items(name), config, monkeypatch, found=found)
+    assert found[0] is not None
+    assert sum(hooks.quantizer() is not None for hooks in found[0]._calls.values()) == RELUS[name]
 
 
 def hooked(model, *hooks):

@@ -349,7 +349,9 @@ class Student:
             prediction = self._run(tensors, call)
             return [*prediction.features, *([] if prediction.logits is None else [prediction.logits])]
 
-        return replay(self._observed.model, run)
+        # In full precision: in a lower one a bound is rounded before values are compared with it, or it is not.
+        with torch.autocast(next(iter(tensors.values())).device.type, enabled=False):
+            return replay(self._observed.model, run)
 
     def observe(self, tensors: Mapping[str, Tensor], call: Call) -> dict[str, Tensor]:
         """Run with float activations and return what each activation quantizer would have had as its input."""
