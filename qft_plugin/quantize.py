@@ -223,7 +223,7 @@ class _FakeQuantize(torch.autograd.Function):
         out = ctx.out if ctx.out._version == ctx.version else _forward(x, scale, ctx.grid)
         g = same_layout(gradients[0], x)
         gx, gs = _backward(g, x, scale, out, ctx.grid, ctx.needs_input_grad[1])
-        gz = -scale * (g.sum() - gx.sum()) if ctx.needs_input_grad[4] else None
+        gz = -scale * (g.sum(dtype=scale.dtype) - gx.sum(dtype=scale.dtype)) if ctx.needs_input_grad[4] else None
         return gx, None if gs is None else gs.reshape(scale.shape), None, None, gz, None
 
 

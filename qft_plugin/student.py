@@ -4,6 +4,7 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Final
 
 import torch
@@ -137,6 +138,9 @@ def observed(quantizers: Mapping[str, FakeQuantizer], run: Callable[[], object])
     return values
 
 
+VARIANTS: Final = 64
+"""Variants of the compiled fake-quantization that torch may keep, where its version lets us say so."""
+
 QUANTIZER_OP: Final = "clone"
 """The operation that a recorded model shows in the place of a `FakeQuantizer` without a scale."""
 
@@ -162,7 +166,10 @@ def unfolded(prediction: Prediction, unfolds: Sequence[Unfold | None], factors: 
 def compiled_fake_quantize() -> FakeQuantize:
     """Fuse the fake-quantization, or return the built-in function where the compiler does not work."""
     try:
-        compiled: FakeQuantize = torch.compile(fake_quantize_composed, dynamic=True)
+        # A variant for each kind of grid, gradient and layout: above the limit, torch would run the operations singly.
+        known = signature(torch.compile).parameters
+        limit: dict[str, Any] = {"recompile_limit": VARIANTS} if "recompile_limit" in known else {}
+        compiled: FakeQuantize = torch.compile(fake_quantize_composed, dynamic=True, **limit)
         fused = functools.partial(_fused, compiled)
         x = torch.ones(2, 3, requires_grad=True)
         torch.autograd.grad(fused(x, torch.ones(()), low=0, high=255, zero_point=0).sum(), x)

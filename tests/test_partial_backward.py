@@ -130,7 +130,7 @@ class Part:
 @pytest.fixture
 def sliced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slice kernels that are too small to gain from it."""
-    monkeypatch.setattr(partial_backward, "VECTOR", 0)
+    monkeypatch.setattr(partial_backward, "NARROW", 0)
     monkeypatch.setattr(partial_backward, "FEW", 0)
 
 

@@ -213,27 +213,30 @@ def test_a_relu_is_computed_along_with_the_quantization(
 
 
 @pytest.mark.usefixtures("parts")
-@pytest.mark.parametrize("bounded", [False, True])
-def test_data_in_lower_precision(bounded: bool) -> None:
+@pytest.mark.parametrize("kind", ["plain", "bounded", "shifted"])
+def test_data_in_lower_precision(kind: str) -> None:
     """The arithmetic is that of the scale's float32, whatever the data is in; only what is stored has fewer bits."""
     x = torch.randn(3, 5, 4, 2).to(torch.bfloat16)
     s, g = torch.tensor(0.013), torch.randn(3, 5, 4, 2).to(torch.bfloat16)
-    kwargs: dict[str, Any] = {"bound": torch.tensor([0.5, 1, 2, 1e-3, 40]).view(-1, 1, 1)} if bounded else {}
+    bound = torch.tensor([0.5, 1, 2, 1e-3, 40]).view(-1, 1, 1)
     results = []
     for data in (x, x.float()):
-        x_, s_ = data.clone().requires_grad_(), s.clone().requires_grad_()
+        x_, s_, z_ = data.clone().requires_grad_(), s.clone().requires_grad_(), torch.tensor(100.0, requires_grad=True)
+        kwargs: dict[str, Any] = {"bounded": {"bound": bound}, "shifted": {"zero_point": z_}}.get(kind, {})
         y = fake_quantize(x_, s_, low=0, high=255, **kwargs)
         y.backward(g.to(y.dtype))
-        results.append((y, x_.grad, s_.grad))
-    (y, gx, gs), (wide, wide_gx, wide_gs) = results
+        results.append((y.detach(), x_.grad, s_.grad, z_.grad))
+    (y, gx, gs, gz), (wide, wide_gx, wide_gs, wide_gz) = results
     assert y.dtype == x.dtype
     assert torch.equal(y, wide.to(x.dtype))
     assert gx is not None
     assert gx.dtype == x.dtype
     assert torch.equal(gx, wide_gx.to(x.dtype))
     # What the result lost is in the gradient of the scale: at most half a unit in the last of 8 bits of each value.
-    lost = float((g.float() * wide.detach()).abs().sum()) * 2**-9 / float(s)
+    lost = float((g.float() * wide).abs().sum()) * 2**-9 / float(s)
     torch.testing.assert_close(gs, wide_gs, rtol=1e-5, atol=lost)
+    assert (gz is None) == (kind != "shifted")
+    torch.testing.assert_close(gz, wide_gz, rtol=1e-5, atol=1e-6)
 
 
 KERNEL = (4, 3, 2, 2)
