@@ -120,7 +120,7 @@ def _flat(x: Tensor) -> Tensor:
 
 def same_layout(x: Tensor, like: Tensor) -> Tensor:
     """Bring `x` into the memory layout of `like`: elementwise kernels are several times slower across layouts."""
-    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
+    return x if x.stride() == like.stride() else torch.empty_like(like, dtype=x.dtype).copy_(x)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _parts(*read: Tensor, write: Tensor, dtype: torch.dtype) -> Iterator[list[Te
 
 def _forward(x: Tensor, scale: Tensor, grid: _Grid) -> Tensor:
     if scale.numel() > 1:
-        return (x / scale).round_().clamp_(grid.low, grid.high).mul_(scale)
+        return (x / scale).round_().clamp_(grid.low, grid.high).mul_(scale).to(x.dtype)
     out, step = torch.empty_like(x), scale.reshape(())
     for part, found in _parts(_flat(x), write=_flat(out), dtype=torch.promote_types(x.dtype, scale.dtype)):
         torch.div(part, step, out=found).round_().clamp_(grid.low, grid.high).mul_(step)
@@ -248,7 +248,7 @@ class _BoundedFakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, high: int, bound: Tensor) -> Tensor:
         x = x if has_channels(x, bound) else x.contiguous()
-        top = (bound / scale).round_().clamp_(max=high)
+        top = (bound / scale.reshape(())).round_().clamp_(max=high)
         out = _bounded_forward(x, scale, top)
         ctx.save_for_backward(x, scale, bound, top)
         ctx.out, ctx.version = out.detach(), out._version

@@ -21,6 +21,7 @@ from qft_plugin.quantize import (
     per_in,
     per_out,
     round_ste,
+    same_layout,
     to_integer,
 )
 
@@ -213,20 +214,22 @@ def test_a_relu_is_computed_along_with_the_quantization(
 
 
 @pytest.mark.usefixtures("parts")
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "bounded", "shifted"])
-def test_data_in_lower_precision(kind: str) -> None:
+def test_data_in_lower_precision(kind: str, channels_last: bool) -> None:
     """The arithmetic is that of the scale's float32, whatever the data is in; only what is stored has fewer bits."""
-    x = torch.randn(3, 5, 4, 2).to(torch.bfloat16)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(3, 5, 4, 2).to(torch.bfloat16).contiguous(memory_format=layout)
     s, g = torch.tensor(0.013), torch.randn(3, 5, 4, 2).to(torch.bfloat16)
-    bound = torch.tensor([0.5, 1, 2, 1e-3, 40]).view(-1, 1, 1)
     results = []
     for data in (x, x.float()):
         x_, s_, z_ = data.clone().requires_grad_(), s.clone().requires_grad_(), torch.tensor(100.0, requires_grad=True)
+        bound = torch.tensor([0.5, 1, 2, 1e-3, 40]).view(-1, 1, 1).requires_grad_()
         kwargs: dict[str, Any] = {"bounded": {"bound": bound}, "shifted": {"zero_point": z_}}.get(kind, {})
         y = fake_quantize(x_, s_, low=0, high=255, **kwargs)
         y.backward(g.to(y.dtype))
-        results.append((y.detach(), x_.grad, s_.grad, z_.grad))
-    (y, gx, gs, gz), (wide, wide_gx, wide_gs, wide_gz) = results
+        results.append((y.detach(), x_.grad, s_.grad, z_.grad, bound.grad))
+    (y, gx, gs, gz, gb), (wide, wide_gx, wide_gs, wide_gz, wide_gb) = results
     assert y.dtype == x.dtype
     assert torch.equal(y, wide.to(x.dtype))
     assert gx is not None
@@ -237,6 +240,24 @@ def test_data_in_lower_precision(kind: str) -> None:
     torch.testing.assert_close(gs, wide_gs, rtol=1e-5, atol=lost)
     assert (gz is None) == (kind != "shifted")
     torch.testing.assert_close(gz, wide_gz, rtol=1e-5, atol=1e-6)
+    assert (gb is None) == (kind != "bounded")
+    torch.testing.assert_close(gb, wide_gb, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("s_shape", [(1,), (1, 1, 1, 1)])
+def test_a_bound_with_a_scale_of_any_rank(s_shape: tuple[int, ...]) -> None:
+    """A scale of one element may have any number of axes."""
+    x, bound = torch.randn(2, 5, 3, 2), torch.full((5, 1, 1), 0.8)
+    found = fake_quantize(x, torch.full(s_shape, 0.1), low=0, high=15, bound=bound)
+    assert torch.equal(found, fake_quantize(x, torch.tensor(0.1), low=0, high=15, bound=bound))
+
+
+def test_a_gradient_keeps_its_precision_in_another_layout() -> None:
+    """Only the order in memory is that of the other tensor."""
+    g = torch.randn(2, 5, 3, 2)
+    found = same_layout(g, torch.empty(2, 5, 3, 2, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last))
+    assert found.stride() == (30, 1, 10, 5)
+    assert torch.equal(found, g)
 
 
 KERNEL = (4, 3, 2, 2)
