@@ -127,8 +127,9 @@ def teacher_predictions(teacher: Network, inputs: Inputs, *, batch_size: int, me
             prediction = teacher(call)
             outputs = [*prediction.features, *([] if prediction.logits is None else [prediction.logits])]
             has_logits = prediction.logits is not None
-            limit, count = memory_limit // len(outputs), len(prediction.features)
-            rows = rows or [KeptRows(output, limit, halve=n < count) for n, output in enumerate(outputs)]
+            if not rows:
+                count = len(prediction.features)
+                rows = [KeptRows(t, memory_limit // len(outputs), halve=n < count) for n, t in enumerate(outputs)]
             for row, output in zip(rows, outputs, strict=True):
                 if not bool(torch.isfinite(output).all()):
                     raise ModelError(

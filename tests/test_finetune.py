@@ -394,6 +394,15 @@ def test_half_precision_has_room_for_every_size(size: float) -> None:
     assert bool(((found - wanted).abs() <= 2**-11 * wanted.abs().amax((1, 2), keepdim=True)).all())
 
 
+def test_a_teacher_may_have_nothing_to_compare() -> None:
+    """With the class probabilities alone in the loss, a network without classes is refused later, by its setting."""
+    targets = teacher_predictions(
+        lambda _: Prediction((), None), inputs_of(torch.randn(5, 4)), batch_size=2, memory_limit=0
+    )
+    assert targets.features == ()
+    assert targets.logits is None
+
+
 def test_double_precision_is_kept() -> None:
     """What is not in float32 is not rounded."""
     x = torch.randn(5, 4, dtype=torch.float64)
