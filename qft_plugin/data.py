@@ -77,7 +77,7 @@ class Kept:
 
     Attributes:
         values: `[images, ...]`.
-        largest: by what each image's values were divided, `[images]`; `None` where they are kept as they were.
+        largest: by what each image's values were divided, `[images, 1, ...]`; `None` where they are kept as they were.
     """
 
     values: Tensor
@@ -89,7 +89,7 @@ class Kept:
         if self.largest is None:
             return values
         largest = self.largest[index].to(device)
-        return values.to(largest.dtype).mul_(_by_image(largest, values))
+        return values.to(largest.dtype).mul_(largest)
 
 
 class KeptRows:
@@ -110,8 +110,9 @@ class KeptRows:
         """Add a batch, `[rows, ...]`."""
         if self._largest is not None:
             largest = rows.reshape(len(rows), -1).abs().amax(1).clamp(min=torch.finfo(rows.dtype).tiny)
+            largest = largest.view(-1, *(1,) * (rows.dim() - 1))
             self._largest.append(largest)
-            rows = (rows / _by_image(largest, rows)).to(torch.float16)
+            rows = (rows / largest).to(torch.float16)
         self._values.append(rows)
 
     def finish(self) -> Kept:
@@ -123,11 +124,6 @@ class KeptRows:
         self._values.discard()
         if self._largest is not None:
             self._largest.discard()
-
-
-def _by_image(v: Tensor, rows: Tensor) -> Tensor:
-    """Give a number for each image, `[rows]`, the axes of `rows`."""
-    return v.view(-1, *(1,) * (rows.dim() - 1))
 
 
 @dataclass(frozen=True)

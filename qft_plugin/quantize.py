@@ -153,8 +153,9 @@ def in_cache(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     return zip(*(torch.split(t, max(1, rows)) for t in tensors), strict=True)
 
 
-def _parts(*read: Tensor, write: Tensor, dtype: torch.dtype) -> Iterator[list[Tensor]]:
-    """Iterate over parts of what is read and of what is written, all in one precision; it is written in its own."""
+def _parts(*read: Tensor, write: Tensor, scale: Tensor) -> Iterator[list[Tensor]]:
+    """Iterate over parts of what is read and of what is written, in the precision of the scale where it is higher."""
+    dtype = torch.promote_types(write.dtype, scale.dtype)
     for *parts, target in in_cache(*read, write):
         found = target if target.dtype == dtype else torch.empty_like(target, dtype=dtype)
         yield [*(part.to(dtype) for part in parts), found]
@@ -166,7 +167,7 @@ def _forward(x: Tensor, scale: Tensor, grid: _Grid) -> Tensor:
     if scale.numel() > 1:
         return (x / scale).round_().clamp_(grid.low, grid.high).mul_(scale).to(x.dtype)
     out, step = torch.empty_like(x), scale.reshape(())
-    for part, found in _parts(_flat(x), write=_flat(out), dtype=torch.promote_types(x.dtype, scale.dtype)):
+    for part, found in _parts(_flat(x), write=_flat(out), scale=scale):
         torch.div(part, step, out=found).round_().clamp_(grid.low, grid.high).mul_(step)
     return out
 
@@ -179,8 +180,7 @@ def _backward(g: Tensor, x: Tensor, scale: Tensor, out: Tensor, grid: _Grid, nee
     gx, total, on_cpu = torch.empty_like(x), torch.zeros_like(scale), x.device.type == "cpu"
     # Reading the scale costs nothing on a CPU; a GPU would have to be waited for.
     s = scale.item() if on_cpu else 1.0
-    dtype = torch.promote_types(x.dtype, scale.dtype)
-    for part_g, part, part_out, found in _parts(_flat(g), _flat(x), _flat(out), write=_flat(gx), dtype=dtype):
+    for part_g, part, part_out, found in _parts(_flat(g), _flat(x), _flat(out), write=_flat(gx), scale=scale):
         torch.ops.aten.hardtanh_backward.grad_input(
             part_g,
             part if on_cpu else part / scale.reshape(()),
@@ -229,8 +229,8 @@ class _FakeQuantize(torch.autograd.Function):
 
 def _bounded_forward(x: Tensor, scale: Tensor, top: Tensor) -> Tensor:
     out, step, high = torch.empty_like(x), scale.reshape(()), top.reshape(-1, 1)
-    low, dtype = torch.zeros_like(high), torch.promote_types(x.dtype, scale.dtype)
-    for part, found in _parts(by_channel(x, top), write=by_channel(out, top), dtype=dtype):
+    low = torch.zeros_like(high)
+    for part, found in _parts(by_channel(x, top), write=by_channel(out, top), scale=scale):
         torch.div(part, step, out=found).round_().clamp_(low, high).mul_(step)
     return out
 
@@ -264,8 +264,7 @@ class _BoundedFakeQuantize(torch.autograd.Function):
         last = torch.minimum(bounds, end).unsqueeze(1)
         gx, above, total = torch.empty_like(x), torch.zeros_like(bounds), torch.zeros_like(end)
         read = (by_channel(t, bound) for t in (g, x, out))
-        dtype = torch.promote_types(x.dtype, scale.dtype)
-        for part_g, part, part_out, found in _parts(*read, write=by_channel(gx, bound), dtype=dtype):
+        for part_g, part, part_out, found in _parts(*read, write=by_channel(gx, bound), scale=scale):
             # Without booleans, which are slow.
             torch.sub(last, part, out=found)
             torch.ops.aten.threshold_backward.grad_input(part_g, found, 0, grad_input=found)
