@@ -2,6 +2,7 @@
 
 import nets
 import pytest
+import torch
 from conftest import few_steps, four_bits, relative_error
 
 from qft_plugin.model import tensors_in
@@ -36,6 +37,17 @@ def test_eight_bits_are_nearly_float(name, host):
     quantized = host.quantize(model, items, four_bits(weight_bits=8, finetune=None))
     expected = list(tensors_in(nets.call(model, items[0])))
     assert relative_error(host.outputs(quantized, items[0]), [t.detach() for t in expected]) < 0.05
+
+
+def test_batches_of_the_dataset_do_not_matter(host):
+    """The default start is the same for one batch, for single images, and for what lies between."""
+    model, items = nets.build("residual"), nets.items("residual")
+    images = torch.cat([x**3 for x in items])
+    starts = [
+        host.outputs(host.quantize(model, list(images.split(size)), four_bits(finetune=None)), images)
+        for size in (1, 24, len(images))
+    ]
+    assert relative_error(starts[0], starts[2]) == relative_error(starts[1], starts[2]) == 0
 
 
 def equal_share(one, other):

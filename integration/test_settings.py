@@ -24,6 +24,13 @@ from qft_plugin import ConfigError, HostError, ModelError, QFTConfig
 CLOSE = 0.25
 """Relative L2 error of 4-bit weights after a few steps; a network with a wrong scale is at 0.5 and more."""
 
+ESTIMATOR = {
+    "advanced_parameters": AdvancedQuantizationParameters(
+        activations_range_estimator_params=RangeEstimatorParametersSet.MEAN_QUANTILE
+    )
+}
+"""A user's own range estimator."""
+
 ONE_STEP = 1 / 127
 """A quantizer's range may end one step before the largest value."""
 
@@ -220,6 +227,30 @@ def test_activation_ranges():
     assert extent["mse"] < extent["max"]
     assert error["mse"] < error["max"]
     assert extent["host"] != extent["max"]
+
+
+def test_the_range_that_is_used_without_a_setting():
+    """It is that of the smallest error, and NNCF's where the user says how NNCF estimates ranges."""
+    extents = {}
+    for kind, settings in ((None, {}), ("mse", {}), ("estimator", ESTIMATOR), ("host", ESTIMATOR)):
+        torch.manual_seed(0)
+        asked = {} if kind in (None, "estimator") else {"activation_range": kind}
+        _, _, job = quantize(config=four_bits(finetune=None, **asked), **settings)
+        extents[kind] = float(input_quantizer(job).scale.detach())
+    assert extents[None] == extents["mse"] != extents["host"] == extents["estimator"]
+
+
+@pytest.mark.parametrize("preset", [None, nncf.QuantizationPreset.MIXED])
+@pytest.mark.parametrize("kind", ["max", "mse"])
+def test_ranges_with_zero_points(kind, preset, outputs):
+    """Grids with a zero point of their own start at it too, however the dataset is batched."""
+    model, images = nets.build("preactivation"), torch.cat(nets.items("preactivation"))
+    config = four_bits(activation_range=kind, finetune=None)
+    found = [
+        host.quantize(model, nncf.Dataset(list(images.split(size))), config, preset=preset).model for size in (8, 64)
+    ]
+    assert relative_error(outputs(found[0], images), outputs(found[1], images)) == 0
+    assert relative_error(outputs(found[0], images), outputs(model, images)) < CLOSE
 
 
 @pytest.mark.parametrize("name", ["inverted", "transformer", "features", "keywords"])

@@ -261,7 +261,9 @@ class QFTConfig:
         layer_bits: bit width by name of the weight, or by shell pattern (`{"features.0.*": 8}`); wins over all others.
         layer_activation_bits: bit width of what a layer reads, 4 to 8, likewise by name or pattern of its weight. Where
             layers share one activation, the widest wins.
-        activation_range: where activation scales start: `"host"` (the host's own calibration), `"max"` or `"mse"`.
+        activation_range: where activation scales start: `"mse"` (the smallest squared error on the first 256 images,
+            however they are batched), `"max"` (nothing is clipped), or `"host"` (the host's own calibration). `None` is
+            `"mse"`, but `"host"` where the user set how NNCF estimates ranges.
         equalize: start from 4-bit cross-layer equalization (Eq. 19-21) instead of equal factors.
         compensate: start from weights whose rounding errors compensate each other (GPTQ) instead of the nearest ones.
         bias_correction: start from biases that undo the mean error of each layer's output (Nagel et al. 2019); a
@@ -284,7 +286,7 @@ class QFTConfig:
     small_layer_share: float = 0.01
     layer_bits: Mapping[str, int] = field(default_factory=dict)
     layer_activation_bits: Mapping[str, int] = field(default_factory=dict)
-    activation_range: Range = "host"
+    activation_range: Range | None = None
     equalize: bool = True
     compensate: bool = True
     bias_correction: bool = False
@@ -303,7 +305,8 @@ class QFTConfig:
         for name in ("weight_bits", "small_layer_bits"):
             _number(self, name, at_least=2, at_most=8, whole=True)
         _number(self, "small_layer_share", at_least=0, at_most=1)
-        _choice(self, "activation_range", ("host", "max", "mse"))
+        if self.activation_range is not None:
+            _choice(self, "activation_range", ("host", "max", "mse"))
         _choice(self, "rounding", ("ste", "soft", "blend"))
         _sparsity(self.sparsity)
         _choice(self, "bounded", ("exact", "relu"))

@@ -1,5 +1,6 @@
 """Where a finetune starts: equalization, the host's quantizers, MMSE scales, compensated weights, corrected biases."""
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from qft_plugin.compensate import can_compensate, compensated, input_rows
 from qft_plugin.data import Inputs
 from qft_plugin.errors import ModelError, QFTWarning
 from qft_plugin.graph import PINNED, DofMap, Layer, LayerGraph
-from qft_plugin.initialize import doubly_scales, equalize, nearest_factor, range_max, range_mse, weight_scale
+from qft_plugin.initialize import doubly_scales, equalize, nearest_factor, weight_scale
 from qft_plugin.offline import (
     Dof,
     WeightGrid,
@@ -34,13 +35,11 @@ from qft_plugin.placement import (
     quantizer_before,
 )
 from qft_plugin.problem import Problem
+from qft_plugin.ranges import BATCH, activation_grids
 from qft_plugin.spec import QFTConfig
 from qft_plugin.student import Unfold
 
 logger = logging.getLogger("qft_plugin")
-
-BATCH: Final = 64
-"""Images that a network is run on at a time where nothing trains."""
 
 EQUALIZE_BOTH: Final = 0.5
 """Beta of Eq. 19. Equalizing the consumers alone (1) was worse, even where every output channel has its own scale."""
@@ -51,12 +50,6 @@ where they have settled do networks with the same function, but other ranges of 
 
 COMPENSATION_IMAGES: Final = 256
 """Images on which rounding errors compensate each other."""
-
-RANGE_IMAGES: Final = 256
-"""Images that "max" and "mse" ranges look at."""
-
-RANGE_VALUES: Final = 1 << 20
-"""Values of each activation that an "mse" range is searched on."""
 
 
 @dataclass(frozen=True)
@@ -189,25 +182,10 @@ def _activation_grids(
 ) -> dict[str, ActivationGrid]:
     """Return the grids of all activation quantizers with their initial scales."""
     grids = dict(placement.activations)
-    if config.activation_range == "host":
+    kind = config.activation_range or "mse"
+    if kind == "host":
         return grids
-    choose = range_max if config.activation_range == "max" else range_mse
-    generator = torch.Generator().manual_seed(0)
-    seen: dict[str, list[Tensor]] = {}
-    per_batch = RANGE_VALUES * BATCH // min(RANGE_IMAGES, len(inputs))
-    for call in inputs.batches(BATCH, at_most=RANGE_IMAGES):
-        for name, x in student.observe(tensors, call).items():
-            flat = x.flatten()
-            if config.activation_range == "mse" and flat.numel() > per_batch:
-                flat = flat[torch.randint(flat.numel(), (per_batch,), generator=generator).to(flat.device)]
-            elif config.activation_range == "max":
-                flat = torch.stack([flat.amin(), flat.amax()])
-            seen.setdefault(name, []).append(flat)
-    for name, parts in seen.items():
-        grid = grids[name]
-        scale = choose(torch.cat(parts), low=grid.low - grid.zero_point, high=grid.high - grid.zero_point)
-        grids[name] = replace(grid, scale=float(scale))
-    return grids
+    return activation_grids(grids, functools.partial(student.observe, tensors), inputs, kind)
 
 
 def _with_bits(graph: LayerGraph, placement: Placement, dof_map: DofMap, config: QFTConfig) -> Placement:

@@ -51,7 +51,7 @@ class FakeQuantizer(nn.Module):
         super().__init__()
         self.scale: Tensor | None = None
         self.zero_point: ZeroPoint = 0
-        self.seen: list[Tensor] | None = None
+        self.watcher: Callable[[Tensor], None] | None = None
         self._read: dict[int, tuple[Any, ...]] = {}
         if grid is not None:
             self.set_grid(grid, function)
@@ -65,8 +65,8 @@ class FakeQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize one activation."""
         if self.scale is None:
-            if self.seen is not None:
-                self.seen.append(x)
+            if self.watcher is not None:
+                self.watcher(x)
             return x.clone()  # an operation behind may be in place
         bound = self._read.pop(id(x), None)
         if bound is not None:
@@ -120,22 +120,27 @@ def set_grids(quantizers: Mapping[str, FakeQuantizer], solution: Solution) -> No
         quantizers[name].zero_point = zero_point
 
 
-def observed(quantizers: Mapping[str, FakeQuantizer], run: Callable[[], object]) -> dict[str, Tensor]:
-    """Run a network with float activations and return what each quantizer would have had as its input, flat.
+Watcher = Callable[[str, Tensor], None]
+"""Called with the name of a quantizer and what it would have had as its input."""
 
-    A quantizer that is called several times has seen all of it.
+
+def observe(quantizers: Mapping[str, FakeQuantizer], run: Callable[[], object], watcher: Watcher) -> None:
+    """Run a network with float activations and show what each quantizer would have had as its input.
+
+    What is shown is not kept, so that the activations of the whole network are never held at once.
 
     Args:
         quantizers: those of the network, by name.
         run: runs the network.
+        watcher: called at each call of a quantizer; what it gets may change after it has returned.
     """
-    for module in quantizers.values():
-        module.scale, module.seen = None, []
-    run()
-    values = {name: torch.cat([t.flatten() for t in m.seen]) for name, m in quantizers.items() if m.seen}
-    for module in quantizers.values():
-        module.seen = None
-    return values
+    for name, module in quantizers.items():
+        module.scale, module.watcher = None, functools.partial(watcher, name)
+    try:
+        run()
+    finally:
+        for module in quantizers.values():
+            module.watcher = None
 
 
 VARIANTS: Final = 64

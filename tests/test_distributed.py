@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from qft_plugin import bias_correction, start
+from qft_plugin import bias_correction, ranges, start
 from qft_plugin.data import HEAD_IMAGES, Inputs, read_inputs
 from qft_plugin.distributed import ALONE, STRATA, World, agreed, check_alike, joined, once, orders, strata_of
 from qft_plugin.errors import ConfigError, DataError
@@ -125,7 +125,7 @@ def test_a_process_keeps_the_first_images_and_its_own(size: int, head_items: int
 
 def test_all_that_the_start_looks_at_is_kept() -> None:
     """Every process has the images that ranges, compensation and biases start from."""
-    assert max(start.RANGE_IMAGES, start.COMPENSATION_IMAGES, bias_correction.BIAS_IMAGES) <= HEAD_IMAGES
+    assert max(ranges.RANGE_IMAGES, start.COMPENSATION_IMAGES, bias_correction.BIAS_IMAGES) <= HEAD_IMAGES
 
 
 def test_every_process_needs_an_image() -> None:

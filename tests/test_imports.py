@@ -21,7 +21,7 @@ LEVELS = [
     {"bounded", "dof_map", "offline", "finetune", "record", "blocks"},
     {"channelwise", "deployed"},
     {"report", "student", "bias_correction"},
-    {"problem"},
+    {"problem", "ranges"},
     {"start"},
     {"pipeline"},
     {"cli"},

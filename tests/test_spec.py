@@ -41,7 +41,7 @@ WRONG: list[tuple[type, str, Any]] = [
     *((EfQAT, "refresh_images", bad) for bad in (0, -1, 0.5, "4096", True, None)),
     *((QFTConfig, name, bad) for name in ("weight_bits", "small_layer_bits") for bad in (1, 9, 4.0, "4", False)),
     *((QFTConfig, "small_layer_share", bad) for bad in (-0.01, 1.01, math.nan, None)),
-    (QFTConfig, "activation_range", "minmax"),
+    *((QFTConfig, "activation_range", bad) for bad in ("minmax", True, "")),
     *((QFTConfig, "rounding", bad) for bad in ("nearest", None, True)),
     *((QFTConfig, "sparsity", bad) for bad in (-0.1, 1, 1.5, "1:2", True, math.nan, math.inf)),
     *((QFTConfig, "layer_bits", bad) for bad in (8, [("a", 8)], {"a": 1}, {"a": 9}, {"a": 8.0}, {"a": True}, {1: 8})),

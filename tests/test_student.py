@@ -20,7 +20,7 @@ from qft_plugin.student import (
     FakeQuantizer,
     Unfold,
     compiled_fake_quantize,
-    observed,
+    observe,
     prediction_of,
     unfolded,
 )
@@ -45,10 +45,11 @@ def test_without_a_scale_values_pass_and_are_seen() -> None:
             y.add_(1)
 
     for _ in range(2):
-        seen = observed({"a": quantizer, "idle": idle}, run)
-        assert list(seen) == ["a"]
-        assert torch.equal(seen["a"], torch.cat([x.flatten() for x in before]))
-    assert quantizer.seen is None
+        seen: list[tuple[str, Tensor]] = []
+        observe({"a": quantizer, "idle": idle}, run, lambda name, x, seen=seen: seen.append((name, x.clone())))  # type: ignore[misc]
+        assert [name for name, _ in seen] == ["a", "a"]
+        assert all(torch.equal(x, b) for (_, x), b in zip(seen, before, strict=True))
+    assert quantizer.watcher is None
     assert all(torch.equal(x, b) for x, b in zip(inputs, before, strict=True))
 
 
@@ -68,7 +69,7 @@ def test_with_a_scale_values_are_quantized(shape: tuple[int, ...], late: bool) -
     x, scale = torch.randn(2, 4, 5, 5), 0.2 + torch.rand(shape)
     quantizer.scale = scale
     assert torch.equal(quantizer(x), fake_quantize(x, scale, low=0, high=15, zero_point=3))
-    assert quantizer.seen is None
+    assert quantizer.watcher is None
     quantizer.scale = None
     assert torch.equal(quantizer(x), x)
 

@@ -34,8 +34,9 @@ from qft_plugin.relations import NEW_MEMORY
 from qft_plugin.student import (
     FakeQuantizer,
     Unfold,
+    Watcher,
     compiled_fake_quantize,
-    observed,
+    observe,
     prediction_of,
     set_grids,
     unfolded,
@@ -109,9 +110,16 @@ def _calibrated(source: Source, tensors: Mapping[str, Tensor], inputs: Inputs) -
     stand_ins = _stand_ins(twin, source)
     extremes: dict[str, list[Tensor]] = {}
     for args, kwargs in inputs.batches(CALIBRATION_BATCH, at_most=CALIBRATION_IMAGES):
-        run = functools.partial(function, tensors, args, kwargs)
-        for name, values in observed(stand_ins, run).items():
-            extremes.setdefault(name, []).append(torch.stack(values.aminmax()))
+        batch: dict[str, Tensor] = {}
+
+        def watch(name: str, x: Tensor, batch: dict[str, Tensor] = batch) -> None:
+            found = torch.stack(x.aminmax())
+            before = batch.get(name, found)
+            batch[name] = torch.stack([torch.minimum(before[0], found[0]), torch.maximum(before[1], found[1])])
+
+        observe(stand_ins, functools.partial(function, tensors, args, kwargs), watch)
+        for name, found in batch.items():
+            extremes.setdefault(name, []).append(found)
     grids = {}
     for name, scaling in source.activations.items():
         seen = torch.stack(extremes[name]).mean(0)
@@ -196,9 +204,9 @@ class Student:
         prediction = prediction_of(outputs, kept.values(), with_outputs=self._at.outputs)
         return unfolded(prediction, self._unfolds, solution.factors)
 
-    def observe(self, tensors: Mapping[str, Tensor], call: Call) -> dict[str, Tensor]:
-        """Run with float activations and return what each activation quantizer would have had as its input."""
-        return observed(self._quantizers, lambda: self._run(tensors, call, {}))
+    def observe(self, tensors: Mapping[str, Tensor], call: Call, watcher: Watcher) -> None:
+        """Run with float activations and show what each activation quantizer would have had as its input."""
+        observe(self._quantizers, lambda: self._run(tensors, call, {}), watcher)
 
     def watch(
         self, tensors: Mapping[str, Tensor], call: Call, watchers: Mapping[str, Callable[[Tensor], None]]

@@ -11,7 +11,7 @@ from brevitas import config as brevitas_config
 from torch import Tensor, nn
 
 from qft_plugin.graph import DofMap, Layer
-from qft_plugin.initialize import SMALLEST_SCALE, doubly_scales, range_max, weight_scale
+from qft_plugin.initialize import doubly_scales, range_max, shifted_range_max, weight_scale
 from qft_plugin.norms import kind_of
 from qft_plugin.offline import on_weight
 from qft_plugin.quantize import TRANSPOSED_KINDS, per_in, per_out
@@ -197,9 +197,7 @@ def activation_range(x: Tensor, *, low: int, high: int, asymmetric: bool) -> tup
     """
     if not asymmetric:
         return range_max(x, low=low, high=high), 0
-    smallest, largest = x.amin().clamp(max=0), x.amax().clamp(min=0)
-    scale = ((largest - smallest) / (high - low)).clamp(min=SMALLEST_SCALE)
-    return scale, int((low - smallest / scale).round().clamp(low, high))
+    return shifted_range_max(x, low=low, high=high)
 
 
 class ZeroPoint(nn.Module):

@@ -26,8 +26,9 @@ from qft_plugin.spec import HardwareSpec
 from qft_plugin.student import (
     FakeQuantizer,
     Unfold,
+    Watcher,
     compiled_fake_quantize,
-    observed,
+    observe,
     prediction_of,
     set_grids,
     unfolded,
@@ -353,9 +354,9 @@ class Student:
         with torch.autocast(next(iter(tensors.values())).device.type, enabled=False):
             return replay(self._observed.model, run)
 
-    def observe(self, tensors: Mapping[str, Tensor], call: Call) -> dict[str, Tensor]:
-        """Run with float activations and return what each activation quantizer would have had as its input."""
-        return observed(self._quantizers, lambda: self._run(tensors, call))
+    def observe(self, tensors: Mapping[str, Tensor], call: Call, watcher: Watcher) -> None:
+        """Run with float activations and show what each activation quantizer would have had as its input."""
+        observe(self._quantizers, lambda: self._run(tensors, call), watcher)
 
     def watch(
         self, tensors: Mapping[str, Tensor], call: Call, watchers: Mapping[str, Callable[[Tensor], None]]

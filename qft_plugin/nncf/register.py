@@ -102,7 +102,7 @@ def quantize(model: nn.Module, calibration_dataset: Any, config: QFTConfig | Non
 def _quantize(
     original: Callable[..., Any], model: Any, dataset: Any, algorithm: Any, callback: Any, host: dict[str, Any]
 ) -> Job:
-    config = _config(algorithm)
+    config = _with_range(_config(algorithm), host.get("advanced_parameters"))
     request = Request(original, dataset, _host_settings(original, host, config), config.hardware)
     # Calibration code often stands inside no_grad or inference_mode, but this one trains.
     with (
@@ -131,6 +131,14 @@ def _config(algorithm: Any) -> QFTConfig:
     if algorithm == "qft":
         return QFTConfig()
     raise ConfigError(f'algorithm should be "qft", a QFTConfig, or None for NNCF\'s own. Found {algorithm!r}.')
+
+
+def _with_range(config: QFTConfig, advanced: Any) -> QFTConfig:
+    """Leave the ranges of activations to NNCF where the user said how it estimates them and nothing else."""
+    name = "activations_range_estimator_params"
+    usual = getattr(AdvancedQuantizationParameters(), name)
+    asked = config.activation_range is None and getattr(advanced, name, usual) != usual
+    return replace(config, activation_range="host") if asked else config
 
 
 def _host_settings(original: Callable[..., Any], host: dict[str, Any], config: QFTConfig) -> dict[str, Any]:
