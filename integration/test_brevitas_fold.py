@@ -31,7 +31,7 @@ from brevitas_models import (
 )
 from torch import nn
 
-from qft_plugin import ConfigError, DeployabilityError, ModelError
+from qft_plugin import ConfigError, DeployabilityError, HardwareSpec, ModelError, QFTConfig
 from qft_plugin.bounded import ChannelHardtanh
 from qft_plugin.brevitas import (
     QFTInt4Weight,
@@ -240,6 +240,42 @@ def test_a_bias_with_two_accumulator_scales():
     assert relative(run(fold(model), x), run(model, x)) < FLIPS
     with pytest.raises(DeployabilityError, match="Layer conv: its bias"):
         fold(model, bias_bits=32)
+
+
+class Parts(nn.Module):
+    """A layer that reads a concatenation, whose parts have quantizers of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp, self.left, self.right = identity(), conv(8, 8), conv(8, 8)
+        self.r1, self.r2, self.conv = relu(), relu(), conv(16, 4)
+
+    def forward(self, x):
+        x = self.inp(x)
+        return self.conv(torch.cat([self.r1(self.left(x)), self.r2(20 * self.right(x))], 1))
+
+
+@pytest.mark.parametrize("network", [TwoSteps, Parts])
+@pytest.mark.parametrize("bits", [None, 16])
+def test_one_scale_for_all_that_a_layer_reads(network, bits):
+    """Where biases are integers, all activations of a layer get one scale; else each keeps its own, and both work."""
+    model, x = network().eval(), torch.randn(64, 8, 6, 6)
+    with torch.no_grad():
+        model.conv.bias.copy_(torch.linspace(-3, 3, len(model.conv.bias)))
+    float_model = copy.deepcopy(model)
+    for module in float_model.modules():
+        if isinstance(module, (qnn.QuantConv2d, qnn.QuantReLU, qnn.QuantIdentity)):
+            for name in ("weight_quant", "act_quant"):
+                if hasattr(module, name):
+                    getattr(module, name).disable_quant = True
+    initialize(model, [x], QFTConfig(hardware=HardwareSpec(bias_bits=bits)))
+    inputs = weight_scalings(model)["conv"].neighbours.inputs
+    assert len(inputs) == 2
+    assert len({float(s.log_s.detach()) for s in inputs}) == (2 if bits is None else 1)
+    folded = fold(model)
+    assert relative(run(folded, x), run(model, x)) < (FLIPS if bits is None else BIAS)
+    assert folded.conv.bias_quant.is_quant_enabled == (bits is not None)
+    assert relative(run(folded, x), run(float_model, x)) < 0.3
 
 
 def test_not_linked():

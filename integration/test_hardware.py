@@ -71,6 +71,24 @@ PLACES = {
         },
         (hook("stem/2/hardtanh/0", 1), hook("project/1/batch_norm/0")),
     ),
+    ("nncf", "branches"): Places(
+        {
+            "left.weight": (hook("x"), hook("/relu/0")),
+            "right.weight": (hook("x"), hook("/relu/0")),  # one quantizer for both parts
+            "join.weight": (hook("/relu/0"), hook("/relu/2")),
+            "fc.weight": (hook("/relu/2"), None),
+        },
+        (),
+    ),
+    ("brevitas", "branches"): Places(
+        {
+            "left.weight": ("quantizer_0", "quantizer_1"),
+            "right.weight": ("quantizer_0", "quantizer_1"),
+            "join.weight": ("quantizer_1", "quantizer_2"),
+            "fc.weight": ("quantizer_2", None),
+        },
+        (),
+    ),
     ("brevitas", "residual"): Places(
         {
             "stem.weight": ("quantizer_0", "quantizer_1"),
@@ -305,8 +323,11 @@ def test_factors_are_what_the_hardware_multiplies_by(spec, net, host):
     result, _, _ = quantized(host, net, spec)
     found = factors(result, net)
     assert len(found) >= 1
-    logarithms = torch.cat(list(found.values()))
-    kind = SPECS[spec].rescale_factor
+    check_factors(torch.cat(list(found.values())), SPECS[spec].rescale_factor)
+
+
+def check_factors(logarithms, kind):
+    """Assert that log2 of rescale factors is what the hardware can multiply by."""
     if kind == "power_of_two":
         assert (logarithms - logarithms.round()).abs().max() < LOG2
     elif kind != "float":
@@ -332,6 +353,22 @@ def test_biases_are_integers(spec, net, host):
             assert away < INTEGER * max(1, float(steps.abs().max()) / 2**12), name
             assert steps.round().abs().max() < 2 ** (bits - 1), name
             assert steps.round().abs().max() > 0, name
+
+
+@pytest.mark.parametrize("spec", ["finn", "integer only", "factors of 4 bits"])
+def test_layers_around_a_concatenation_are_constrained_too(spec, host):
+    """Bits, integer biases and factors hold for the layers before and behind a concatenation, and none is warned of."""
+    model, items = nets.build("branches"), nets.items("branches")
+    config = four_bits(hardware=SPECS[spec], layer_activation_bits={"join.weight": 6})
+    result = host().quantize(model, items, config)
+    places = PLACES[host.name, "branches"].around
+    assert result.activations()[places["join.weight"][0]].bits == 6
+    for steps in bias_steps(result, "branches").values():
+        away = (steps - steps.round()).abs().max()
+        assert (away < INTEGER * max(1, float(steps.abs().max()) / 2**12)) == (SPECS[spec].bias_bits is not None)
+    found = factors(result, "branches")
+    assert set(found) == {"left.weight", "right.weight", "join.weight"}
+    check_factors(torch.cat(list(found.values())), SPECS[spec].rescale_factor)
 
 
 @NETS

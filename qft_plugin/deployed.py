@@ -108,11 +108,11 @@ def accumulator_bits(dof: Dof) -> dict[str, int]:
     deployed, biases = deployed_weights(dof), integer_biases(dof)
     found = {}
     for name, bias in biases.items():
-        layer, grid = dof.map.layer(name), dof.weight_grids[name]
-        assert grid.s_in is not None
-        activation = dof.activation_grids[grid.s_in]
+        layer = dof.map.layer(name)
+        # Of a concatenation, parts may have integers of different widths: the widest could meet every weight.
+        read = dof.input_grids(name)
         W_int = out_slices(deployed[name].integers, kind=layer.kind, groups=layer.groups)
-        ends = torch.stack([W_int * activation.low, W_int * activation.high])
+        ends = torch.stack([W_int * min(g.low for g in read), W_int * max(g.high for g in read)])
         largest = torch.maximum(ends.amax(0).sum(1) + bias.clamp(min=0), bias)
         smallest = torch.minimum(ends.amin(0).sum(1) + bias.clamp(max=0), bias)
         peak = max(float(largest.max()), -float(smallest.min()) - 1, 1.0)

@@ -24,7 +24,7 @@ from qft_plugin.graph import PINNED, DofMap, Layer, absorbs_input
 from qft_plugin.initialize import out_slices
 from qft_plugin.partial import Held, hold, partly_trained, settled
 from qft_plugin.partial_backward import PartialWeight
-from qft_plugin.placement import ActivationGrid
+from qft_plugin.placement import ActivationGrid, can_share_zero_point, merged
 from qft_plugin.quantize import (
     fake_quantize,
     integer_range,
@@ -46,7 +46,8 @@ class WeightGrid:
     Attributes:
         bits: bit width; the grid is symmetric and narrow.
         scale: initial step, `[out]` or `[]`, real per step, in the equalized network.
-        s_in: name of the activation quantizer of its input edge, `None` where that edge is not quantized.
+        s_in: name of the activation quantizer of its input edge, or of one of them where their scales are the same;
+            `None` where that edge is not quantized, or has no single scale.
         s_out: name of the activation quantizer of its output edge, likewise.
         scale_in: initial left scale, `[in]`, relative to `scale`, of a kernel whose scale differs by input channel too
             (doubly per-channel, Eq. 5); `None` where it does not.
@@ -149,6 +150,29 @@ def tied_grids(
     return tied
 
 
+def shared_grids(grids: Mapping[str, ActivationGrid], groups: Sequence[Sequence[str]]) -> dict[str, ActivationGrid]:
+    """Start quantizers that have one scale, and one zero point where theirs train, in each group, clipping nothing.
+
+    Args:
+        grids: grid of each activation quantizer by name.
+        groups: names of the quantizers with one scale.
+    """
+    shared = dict(grids)
+    for group in groups:
+        members = [grids[name] for name in group]
+        scale = max(grid.scale for grid in members)
+        if can_share_zero_point(members):
+            low, high = members[0].low, members[0].high
+            smallest = min(grid.scale * (grid.low - grid.zero_point) for grid in members)
+            largest = max(grid.scale * (grid.high - grid.zero_point) for grid in members)
+            scale = (largest - smallest) / (high - low)
+            zero_point = min(max(low - round(smallest / scale), low), high)
+            shared |= {name: replace(grids[name], scale=scale, zero_point=zero_point) for name in group}
+        else:
+            shared |= {name: replace(grids[name], scale=scale) for name in group}
+    return shared
+
+
 class Dof(nn.Module):
     """All trainable tensors of Eq. (6): weights, biases, rescale factors, activation steps and cross-layer factors.
 
@@ -179,6 +203,7 @@ class Dof(nn.Module):
         train_scales: bool = True,
         hardware: HardwareSpec = DEFAULT,
         addends: Sequence[Sequence[str]] = (),
+        shared: Sequence[Sequence[str]] = (),
         rounding: Rounding = "ste",
         sparsity: Sparsity = None,
     ) -> None:
@@ -194,6 +219,7 @@ class Dof(nn.Module):
             train_scales: train all scales and zero points, the cross-layer factors included.
             hardware: the constraints between scales, and on biases.
             addends: groups of activation quantizers that `hardware.elementwise_rescale` ties to each other.
+            shared: groups that have one scale whatever the hardware can do, because a kernel reads all of a group.
             rounding: what makes integers of weights in training.
             sparsity: which weights become 0.
 
@@ -204,20 +230,20 @@ class Dof(nn.Module):
         self.map = dof_map
         self.weight_grids = dict(weights)
         self.hardware = hardware
-        self.activation_grids = tied_grids(activations, addends, hardware.elementwise_rescale)
+        kind, order = hardware.elementwise_rescale, list(activations)
+        related = merged([*shared, *addends], order)
+        one_scale = related if kind == "none" else merged(shared, order)
+        self.activation_grids = tied_grids(shared_grids(activations, shared), related, kind)
         first = next(iter(tensors.values()))
         trains_factors = train_cross_layer and train_scales and rounding == "ste"
         self.log_c = nn.Parameter(first.new_zeros(dof_map.size), requires_grad=trains_factors)
-        self._root = {name: group[0] for group in addends for name in group}
-        one_scale = hardware.elementwise_rescale == "none"
-        own = [name for name in activations if not one_scale or self._root.get(name, name) == name]
-        self._activation_index = {n: own.index(n if n in own else self._root[n]) for n in activations}
+        self._root = {name: group[0] for group in related for name in group}
+        self._shared = {name: tuple(group) for group in shared for name in group}
+        self._activation_index, own = _numbered(activations, one_scale)
         steps = [first.new_tensor(self.activation_grids[name].scale) for name in own]
         self.log_s = nn.ParameterList([nn.Parameter(s.log(), requires_grad=train_scales) for s in steps])
-        self._shift_index = {name: i for i, name in enumerate(n for n, g in activations.items() if g.shifts)}
-        self.shift = nn.ParameterList(
-            [nn.Parameter(first.new_zeros(()), requires_grad=train_scales) for _ in self._shift_index]
-        )
+        self._shift_index, moving = _numbered([n for n, g in activations.items() if g.shifts], shared)
+        self.shift = nn.ParameterList([nn.Parameter(first.new_zeros(()), requires_grad=train_scales) for _ in moving])
         self.layers = nn.ModuleList(
             LayerDof(layer, tensors, weights.get(layer.weight), self._input_magnitude(weights.get(layer.weight)))
             for layer in dof_map.layers
@@ -252,6 +278,11 @@ class Dof(nn.Module):
             return 1.0
         activation = self.activation_grids[grid.s_in]
         return activation.scale * (activation.high - activation.low) / 4
+
+    def input_grids(self, weight: str) -> tuple[ActivationGrid, ...]:
+        """List the grids of what a quantized layer reads, which have one scale; none where that has no single scale."""
+        name = self.weight_grids[weight].s_in
+        return () if name is None else tuple(self.activation_grids[n] for n in self._shared.get(name, (name,)))
 
     def quantized(self) -> "list[LayerDof]":
         """List the degrees of freedom of the layers whose weights are quantized."""
@@ -355,7 +386,7 @@ class Dof(nn.Module):
         fixed = set() if quantizers is None else {root for name, root in roots.items() if name not in quantizers}
         trained = [name for name, root in roots.items() if root not in fixed]
         scales: list[Tensor] = [self.log_s[i] for i in dict.fromkeys(self._activation_index[n] for n in trained)]
-        scales += [self.shift[i] for name, i in self._shift_index.items() if name in trained]
+        scales += [self.shift[i] for i in dict.fromkeys(i for n, i in self._shift_index.items() if n in trained)]
         for layer in self.quantized():
             if layers is not None and layer.layer.weight not in layers:
                 continue
@@ -425,6 +456,13 @@ class Dof(nn.Module):
         """Let all weights train again, from what is stored of them."""
         for layer in self.quantized():
             layer.held = None
+
+
+def _numbered(names: Collection[str], groups: Sequence[Sequence[str]]) -> tuple[dict[str, int], list[str]]:
+    """Number what has a trained value of its own, groups having one; returns the numbers and a name for each."""
+    first = {name: group[0] for group in groups for name in group}
+    own = list(dict.fromkeys(first.get(name, name) for name in names))
+    return {name: own.index(first.get(name, name)) for name in names}, own
 
 
 class LayerDof(nn.Module):

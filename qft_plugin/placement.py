@@ -1,48 +1,43 @@
 """Where a host put its quantizers, and what that means for the layers around them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 from torch import Tensor
 
 from qft_plugin.errors import ConfigError
-from qft_plugin.graph import ADDS, Layer, LayerGraph, Op
+from qft_plugin.graph import ADDS, Layer, LayerGraph, Op, Ref
 from qft_plugin.quantize import integer_range
+from qft_plugin.relations import JOINS, MOVES
 
-KEEPS_GRID: Final = frozenset(
+KEEPS_GRID: Final = frozenset(MOVES) | frozenset(
     [
         "max_pool1d",
         "max_pool2d",
+        "max_pool2d_with_indices",
         "max_pool3d",
-        "flatten",
-        "reshape",
-        "view",
-        "permute",
-        "transpose",
-        "squeeze",
-        "unsqueeze",
-        "__getitem__",
-        "narrow",
-        "select",
-        "chunk",
-        "split",
-        "unbind",
+        "adaptive_max_pool1d",
+        "adaptive_max_pool2d",
+        "adaptive_max_pool3d",
+        "amax",
+        "amin",
         "dropout",
+        "dropout1d",
+        "dropout2d",
+        "dropout3d",
+        "alpha_dropout",
+        "feature_dropout",
         "identity",
         "contiguous",
         "clone",
         "detach",
-        "pixel_shuffle",
-        "channel_shuffle",
     ]
 )
 """The values that come out are among the values that go in, so a quantized input means a quantized output."""
 
-PASSES_TO_OUTPUT: Final = frozenset(
-    ["relu", "leaky_relu", "prelu", "relu6", "hardtanh", "dropout", "identity", "contiguous", "clone"]
-)
+PASSES_TO_OUTPUT: Final = KEEPS_GRID | {"relu", "leaky_relu", "prelu", "relu6", "hardtanh"}
 """What may stand between a layer and the quantizer of its output."""
 
 GLOBAL_POOLS: Final = frozenset(
@@ -126,29 +121,119 @@ class Placement:
     weights: Mapping[str, WeightPlace]
 
 
-def quantizer_before(graph: LayerGraph, placement: Placement, layer: Layer, *, call: int = 0) -> str | None:
-    """Find the quantizer of a layer's input edge, looking back through operations that keep the grid.
+def quantizers_before(
+    graph: LayerGraph, placement: Placement, layer: Layer, *, call: int | None = None
+) -> tuple[str | None, ...]:
+    """List what quantizes the values that a layer reads, looking back through operations that keep the grid.
 
     Args:
         graph: the network.
         placement: its quantizers.
         layer: the layer.
-        call: which of its calls.
+        call: which of its calls; `None` for all of them.
+
+    Returns:
+        Each quantizer once: several where the calls read different ones, or where the parts of a concatenation have
+        different ones. `None` stands for values that are not quantized.
     """
-    return _quantizer_of(graph, placement, layer.calls[call], 0, layer.inputs[call])
+    calls = range(len(layer.calls)) if call is None else [call]
+    found = [_quantizers_of(graph, placement, layer.calls[i], 0, layer.inputs[i]) for i in calls]
+    return tuple(dict.fromkeys(name for names in found for name in names))
 
 
-def _quantizer_of(graph: LayerGraph, placement: Placement, op: str, index: int, tensor: str) -> str | None:
-    """Find what quantizes input `index` of an operation, looking back through operations that keep the grid."""
+def quantizer_before(graph: LayerGraph, placement: Placement, layer: Layer, *, call: int | None = None) -> str | None:
+    """Find the one quantizer of all values that a layer reads; `None` where there is none, or more than one.
+
+    Args:
+        graph: the network.
+        placement: its quantizers.
+        layer: the layer.
+        call: which of its calls; `None` for all of them.
+    """
+    found = quantizers_before(graph, placement, layer, call=call)
+    return found[0] if len(found) == 1 else None
+
+
+def _quantizers_of(graph: LayerGraph, placement: Placement, op: str, index: int, tensor: str) -> tuple[str | None, ...]:
+    """List what quantizes input `index` of an operation, looking back through operations that keep the grid."""
     makers = {name: made_by for made_by in graph.ops for name in made_by.outputs}
-    while True:
-        found = placement.on_input.get((op, index)) or placement.on_tensor.get(tensor)
-        if found is not None:
-            return found
+    found: dict[str | None, None] = {}
+    ahead, known = [(op, index, tensor)], {(op, index)}
+    while ahead:
+        op, index, tensor = ahead.pop()
+        name = placement.on_input.get((op, index)) or placement.on_tensor.get(tensor)
         maker = makers.get(tensor)
-        if maker is None or maker.function not in KEEPS_GRID or len(maker.inputs) != 1:
-            return None
-        op, index, tensor = maker.name, 0, maker.inputs[0]
+        parts = () if name is not None or maker is None else _parts(maker)
+        if not parts:
+            found[name] = None
+        for part in reversed(parts):
+            if maker is not None and (maker.name, part) not in known:
+                known.add((maker.name, part))
+                ahead.append((maker.name, part, maker.inputs[part]))
+    return tuple(found)
+
+
+def _parts(op: Op) -> tuple[int, ...]:
+    """List the inputs whose values an operation passes on unchanged; none where it makes new values."""
+    if _keeps_grid(op) and op.function not in JOINS:
+        return (0,) if op.argument(0, "input") == Ref(0) else ()
+    joined = op.argument(0, "tensors") if op.function in JOINS else None
+    if not isinstance(joined, (list, tuple)) or not all(isinstance(part, Ref) for part in joined):
+        return ()
+    return tuple(part.index for part in joined)
+
+
+def _keeps_grid(op: Op) -> bool:
+    """Whether the values that an operation makes are among those that it reads, or 0, which is on every grid."""
+    if op.function == "pad":
+        return op.argument(2, "mode", "constant") != "constant" or op.argument(3, "value") in (None, 0, 0.0)
+    return op.function in KEEPS_GRID
+
+
+def joined(graph: LayerGraph, placement: Placement, layers: Sequence[Layer]) -> tuple[tuple[str, ...], ...]:
+    """Find the activation quantizers that should have one scale because one kernel multiplies values of several.
+
+    Args:
+        graph: the network.
+        placement: its quantizers.
+        layers: the layers whose accumulators have one scale.
+
+    Returns:
+        Groups of quantizers that can have one scale and one zero point, each at least two; no quantizer is in two.
+    """
+    groups = []
+    for layer in layers:
+        found = quantizers_before(graph, placement, layer)
+        names = [name for name in found if name is not None]
+        grids = [placement.activations[name] for name in names]
+        centred = all(grid.zero_point == 0 and not grid.shifts for grid in grids)
+        if None not in found and (centred or can_share_zero_point(grids)):
+            groups.append(names)
+    return merged(groups, list(placement.activations))
+
+
+def can_share_zero_point(grids: Sequence[ActivationGrid]) -> bool:
+    """Whether quantizers have zero points that train and the same integers around them."""
+    return all(grid.shifts and (grid.low, grid.high) == (grids[0].low, grids[0].high) for grid in grids)
+
+
+def merged(groups: Iterable[Iterable[str]], order: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Join groups that have a member in common.
+
+    Args:
+        groups: names.
+        order: all names, in the order that they have in a group.
+
+    Returns:
+        Groups of at least two names, of which no two have one in common.
+    """
+    found: list[set[str]] = []
+    for group in groups:
+        names = set(group)
+        touching = [other for other in found if other & names]
+        found = [other for other in found if not other & names]
+        found.append(names.union(*touching))
+    return tuple(tuple(sorted(group, key=order.index)) for group in found if len(group) > 1)
 
 
 def addends(graph: LayerGraph, placement: Placement) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
@@ -166,26 +251,28 @@ def addends(graph: LayerGraph, placement: Placement) -> tuple[tuple[tuple[str, .
     for op in graph.ops:
         if op.function not in ADDS or len(op.inputs) < 2:
             continue
-        found = [_quantizer_of(graph, placement, op.name, i, name) for i, name in enumerate(op.inputs)]
-        quantizers = {name for name in found if name is not None}
-        if len(quantizers) < len(set(op.inputs)) and None in found:
+        found = [_quantizers_of(graph, placement, op.name, i, name) for i, name in enumerate(op.inputs)]
+        groups.append({name for names in found for name in names if name is not None})
+        # A tensor that is added to itself needs no tie.
+        whole = {tensor for tensor, names in zip(op.inputs, found, strict=True) if None not in names}
+        if whole != set(op.inputs):
             loose.append(op.name)
-        touching = [group for group in groups if group & quantizers]
-        groups = [group for group in groups if not group & quantizers]
-        groups.append(quantizers.union(*touching))
-    order = list(placement.activations)
-    return tuple(tuple(sorted(g, key=order.index)) for g in groups if len(g) > 1), tuple(loose)
+    return merged(groups, list(placement.activations)), tuple(loose)
 
 
 def quantizer_after(graph: LayerGraph, placement: Placement, layer: Layer) -> str | None:
-    """Find the quantizer of a layer's output edge, looking forward through its activation function."""
+    """Find the quantizer of a layer's output edge, looking forward through its activation function.
+
+    Rounding changes places with what keeps the grid: the largest of quantized values is the quantized largest value.
+    """
     tensor = layer.outputs[0]
     while True:
         users = [(op, i) for op in graph.ops for i, name in enumerate(op.inputs) if name == tensor]
         found = placement.on_tensor.get(tensor)
         if found is None and users:
             found = placement.on_input.get((users[0][0].name, users[0][1]))
-        if found is not None or len(users) != 1 or users[0][0].function not in PASSES_TO_OUTPUT:
+        passed = len(users) == 1 and (users[0][0].function in PASSES_TO_OUTPUT or _keeps_grid(users[0][0]))
+        if found is not None or not passed or len(users[0][0].outputs) != 1:
             return found
         tensor = users[0][0].outputs[0]
 

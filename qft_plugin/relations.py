@@ -193,6 +193,8 @@ MOVES: Final[dict[str, Callable[..., Any]]] = {
     "flatten": torch.flatten,
     "reshape": torch.Tensor.reshape,
     "view": torch.Tensor.reshape,
+    "reshape_as": torch.Tensor.reshape_as,
+    "view_as": torch.Tensor.reshape_as,
     "unflatten": torch.Tensor.unflatten,
     "permute": torch.Tensor.permute,
     "transpose": torch.transpose,
@@ -213,8 +215,13 @@ MOVES: Final[dict[str, Callable[..., Any]]] = {
     "concat": torch.cat,
     "concatenate": torch.cat,
     "stack": torch.stack,
+    "hstack": torch.hstack,
+    "vstack": torch.vstack,
     "expand": torch.Tensor.expand,
+    "expand_as": torch.Tensor.expand_as,
+    "broadcast_to": torch.broadcast_to,
     "repeat": torch.Tensor.repeat,
+    "repeat_interleave": torch.repeat_interleave,
     "tile": torch.Tensor.tile,
     "flip": torch.Tensor.flip,
     "roll": torch.roll,
@@ -223,6 +230,9 @@ MOVES: Final[dict[str, Callable[..., Any]]] = {
     "channel_shuffle": functional.channel_shuffle,
 }
 """Only moves, repeats or drops elements: executed on the shadows."""
+
+JOINS: Final = frozenset(["cat", "concat", "concatenate", "stack", "hstack", "vstack"])
+"""Those that move the elements of all their inputs; of others, inputs after the first only say where to."""
 
 REDUCES: Final = frozenset(["mean", "sum", "amax", "amin"])
 MULTIPLIES: Final = frozenset(["mul", "multiply", "__mul__", "__rmul__", "__imul__"])

@@ -98,8 +98,7 @@ class HardwareSpec:
             _choice(self, "rescale_factor", ("float", "power_of_two"))
         else:
             _number(self, "rescale_factor", at_least=2, at_most=24, whole=True)
-        integers = (self.bias_bits, self.accumulator_bits, None if self.rescale_factor == "float" else 0)
-        if self.activation_bits is None and integers != (None, None, None):
+        if self.activation_bits is None and self.needs_accumulators:
             raise ConfigError(
                 "HardwareSpec.bias_bits, accumulator_bits and rescale_factor should be left at their defaults where "
                 "activation_bits is None: there is no integer accumulator."
@@ -119,6 +118,11 @@ class HardwareSpec:
     def quantizes_addends(self) -> bool:
         """Whether the inputs of an elementwise add must be integers: a CPU adds in float before it quantizes."""
         return self.ties_addends or self.rescale_factor != "float"
+
+    @property
+    def needs_accumulators(self) -> bool:
+        """Whether a constraint is about integer accumulators, which have one scale for all that a kernel reads."""
+        return (self.bias_bits, self.accumulator_bits) != (None, None) or self.rescale_factor != "float"
 
     @classmethod
     def openvino_cpu(cls) -> "HardwareSpec":

@@ -3,7 +3,7 @@
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Final
@@ -23,6 +23,7 @@ from qft_plugin.offline import (
     fold_network,
     names_of,
     on_weight,
+    shared_grids,
     solve,
     tied_grids,
 )
@@ -31,8 +32,10 @@ from qft_plugin.placement import (
     Comparison,
     Placement,
     addends,
+    joined,
+    merged,
     quantizer_after,
-    quantizer_before,
+    quantizers_before,
 )
 from qft_plugin.problem import Problem
 from qft_plugin.ranges import BATCH, activation_grids
@@ -114,8 +117,10 @@ def start(
             QFTWarning,
             stacklevel=2,
         )
-    grids = tied_grids(_activation_grids(student, placed.placement, placed.tensors, inputs, config), groups, kind)
-    weights = _weight_grids(source, placed.placement, placed.tensors, dof_map, config, grids)
+    shared = _shared(source.graph, placed.placement, dof_map, config)
+    grids = _activation_grids(student, placed.placement, placed.tensors, inputs, config)
+    grids = tied_grids(shared_grids(grids, shared), merged([*shared, *groups], list(grids)), kind)
+    weights = _weight_grids(source, placed.placement, placed.tensors, dof_map, config, grids, shared)
     values = dict(placed.tensors)
     if compensate:
         values |= _compensated(student, source.graph, dof_map, weights, values, inputs)
@@ -128,6 +133,7 @@ def start(
         train_scales=config.train_scales,
         hardware=config.hardware,
         addends=groups if tied else (),
+        shared=shared,
         rounding=config.rounding,
         sparsity=config.sparsity,
     )
@@ -192,15 +198,62 @@ def _with_bits(graph: LayerGraph, placement: Placement, dof_map: DofMap, config:
     """Give each activation quantizer its bit width: the widest that a layer behind it asks for."""
     layers = [layer for layer in dof_map.layers if layer.weight in placement.weights]
     wanted = config.activation_bits_of([layer.weight for layer in layers])
-    found: dict[str, int] = {}
-    for layer in layers:
-        for call in range(len(layer.calls)):
-            name = quantizer_before(graph, placement, layer, call=call)
-            if name is not None:
-                found[name] = max(found.get(name, 0), wanted[layer.weight])
     default = config.hardware.activation_bits or 8
+    found: dict[str, int] = {}
+    floating = []
+    for layer in layers:
+        names = quantizers_before(graph, placement, layer)
+        found |= {name: max(found.get(name, 0), wanted[layer.weight]) for name in names if name is not None}
+        if None in names and wanted[layer.weight] != default:
+            floating.append(layer.weight)
+    if floating:
+        warnings.warn(
+            "QFTConfig.layer_activation_bits should be of layers whose whole input is quantized. Found "
+            f"{', '.join(floating)}, which read other values too. Look at what the host quantizes.",
+            QFTWarning,
+            stacklevel=2,
+        )
     grids = {name: grid.with_bits(found.get(name, default)) for name, grid in placement.activations.items()}
     return replace(placement, activations=grids)
+
+
+def _shared(graph: LayerGraph, placement: Placement, dof_map: DofMap, config: QFTConfig) -> tuple[tuple[str, ...], ...]:
+    """List groups of activation quantizers that have one scale, where the hardware has integer accumulators.
+
+    A kernel that reads a concatenation, or that is called several times, adds products of all their integers.
+    """
+    if not config.hardware.needs_accumulators:
+        return ()
+    kernels = [layer for layer in dof_map.layers if layer.weight in placement.weights and layer.is_kernel]
+    shared = joined(graph, placement, kernels)
+    problems = []
+    for layer in kernels:
+        names = quantizers_before(graph, placement, layer)
+        if _one_of(names, shared) is None:
+            why = "reads values that are not quantized" if None in names else "reads several zero points"
+            problems.append(f"{layer.weight} {why}")
+    if problems:
+        hardware = config.hardware
+        settings = {
+            "bias_bits": hardware.bias_bits,
+            "accumulator_bits": hardware.accumulator_bits,
+            "rescale_factor": None if hardware.rescale_factor == "float" else hardware.rescale_factor,
+        }
+        asked = ", ".join(f"{name}={value!r}" for name, value in settings.items() if value is not None)
+        warnings.warn(
+            f"HardwareSpec({asked}) should hold for every quantized layer, whose accumulator then needs one scale. "
+            f"Found layers without: {'; '.join(problems)}. Their biases and rescale factors stay in float, and their "
+            "accumulators are not looked at. Quantize all that they read.",
+            QFTWarning,
+            stacklevel=3,
+        )
+    return shared
+
+
+def _one_of(names: Sequence[str | None], shared: Sequence[Sequence[str]]) -> str | None:
+    """Return one of several quantizers if all have one scale, else `None`."""
+    one = len(names) == 1 or any(set(names) <= set(group) for group in shared)
+    return names[0] if one else None
 
 
 @torch.no_grad()
@@ -264,6 +317,7 @@ def _weight_grids(
     dof_map: DofMap,
     config: QFTConfig,
     activations: Mapping[str, ActivationGrid],
+    shared: Sequence[Sequence[str]],
 ) -> dict[str, WeightGrid]:
     """Choose the bit width and the initial scales of every weight that the host quantized."""
     layers = [layer for layer in dof_map.layers if layer.weight in placement.weights]
@@ -284,7 +338,8 @@ def _weight_grids(
         elif scale is None:
             per_channel = config.hardware.rescale == "channelwise" and place.per_channel
             scale = weight_scale(W, layer, bits=width, per_channel=per_channel)
-        s_in, s_out = (find(source.graph, placement, layer) for find in (quantizer_before, quantizer_after))
+        s_in = _one_of(quantizers_before(source.graph, placement, layer), shared)
+        s_out = quantizer_after(source.graph, placement, layer)
         if s_in is not None and s_out is not None:
             F_unit = activations[s_out].scale / activations[s_in].scale
             kind = config.hardware.rescale_factor

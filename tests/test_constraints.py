@@ -9,7 +9,7 @@ import torch
 from graphs import chain, conv_op, mapped, parameters_of, unary_op
 from hypothesis import given
 from hypothesis import strategies as st
-from models import CHANNELS, Residual, conv, image
+from models import CHANNELS, Concat, Residual, conv, image
 from torch import nn
 
 from qft_plugin.deployed import accumulator_bits, deployed_weights, folded_tensors, integer_biases
@@ -209,6 +209,58 @@ def test_addends_share_one_scale() -> None:
     every = dof.activation_scales().keys()
     _, group = dof.parameter_groups(learning_rate=1, scale_learning_rate=1, layers=(), quantizers=every, factors=False)
     assert id(dof.log_s[1]) in [id(p) for p in group["params"]]
+
+
+def concatenated(hardware: HardwareSpec, grids: dict[str, ActivationGrid]) -> Dof:
+    """Return the degrees of freedom of conv(cat([conv(x), conv(x)])), whose parts `p` and `q` have one scale."""
+    model = Concat().double()
+    weights = {
+        "left.weight": WeightGrid(4, torch.tensor(0.02).double(), None, "p"),
+        "right.weight": WeightGrid(4, torch.tensor(0.02).double(), None, "q"),
+        "mix.weight": WeightGrid(4, torch.tensor(0.02).double(), "p", None),
+    }
+    dof_map = mapped(model, image())
+    return Dof(dof_map, parameters_of(model), weights, grids, hardware=hardware, shared=[["p", "q"]])
+
+
+@pytest.mark.parametrize("kind", ["tensor", "none", "power_of_two"])
+def test_parts_of_a_concatenation_share_one_scale(kind: str) -> None:
+    """One scale is trained for both, whatever additions need; it starts at the larger, and the wider grid counts."""
+    grids = {"p": ActivationGrid(0.03, 0, 15), "q": ActivationGrid(0.07, -128, 127)}
+    dof = concatenated(HardwareSpec(elementwise_rescale=kind, bias_bits=16), grids)
+    assert dof.activation_scales()["p"].item() == pytest.approx(0.07)
+    seen = set()
+    for state in states(dof):
+        scales = state.activation_scales()
+        assert scales["p"].item() == scales["q"].item()
+        seen.add(scales["p"].item())
+        S_acc = accumulator_step(state, state.trained_weight("mix.weight"), weight_steps(state, scales), scales)
+        integers = (solve(state).tensors["mix.bias"] / S_acc).detach()
+        torch.testing.assert_close(integers, integers.round(), rtol=0, atol=INTEGER * 2**8)
+    assert len(seen) == 4
+    assert dof.input_grids("mix.weight") == tuple(dof.activation_grids.values())
+    assert dof.input_grids("left.weight") == ()
+    W = deployed_weights(dof)["mix.weight"].integers.flatten(1)
+    bias = integer_biases(dof)["mix.weight"]
+    largest = max(float(((W * -128).maximum(W * 127)).sum(1).add(bias.clamp(min=0)).max()), 1)
+    assert 2 ** (accumulator_bits(dof)["mix.weight"] - 1) > largest
+
+
+def test_parts_of_a_concatenation_share_one_zero_point() -> None:
+    """Zero points that train are one parameter over a range that holds both; the accumulator absorbs it."""
+    grids = {"p": ActivationGrid(0.03, 0, 255, 200, shifts=True), "q": ActivationGrid(0.05, 0, 255, 20, shifts=True)}
+    dof = concatenated(HardwareSpec(bias_bits=16), grids)
+    p, q = dof.activation_grids.values()
+    assert (p.scale, p.zero_point) == (q.scale, q.zero_point)
+    assert p.scale * (0 - p.zero_point) == pytest.approx(-6, abs=p.scale)
+    assert p.scale * (255 - p.zero_point) == pytest.approx(11.75, abs=p.scale)
+    assert len(dof.shift) == len(dof.log_s) == 1
+    with torch.no_grad():
+        dof.shift[0].add_(20 / 255)
+    points = dof.zero_points()
+    assert points["p"].item() == points["q"].item() == p.zero_point + 20
+    _, group = dof.parameter_groups(learning_rate=1, scale_learning_rate=1)
+    assert len({id(p) for p in group["params"]}) == len(group["params"])
 
 
 def test_addends_differ_by_a_shift() -> None:

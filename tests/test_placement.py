@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from qft_plugin.dof_map import map_dof
 from qft_plugin.errors import ConfigError
-from qft_plugin.graph import LayerGraph, Op, Ref
+from qft_plugin.graph import ADDS, Const, LayerGraph, Op, Ref
 from qft_plugin.placement import (
+    KEEPS_GRID,
     ActivationGrid,
     ComparedInput,
     Comparison,
@@ -18,9 +19,13 @@ from qft_plugin.placement import (
     addends,
     backbone_output,
     comparison,
+    joined,
+    merged,
     quantizer_after,
     quantizer_before,
+    quantizers_before,
 )
+from qft_plugin.relations import JOINS, MOVES, REDUCES
 
 MAP = (1, 4, 2, 2)
 
@@ -96,6 +101,108 @@ def test_no_quantizer_is_found_through_a_join() -> None:
     )
     placement = placed({"a": "q"}, {("sum", 1): "p"})
     assert quantizer_before(graph, placement, map_dof(graph).layer("b.weight")) is None
+
+
+def joins() -> LayerGraph:
+    """Write down a block of GoogLeNet: cat([relu(a(x)), max_pool(x)], 1), doubled by another cat, padded, read by c."""
+    shapes = dict.fromkeys(["x", "a", "act", "pool"], MAP) | {"cat": (1, 8, 2, 2)}
+    shapes |= {"twice": (1, 16, 2, 2), "pad": (1, 16, 4, 4), "c": (1, 4, 4, 4)}
+    return chain(
+        conv_op("a", "x", shape=(4, 4)),
+        unary_op("act", "relu", "a"),
+        unary_op("pool", "max_pool2d", "x", 1),
+        Op("cat", "cat", ("act", "pool"), ("cat",), ([Ref(0), Ref(1)], 1)),
+        Op("twice", "cat", ("cat", "cat"), ("twice",), ([Ref(0), Ref(1)], 1)),
+        unary_op("pad", "pad", "twice", [1, 1, 1, 1]),
+        conv_op("c", "pad", shape=(4, 16)),
+        shapes=shapes,
+        outputs=("c",),
+    )
+
+
+@pytest.mark.parametrize(
+    ("placement", "expected"),
+    [
+        (placed({"act": "q", "pool": "p"}), ("q", "p")),
+        (placed({"act": "q", "x": "image"}), ("q", "image")),
+        (placed({"act": "q", "pool": "q"}), ("q",)),
+        (placed({"act": "q"}), ("q", None)),
+        (placed({"cat": "behind"}), ("behind",)),
+        (placed({"act": "q", "pool": "p"}, {("twice", 0): "left"}), ("left", "q", "p")),
+        (placed(), (None,)),
+    ],
+)
+def test_all_parts_of_a_concatenation_have_their_quantizers(
+    placement: Placement, expected: tuple[str | None, ...]
+) -> None:
+    """A layer behind a concatenation reads what quantizes its parts, each once; one that all share is the layer's."""
+    layer = map_dof(joins()).layer("c.weight")
+    assert quantizers_before(joins(), placement, layer) == expected
+    assert quantizer_before(joins(), placement, layer) == (expected[0] if len(expected) == 1 else None)
+
+
+def test_the_output_of_a_layer_may_be_quantized_behind_a_concatenation() -> None:
+    """Rounding changes places with a concatenation, a pool and a pad, where nothing else reads what is before it."""
+    layer = map_dof(joins()).layer("a.weight")
+    assert quantizer_after(joins(), placed({"cat": "q"}), layer) == "q"
+    assert quantizer_after(joins(), placed({"twice": "q"}), layer) is None  # two parts of it read the tensor
+
+
+def test_a_value_that_is_padded_is_quantized_if_it_is_zero() -> None:
+    """A quantizer is not found behind a padding with another number, nor behind a constant that is indexed."""
+    for value, expected in ((None, "q"), (0.0, "q"), (0.1, None)):
+        graph = chain(
+            unary_op("pad", "pad", "x", [1, 1], "constant", value),
+            linear_op("c", "pad", shape=(4, 6)),
+            shapes={"x": (1, 4), "pad": (1, 6), "c": (1, 4)},
+            outputs=("c",),
+        )
+        assert quantizer_before(graph, placed({"x": "q"}), map_dof(graph).layer("c.weight")) == expected
+    graph = chain(
+        Op("row", "__getitem__", ("x",), ("row",), (Const("table", (9, 4)), Ref(0))),
+        linear_op("c", "row", shape=(4, 4)),
+        shapes={"x": (1,), "row": (1, 4), "c": (1, 4)},
+        outputs=("c",),
+    )
+    assert quantizer_before(graph, placed({"x": "q"}), map_dof(graph).layer("c.weight")) is None
+
+
+def test_what_moves_elements_keeps_their_grid() -> None:
+    """Every function that is executed on shadows is looked through, and so is each that only picks values."""
+    assert set(MOVES) <= KEEPS_GRID
+    assert set(MOVES) >= JOINS
+    assert not KEEPS_GRID & (ADDS | REDUCES - {"amax", "amin"} | {"relu", "avg_pool2d", "interpolate"})
+
+
+CENTRED, SIGNED = ActivationGrid(0.1, 0, 255), ActivationGrid(0.1, -128, 127)
+SHIFTING, ALSO = (ActivationGrid(0.1, 0, 255, zero, shifts=True) for zero in (30, 99))
+NARROWER, AT_END = ActivationGrid(0.1, 0, 15, 3, shifts=True), ActivationGrid(0.1, 0, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("grids", "share"),
+    [
+        ((CENTRED, CENTRED), True),
+        ((CENTRED, SIGNED), True),
+        ((SHIFTING, ALSO), True),
+        ((SHIFTING, NARROWER), False),
+        ((SHIFTING, CENTRED), False),
+        ((CENTRED, AT_END), False),
+    ],
+)
+def test_what_a_kernel_reads_together_has_one_scale_where_it_can(
+    grids: tuple[ActivationGrid, ActivationGrid], share: bool
+) -> None:
+    """Quantizers of the parts form a group if their integers can have one meaning."""
+    layers = map_dof(joins()).layers
+    placement = Placement(dict(zip(["p", "q"], grids, strict=True)), {"act": "q", "pool": "p"}, {}, {})
+    assert joined(joins(), placement, layers) == ((("p", "q"),) if share else ())
+    assert joined(joins(), Placement({"q": CENTRED}, {"act": "q"}, {}, {}), layers) == ()
+
+
+def test_groups_with_a_member_in_common_are_one() -> None:
+    """The order in a group is the given one, and single names are no group."""
+    assert merged([["c", "a"], ["d"], ["e", "d"], ["a", "b"]], "abcde") == (("d", "e"), ("a", "b", "c"))
 
 
 def add(name: str, *inputs: str, function: str = "add") -> Op:

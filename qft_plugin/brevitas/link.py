@@ -15,7 +15,7 @@ from qft_plugin.data import Call, as_call
 from qft_plugin.errors import ModelError
 from qft_plugin.graph import PINNED, DofMap
 from qft_plugin.model import accepts, evaluating, first_outputs
-from qft_plugin.placement import Placement, quantizer_after, quantizer_before
+from qft_plugin.placement import Placement, quantizer_after, quantizers_before
 from qft_plugin.problem import proven_map
 from qft_plugin.record import record
 
@@ -166,12 +166,11 @@ def _weight_links(source: Source, dof_map: DofMap) -> list[Link]:
     links: list[Link] = []
     for layer in dof_map.layers:
         if layer.weight in source.weights:
-            names = [quantizer_before(source.graph, placement, layer, call=i) for i in range(len(layer.calls))]
-            before, after = names[0], quantizer_after(source.graph, placement, layer)
+            names = quantizers_before(source.graph, placement, layer)
+            after = quantizer_after(source.graph, placement, layer)
             neighbours = Neighbours(
-                None if before is None else source.activations[before],
+                tuple(None if name is None else source.activations[name] for name in names),
                 None if after is None else source.activations[after],
-                one_input=len(set(names)) == 1,
             )
             indices = _free(layer.in_index), _free(layer.out_index)
             links.append((source.weights[layer.weight], (*indices, neighbours)))

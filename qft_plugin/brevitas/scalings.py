@@ -220,14 +220,23 @@ class Neighbours:
     """The activation scalings around a weight, `None` where an edge is not quantized.
 
     Attributes:
-        before: of its input edge, at its first call.
-        after: of its output edge, likewise.
-        one_input: whether all its calls read the same quantizer.
+        inputs: of all that it reads: several where its calls, or the parts of a concatenation, have different ones.
+        after: of its output edge.
     """
 
-    before: ActivationScaling | None
+    inputs: tuple[ActivationScaling | None, ...]
     after: ActivationScaling | None
-    one_input: bool = True
+
+    @property
+    def before(self) -> ActivationScaling | None:
+        """One scaling of its input edge, `None` where some of that is not quantized."""
+        return None if None in self.inputs or not self.inputs else self.inputs[0]
+
+    @property
+    def one_input(self) -> bool:
+        """Whether all that it reads has one scale and one zero point."""
+        found = {None if s is None else (float(s.log_s.detach()), int(s.zero_point)) for s in self.inputs}
+        return len(found) <= 1
 
 
 class WeightScaling(Scaling):
@@ -266,7 +275,7 @@ class WeightScaling(Scaling):
         self.trained = ("log_F", "log_L") if doubly else ("log_F",)
         self.register_buffer("in_index", None, persistent=False)
         self.register_buffer("out_index", None, persistent=False)
-        self.__dict__["neighbours"] = Neighbours(None, None)
+        self.__dict__["neighbours"] = Neighbours((), None)
 
     def link(
         self, factors: CrossLayerFactors, in_index: Tensor | None, out_index: Tensor | None, neighbours: Neighbours

@@ -63,6 +63,9 @@ def write(model: nn.Module, source: Source, start: Start) -> None:
     for name in dof.weight_grids:
         weight, trained = source.weights[name], dof.trained_weight(name)
         weight.log_F.copy_(dof.rescale_factor(trained).log())
+        before = weight.neighbours.before
+        if before is not None and dof.weight_grids[name].s_in is None:
+            weight.log_F.add_(before.log_s)  # its inputs have several scales, of which it follows one from now on
         if weight.log_L is not None and trained.log_L is not None:
             weight.log_L.copy_(trained.log_L)
         weight.ready = True
@@ -199,7 +202,7 @@ def _missing_accumulator(scaling: WeightScaling) -> str:
     problems = {
         "its input is not quantized": scaling.neighbours.before is None,
         "the scale of its weight differs by input channel": scaling.log_L is not None,
-        "it is called on activations of several quantizers": not scaling.neighbours.one_input,
+        "it reads activations of several scales": not scaling.neighbours.one_input,
     }
     return ", ".join(words for words, holds in problems.items() if holds)
 
