@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qft_plugin.bias_correction import BIAS_IMAGES, correctable, corrections, output_means
-from qft_plugin.compensate import can_compensate, compensated, input_rows
+from qft_plugin.compensate import can_compensate, compensated_kernel, input_rows, moments_of, parts_of
 from qft_plugin.data import Inputs
 from qft_plugin.errors import ModelError, QFTWarning
 from qft_plugin.graph import PINNED, DofMap, Layer, LayerGraph
@@ -272,9 +272,13 @@ def _compensated(
     generator = torch.Generator().manual_seed(0)
 
     def watcher(layer: Layer) -> Callable[[Tensor], None]:
+        W = tensors[layer.weight]
+        parts = parts_of(W)
+
         def add(x: Tensor) -> None:
-            rows = input_rows(x, ops[layer.calls[0]], layer, tensors[layer.weight], generator=generator)
-            moments[layer.weight] = moments.get(layer.weight, 0) + (rows.transpose(1, 2) @ rows).double()
+            found = moments_of(input_rows(x, ops[layer.calls[0]], layer, W, generator=generator), parts).double()
+            before = moments.get(layer.weight)
+            moments[layer.weight] = found if before is None else before.add_(found)
 
         return add
 
@@ -284,14 +288,12 @@ def _compensated(
     result = {}
     for layer in layers:
         W, grid = tensors[layer.weight], grids[layer.weight]
-        rows = W.reshape(layer.groups, W.shape[0] // layer.groups, -1).double()
-        step = on_weight(grid.scale, grid.scale_in, W, layer).expand_as(W).reshape(rows.shape).double()
+        step = on_weight(grid.scale, grid.scale_in, W, layer)
+        H = moments.pop(layer.weight)
         try:
-            moved = compensated(rows, step, moments[layer.weight], high=2 ** (grid.bits - 1) - 1)
+            result[layer.weight] = compensated_kernel(W, step, H, layer, high=2 ** (grid.bits - 1) - 1)
         except RuntimeError as error:  # the moment matrix is not positive definite
             logger.warning("%s starts from rounding to nearest: %s", layer.weight, error)
-            continue
-        result[layer.weight] = moved.reshape(W.shape).to(W)
     return result
 
 

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qft_plugin.compensate import BLOCK, can_compensate, compensated, input_rows
+from qft_plugin.compensate import (
+    BLOCK,
+    LARGEST,
+    can_compensate,
+    compensated,
+    compensated_kernel,
+    input_rows,
+    moments_of,
+    parts_of,
+)
 from qft_plugin.graph import Const, Layer, Op, Ref
 
 HIGH = 7
@@ -55,6 +64,63 @@ def test_the_error_of_the_output_is_smaller_than_of_rounding_to_nearest(columns:
     step = W.abs().amax(-1, keepdim=True) / HIGH
     found = rounded(compensated(W, step, moment(X), high=HIGH), step)
     assert output_error(W, found, X) < 0.7 * output_error(W, rounded(W, step), X)
+
+
+KERNELS = {
+    "linear": ("linear", nn.Linear(29, 6), 1),
+    "convolution": ("conv2d", nn.Conv2d(10, 6, 3), 1),
+    "in groups": ("conv2d", nn.Conv2d(14, 6, (1, 2), groups=2), 2),
+}
+
+
+def cut(kernel: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor, Layer]:
+    """Limit the columns of a part; return weight, step and layer."""
+    kind, module, groups = KERNELS[kernel]
+    monkeypatch.setattr("qft_plugin.compensate.LARGEST", limit)
+    W = module.weight.detach().double()
+    return W, W.abs().amax() / HIGH, layer_of(module, kind, groups)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_parts_of_a_wide_kernel_are_compensated_as_a_whole_is(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where inputs of different parts are not correlated, parts give what the whole gives, by any rows at a time."""
+    W, step, layer = cut(kernel, 10, monkeypatch)
+    parts = parts_of(W)
+    assert parts.count > 1
+    assert parts.size % (W[0, 0].numel()) == 0
+    X = correlated(80, parts.columns, layer.groups)
+    H = moments_of(X, parts)
+    whole = torch.stack(
+        [
+            torch.block_diag(*H[g * parts.count : (g + 1) * parts.count])[: parts.columns, : parts.columns]
+            for g in range(layer.groups)
+        ]
+    )
+    expected = compensated(W.reshape(layer.groups, -1, parts.columns), step.expand(1), whole, high=HIGH)
+    for elements in (1, 10**6):
+        monkeypatch.setattr("qft_plugin.compensate.ELEMENTS", elements)
+        found = compensated_kernel(W, step, H, layer, high=HIGH)
+        torch.testing.assert_close(found, expected.reshape(W.shape), rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_parts_of_a_wide_kernel_are_better_than_rounding_to_nearest(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On inputs whose parts are correlated too, the error of the outputs is smaller than of the nearest integers."""
+    W, step, layer = cut(kernel, 10, monkeypatch)
+    parts = parts_of(W)
+    X = correlated(200, parts.columns, layer.groups)
+    found = compensated_kernel(W, step, moments_of(X, parts), layer, high=HIGH)
+    rows, moved = (t.reshape(layer.groups, -1, parts.columns) for t in (W, found))
+    assert output_error(rows, rounded(moved, step), X) < output_error(rows, rounded(rows, step), X)
+
+
+def test_memory_grows_with_the_columns_alone() -> None:
+    """The moments of a kernel with 25,088 inputs are parts of some thousand columns."""
+    parts = parts_of(torch.empty(1, 25_088))
+    assert parts.count * parts.size**2 < 1.1 * 25_088 * LARGEST
+    assert parts_of(torch.empty(1, 2048)).count == parts_of(torch.empty(1, 256, 3, 3)).count == 1
 
 
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
