@@ -245,7 +245,15 @@ NEW_MEMORY: Final = LAYERS | ADDS | {"batch_norm", "mul", "__mul__"}
 """Their results are no views, except that `x += y` returns `x`, which nothing else reads as it was."""
 
 HAS_BOUNDS: Final = frozenset(["relu6", "clamp", "clip"])
-ABSORBS: Final = frozenset(["layer_norm", "rms_norm", "hardtanh", "channel_affine"])
+AFFINE_OF: Final[dict[str, tuple[int, ...]]] = {
+    "layer_norm": (2, 3),
+    "rms_norm": (2,),
+    "group_norm": (2, 3),
+    "instance_norm": (3, 4),
+}
+"""Where the normalisations that are no BatchNorm have their weight and their bias among the arguments."""
+
+ABSORBS: Final = frozenset([*AFFINE_OF, "hardtanh", "channel_affine"])
 """Beside the layers: their parameters absorb a factor of the output."""
 
 
@@ -294,8 +302,7 @@ def _rule(function: str) -> Rule | None:
         return _matrix_product
     named = {
         "pad": _pad,
-        "layer_norm": _norm,
-        "rms_norm": _norm,
+        **dict.fromkeys(AFFINE_OF, _norm),
         "hardtanh": _bounded,
         "channel_affine": _affine,
         "scaled_dot_product_attention": _attention,
@@ -390,12 +397,20 @@ def _reduce(solver: Solver, op: Op) -> None:
 
 def _add(solver: Solver, op: Op) -> None:
     operands = op.args[:2]
+    if len(op.inputs) == 1 and Ref(0) in operands and all(v == Ref(0) or _is_zero(v) for v in operands):
+        solver.shadows[op.outputs[0]] = solver.shadows[op.inputs[0]].expand(solver.graph.shapes[op.outputs[0]])
+        return
     if len(op.inputs) != 2 or not all(isinstance(v, Ref) for v in operands):
         raise _NotExpressibleError("of a constant would need the constant rescaled")
     shape = solver.graph.shapes[op.outputs[0]]
     a, b = (solver.shadows[op.inputs[v.index]].expand(shape) for v in operands if isinstance(v, Ref))
     solver.tie(a, b)
     solver.shadows[op.outputs[0]] = a if not (a == FREE_ZERO).any() else torch.where(a == FREE_ZERO, b, a)
+
+
+def _is_zero(value: Any) -> bool:
+    """Whether an operand is the number 0, as in  `sum(branches)`,  which begins with  `0 + first`."""
+    return isinstance(value, (int, float)) and value == 0
 
 
 def _multiply(solver: Solver, op: Op) -> None:
@@ -488,21 +503,22 @@ def _layer(solver: Solver, op: Op) -> None:
 
 
 def _norm(solver: Solver, op: Op) -> None:
-    """A normalisation over channels ends every scale before it; its gamma and beta absorb the one after it."""
-    names = ("weight", "bias") if op.function == "layer_norm" else ("weight",)
-    constants = [_parameter(op, 2 + i, name) for i, name in enumerate(names)]
+    """A normalisation ends every scale before it; its gamma and beta absorb the one of each channel after it."""
+    constants = [
+        _parameter(op, place, name) for place, name in zip(AFFINE_OF[op.function], ("weight", "bias"), strict=False)
+    ]
     weight, bias = constants[0], constants[1] if len(constants) > 1 else None
     if weight is None or len(weight.shape) != 1:
         raise _NotExpressibleError("has no per-channel weight")
-    shadow = solver.shadows[op.inputs[0]]
+    shadow, shape = solver.shadows[op.inputs[0]], solver.graph.shapes[op.outputs[0]]
+    axis = -1 if op.function in ("layer_norm", "rms_norm") else 1 - len(shape)
     solver.pin(shadow, f"{op.function} mixes the channels")
-    shape = solver.graph.shapes[op.outputs[0]]
     outs = solver.new(weight.shape[0])
     ins = solver.new(1)
     solver.pin(ins, f"{op.function} mixes the channels")
-    call = Call(op, "layer_norm", bias.name if bias else None, 1, ins.expand(weight.shape[0]), outs, -1)
+    call = Call(op, "layer_norm", bias.name if bias else None, 1, ins.expand(weight.shape[0]), outs, axis)
     solver.calls.setdefault(weight.name, []).append(call)
-    solver.shadows[op.outputs[0]] = outs.expand(shape)
+    solver.shadows[op.outputs[0]] = on_axis(outs, axis).expand(shape)
 
 
 def _bounded(solver: Solver, op: Op) -> None:

@@ -117,6 +117,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "halves": Halves,
     "gate": Gate,
     "batch norm": lambda: nn.BatchNorm2d(CHANNELS),
+    "group norm": lambda: nn.GroupNorm(2, CHANNELS),
     "layer norm": lambda: LastAxis(nn.Sequential(nn.LayerNorm(CHANNELS), nn.Linear(CHANNELS, CHANNELS))),
     "rms norm": lambda: LastAxis(nn.Sequential(nn.RMSNorm(CHANNELS), nn.Linear(CHANNELS, CHANNELS, bias=False))),
     "scalar": lambda: Apply(lambda x: 3 * x / 2),

@@ -61,6 +61,11 @@ TRANSPARENT: dict[str, nn.Module | Callable[[Tensor], Tensor]] = {
     "varargs reshape": lambda x: x.reshape(2, 8, 4, 16),
     "tuple reshape": lambda x: torch.reshape(x, (2, 8, 4, 16)),
     "varargs flip": lambda x: x.flip(2, 3),
+    "zero added": lambda x: sum([x]) - 0 + torch.add(x, 0.0) * 0.5,
+    "reshape as": lambda x: x.reshape_as(x.flatten(2)).view_as(x),
+    "expand as": lambda x: x[:, :, :1].expand_as(x),
+    "broadcast to": lambda x: torch.broadcast_to(x[..., :1], x.shape),
+    "repeated pixels": lambda x: torch.repeat_interleave(x, 2, dim=3),
 }
 
 
@@ -115,7 +120,7 @@ BARRIERS: dict[str, nn.Module | Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "softmax": nn.Softmax(1),
     "batch_norm": nn.BatchNorm2d(8),
-    "group_norm": nn.GroupNorm(2, 8),
+    "group_norm": nn.GroupNorm(2, 8, affine=False),
     "pad": nn.ConstantPad2d(1, 0.5),
     "add": lambda x: x + 1,
     "rsub": lambda x: 1 - x,
@@ -359,6 +364,26 @@ def test_a_normalisation_with_gamma_is_a_producer(norm: type[nn.Module]) -> None
     assert gamma.kind == "layer_norm"
     assert torch.equal(gamma.out_index, reader.in_index)
     assert bool((reader.in_index > 0).all())
+    assert dof.layer("0.weight").out_index.tolist() == [PINNED] * 8
+
+
+NORMS = {
+    "groups": nn.GroupNorm(2, 8),
+    "one group": nn.GroupNorm(1, 8),
+    "each image": nn.InstanceNorm2d(8, affine=True),
+    "as trained": nn.InstanceNorm2d(8, affine=True, track_running_stats=True),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_normalisation_of_groups_absorbs_what_is_after_it(name: str) -> None:
+    """Gamma and beta of each channel, which is axis 1, absorb its factor; what is before the norm is pinned."""
+    dof = checked(
+        nn.Sequential(nn.Conv2d(3, 8, 1), NORMS[name], nn.ReLU(), nn.Conv2d(8, 4, 3)).double().eval(), image()
+    )
+    gamma, reader = dof.layer("1.weight"), dof.layer("3.weight")
+    assert (gamma.kind, gamma.axis, gamma.bias) == ("layer_norm", -3, "1.bias")
+    assert gamma.out_index.tolist() == reader.in_index.tolist() == list(range(1, 9))
     assert dof.layer("0.weight").out_index.tolist() == [PINNED] * 8
 
 
