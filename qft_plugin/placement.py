@@ -10,7 +10,7 @@ from torch import Tensor
 from qft_plugin.errors import ConfigError
 from qft_plugin.graph import ADDS, Layer, LayerGraph, Op, Ref
 from qft_plugin.quantize import integer_range
-from qft_plugin.relations import JOINS, MOVES
+from qft_plugin.relations import DIVIDES, JOINS, MOVES
 
 KEEPS_GRID: Final = frozenset(MOVES) | frozenset(
     [
@@ -188,6 +188,29 @@ def _keeps_grid(op: Op) -> bool:
     if op.function == "pad":
         return op.argument(2, "mode", "constant") != "constant" or op.argument(3, "value") in (None, 0, 0.0)
     return op.function in KEEPS_GRID
+
+
+def is_divisor(op: Op, index: int) -> bool:
+    """Whether an operation divides by its input number `index`."""
+    return op.function in DIVIDES and op.argument(1, "other") == Ref(index)
+
+
+def only_divides(graph: LayerGraph, tensor: str) -> bool:
+    """Whether the values of a tensor, wherever they are moved, do nothing but divide others."""
+    ahead, known = [tensor], {tensor}
+    while ahead:
+        name = ahead.pop()
+        readers = [(op, i) for op in graph.ops for i, read in enumerate(op.inputs) if read == name]
+        if name in graph.outputs or not readers:
+            return False
+        for op, index in readers:
+            if is_divisor(op, index):
+                continue
+            if index not in _parts(op):
+                return False
+            ahead += [made for made in op.outputs if made not in known]
+            known |= set(op.outputs)
+    return True
 
 
 def joined(graph: LayerGraph, placement: Placement, layers: Sequence[Layer]) -> tuple[tuple[str, ...], ...]:

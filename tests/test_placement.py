@@ -21,6 +21,7 @@ from qft_plugin.placement import (
     comparison,
     joined,
     merged,
+    only_divides,
     quantizer_after,
     quantizer_before,
     quantizers_before,
@@ -172,6 +173,26 @@ def test_what_moves_elements_keeps_their_grid() -> None:
     assert set(MOVES) <= KEEPS_GRID
     assert set(MOVES) >= JOINS
     assert not KEEPS_GRID & (ADDS | REDUCES - {"amax", "amin"} | {"relu", "avg_pool2d", "interpolate"})
+
+
+def test_what_is_only_divided_by_is_found() -> None:
+    """A divisor is found through what moves its values; one that something else reads, or that leaves, is none."""
+
+    def graph(divided: str, outputs: tuple[str, ...]) -> LayerGraph:
+        return chain(
+            conv_op("a", "x", shape=(4, 4)),
+            unary_op("part", "__getitem__", "a", (slice(None), slice(0, 1))),
+            Op("div", "__truediv__", ("x", "part"), ("div",), (Ref(0), Ref(1))),
+            Op("again", "div", (divided, "part"), ("again",), (Ref(0), Ref(1))),
+            shapes=dict.fromkeys(["x", "a", "div", "again"], MAP) | {"part": (1, 1, 2, 2)},
+            outputs=outputs,
+        )
+
+    assert only_divides(graph("x", ("div", "again")), "a")
+    assert only_divides(graph("x", ("div", "again")), "part")
+    assert not only_divides(graph("part", ("div", "again")), "part")
+    assert not only_divides(graph("x", ("div", "again", "part")), "a")
+    assert not only_divides(graph("x", ("div", "again")), "x")
 
 
 CENTRED, SIGNED = ActivationGrid(0.1, 0, 255), ActivationGrid(0.1, -128, 127)
