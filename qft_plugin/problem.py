@@ -15,7 +15,7 @@ from qft_plugin.distributed import agreed, check_alike, strata_of, world_of
 from qft_plugin.dof_map import map_dof
 from qft_plugin.errors import ConfigError, QFTWarning
 from qft_plugin.graph import DofMap
-from qft_plugin.model import SAME, accepts, largest_change, tensors_in
+from qft_plugin.model import SAME, Functional, accepts, largest_change, tensors_in
 from qft_plugin.offline import (
     fold_network,
     names_of,
@@ -119,7 +119,7 @@ def proven_map(source: Any, call: Call) -> DofMap:
     folded = fold_network(dof_map, log_c, tensors)
     args, kwargs = call
     expected = list(tensors_in(source.model(*args, **kwargs)))
-    found = list(tensors_in(torch.func.functional_call(source.model, folded, args, kwargs)))
+    found = list(tensors_in(Functional(source.model)(folded, args, kwargs)))
     if largest_change(expected, found) <= SAME:
         return dof_map
     warnings.warn(

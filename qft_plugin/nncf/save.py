@@ -16,7 +16,7 @@ from torch.jit._trace import TracerWarning
 from qft_plugin.deploy.openvino import OpenVINOReport, Storage, save
 from qft_plugin.distributed import once
 from qft_plugin.errors import DeployabilityError
-from qft_plugin.model import evaluating, tensors_in
+from qft_plugin.model import evaluating, tensor_of, tensors_in
 from qft_plugin.nncf.read import HOOKS_ATTRIBUTE
 from qft_plugin.nncf.write import without_compiler
 
@@ -79,7 +79,7 @@ def weight_integers(model: nn.Module, example_input: Any) -> dict[str, Tensor]:
             continue
         constant = _constant(graph, op, port)
         if constant is not None:
-            W = model.get_parameter(constant)
+            W = tensor_of(model, constant)  # a parameter or a buffer
             integers[constant] = (W / (hook.scale / hook.level_high)).round().clamp(hook.level_low, hook.level_high)
     return integers
 
