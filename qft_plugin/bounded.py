@@ -4,7 +4,7 @@ With x' = x / c the function  min(max(x, low), high)  becomes  c * min(max(x', l
 as soon as its bounds are scaled with the channel, so that bounds absorb any cross-layer factor, as a bias does.
 """
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from typing import Any, Final
 
 import torch
@@ -13,7 +13,7 @@ from torch.overrides import wrap_torch_function
 
 from qft_plugin.data import Call
 from qft_plugin.graph import channel_axis, on_axis
-from qft_plugin.model import largest_change, tensors_in
+from qft_plugin.model import largest_change, replace_modules, tensors_in
 from qft_plugin.norms import NORMS
 from qft_plugin.quantize import same_layout
 
@@ -185,14 +185,6 @@ def channels_read(model: nn.Module, call: Call, modules: Sequence[nn.Module]) ->
         for handle in handles:
             handle.remove()
     return {module: shape.pop() for module, shape in shapes.items() if len(shape) == 1}
-
-
-def replace_modules(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None:
-    """Put modules into the places of others, wherever these stand in a model."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):  # a child may stand under two names
-            if child is not None and child in replaced and parent is not replaced[child]:
-                setattr(parent, name, replaced[child])
 
 
 def replace_by_relu(model: nn.Module) -> None:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import wrap_torch_function
 
-from qft_plugin.bounded import channels_read, replace_modules
+from qft_plugin.bounded import channels_read
 from qft_plugin.data import Call
 from qft_plugin.dof_map import map_dof
 from qft_plugin.graph import ADDS, PINNED, Const, Layer, LayerGraph, Op, Ref, channel_axis, on_axis
+from qft_plugin.model import replace_modules
 from qft_plugin.norms import NORMS, affine_of
 
 BARRIERS: Final = (

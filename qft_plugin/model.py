@@ -107,6 +107,14 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
     return found
 
 
+def replace_modules(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None:
+    """Put modules into the places of others, wherever these stand in a model."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # a child may stand under two names
+            if child is not None and child in replaced and parent is not replaced[child]:
+                setattr(parent, name, replaced[child])
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode for a while; every module gets its own mode back."""

@@ -1,17 +1,20 @@
 """Folding a BatchNorm, as it is in eval mode, into the layer before it."""
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from qft_plugin.graph import Const, LayerGraph
+from qft_plugin.graph import Const, LayerGraph, Op
+from qft_plugin.model import replace_modules, tensor_of
 from qft_plugin.quantize import per_out
 
 CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 TRANSPOSED: Final = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+EPS: Final = 1e-5
+"""Of torch's function, where a call does not give it."""
 
 
 def kind_of(layer: nn.Module) -> str:
@@ -35,6 +38,36 @@ def can_fold(layer: nn.Module, norm: nn.Module, shape: Sequence[int]) -> bool:
     if not isinstance(layer, (*CONVOLUTIONS, nn.Linear)) or not isinstance(norm, NORMS):
         return False
     return len(shape) == layer.weight.dim() and norm.running_mean is not None and not norm.training
+
+
+def makes_plain_calls(model: nn.Module, layer: nn.Module, norm: nn.Module, calls: tuple[Op, Op]) -> bool:
+    """Whether a layer and the BatchNorm behind it compute with their own parameters, as torch's own modules do.
+
+    A subclass may have any forward: what it hands to torch's function is what counts.
+
+    Args:
+        model: that both are a part of.
+        layer: a convolution or linear layer.
+        norm: a BatchNorm with running statistics.
+        calls: of the layer and of the norm.
+    """
+    product, normalised = calls
+    own = [(product.argument(1, "weight"), layer.weight), (product.argument(2, "bias"), layer.bias)]
+    names = ("running_mean", "running_var", "weight", "bias")
+    own += [(normalised.argument(1 + i, name), getattr(norm, name)) for i, name in enumerate(names)]
+    if normalised.argument(5, "training", False) or normalised.argument(7, "eps", EPS) != norm.eps:
+        return False
+    return all(_is_held(model, value, tensor) for value, tensor in own)
+
+
+def _is_held(model: nn.Module, value: Any, tensor: Any) -> bool:
+    """Whether an argument of a call is this tensor of the model, under any of its names, or both are missing."""
+    if tensor is None or not isinstance(value, Const):
+        return tensor is None and value is None
+    try:
+        return tensor_of(model, value.name) is tensor
+    except AttributeError:  # a tensor made inside the forward
+        return False
 
 
 def affine_of(norm: nn.Module, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -101,7 +134,10 @@ def folded_norm(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def merge_norms(model: nn.Module, twin: nn.Module, graph: LayerGraph) -> list[str]:
-    """Fold every BatchNorm that alone follows a layer into it, in place; an `Identity` takes its place.
+    """Fold every BatchNorm that alone follows a layer into it, in place.
+
+    An `Identity` takes its place. A subclass may do more in its forward, such as an activation function: it stays, with
+    statistics and parameters that change nothing.
 
     Args:
         model: the model to change.
@@ -112,9 +148,10 @@ def merge_norms(model: nn.Module, twin: nn.Module, graph: LayerGraph) -> list[st
         The names of the layers that changed.
     """
     changed = []
-    for layer_name, norm_name, between in _norms_behind_layers(graph):
+    for layer_name, norm_name, calls in _norms_behind_layers(graph):
         layer, norm = model.get_submodule(layer_name), twin.get_submodule(norm_name)
-        if not can_fold(layer, norm, graph.shapes[between]):
+        own = twin.get_submodule(layer_name)
+        if not can_fold(layer, norm, graph.shapes[calls[1].inputs[0]]) or not makes_plain_calls(twin, own, norm, calls):
             continue
         assert isinstance(layer.weight, Tensor)
         W, shift = folded_norm(layer, norm)
@@ -124,15 +161,32 @@ def merge_norms(model: nn.Module, twin: nn.Module, graph: LayerGraph) -> list[st
         else:
             assert isinstance(layer.bias, Tensor)
             layer.bias.copy_(shift)
-        model.set_submodule(norm_name, nn.Identity())
+        left = model.get_submodule(norm_name)
+        if type(left) in NORMS:
+            replace_modules(model, {left: nn.Identity()})
+        else:
+            neutralize(left)
         changed.append(layer_name)
     return changed
 
 
-def _norms_behind_layers(graph: LayerGraph) -> list[tuple[str, str, str]]:
+def neutralize(norm: nn.Module) -> None:
+    """Make a BatchNorm in eval mode compute what it is given, in place; it gets no parameters that it has not."""
+    assert isinstance(norm, NORMS)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.running_mean.zero_()
+    norm.running_var.copy_(neutral_variance(norm.eps, norm.running_var))
+    if norm.weight is not None:
+        norm.weight.fill_(1)
+    if norm.bias is not None:
+        norm.bias.zero_()
+
+
+def _norms_behind_layers(graph: LayerGraph) -> list[tuple[str, str, tuple[Op, Op]]]:
     """List layer and BatchNorm of each pair of which nothing else uses a part, by the names of their modules.
 
-    The third name is that of the activation between them.
+    The third is their calls.
     """
     makers = {name: op for op in graph.ops for name in op.outputs}
     pairs = []
@@ -147,5 +201,5 @@ def _norms_behind_layers(graph: LayerGraph) -> list[tuple[str, str, str]]:
         uses = [o for o in graph.ops if weight in (*o.args, *(o.kwargs or {}).values())]
         norms = [o for o in graph.ops if o.argument(1, "running_mean") == mean]
         if len(uses) == len(norms) == 1 and op.inputs[0] not in graph.outputs:
-            pairs.append((weight.name.rpartition(".")[0], mean.name.rpartition(".")[0], op.inputs[0]))
+            pairs.append((weight.name.rpartition(".")[0], mean.name.rpartition(".")[0], (before, op)))
     return pairs

@@ -8,8 +8,9 @@ from graphs import record
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
-from qft_plugin.norms import can_fold, folded_norm, kind_of
+from qft_plugin.norms import can_fold, folded_norm, kind_of, merge_norms
 
 EXACT = 1e-12
 """float64: a product and a sum per channel in another order; outputs are of the order of 10."""
@@ -152,3 +153,36 @@ def test_a_norm_over_tokens_does_not_fold() -> None:
     assert not can_fold(nn.Linear(8, 4), nn.BatchNorm1d(4).eval(), (2, 4, 4))
     assert can_fold(nn.Conv1d(8, 4, 1), nn.BatchNorm1d(4).eval(), (2, 4, 4))
     assert not can_fold(nn.Conv1d(8, 4, 1), nn.BatchNorm1d(4).eval(), (4, 4))
+
+
+class NormAct(nn.BatchNorm2d):
+    """A subclass whose forward ends in an activation function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        ).abs()
+
+
+class OtherEps(nn.BatchNorm2d):
+    """A subclass that hands another epsilon to torch's function than its attribute says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, 0.5)
+
+
+@pytest.mark.parametrize(("kind", "folds"), [(nn.BatchNorm2d, True), (NormAct, True), (OtherEps, False)])
+@pytest.mark.parametrize("second_name", [False, True])
+def test_a_merged_norm_keeps_what_a_subclass_does_more(kind: type[nn.Module], folds: bool, second_name: bool) -> None:
+    """A subclass stays where it is, neutral; one that computes with other numbers than its own is left alone."""
+    norm = batch_norm(2, 6)
+    norm.__class__ = kind
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False).double(), norm, nn.ReLU())
+    if second_name:
+        model.norm = norm
+        model.forward = lambda x: model[2](model.norm(model[0](x)))
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    expected = model(x)
+    assert merge_norms(model, model, record(model, x)) == (["0"] if folds else [])
+    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+    assert type(model[1]) is (nn.Identity if kind is nn.BatchNorm2d else kind)

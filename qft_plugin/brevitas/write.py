@@ -14,7 +14,7 @@ from brevitas.quant.solver.bias import BiasQuantSolver
 from brevitas.quant.solver.weight import WeightQuantSolver
 from torch import Tensor, nn
 
-from qft_plugin.bounded import ChannelHardtanh, replace_modules
+from qft_plugin.bounded import ChannelHardtanh
 from qft_plugin.brevitas.link import dof_map_of, shared_factors
 from qft_plugin.brevitas.quantizers import take_any_inputs
 from qft_plugin.brevitas.read import Source
@@ -26,7 +26,7 @@ from qft_plugin.deployed import deployed_weights, folded_tensors
 from qft_plugin.elements import moved_to
 from qft_plugin.errors import ConfigError, DeployabilityError
 from qft_plugin.graph import PINNED, DofMap
-from qft_plugin.model import tensor_of
+from qft_plugin.model import replace_modules, tensor_of
 from qft_plugin.norms import NORMS, affine_of, set_affine
 from qft_plugin.offline import fold_network, names_of, on_weight
 from qft_plugin.start import Start

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from qft_plugin.data import Call, Inputs
 from qft_plugin.finetune import Prediction
 from qft_plugin.graph import ADDS, Const, Ref
-from qft_plugin.model import Functional, tensor_of, tensors_in
+from qft_plugin.model import Functional, replace_modules, tensor_of, tensors_in
 from qft_plugin.nncf.read import Source, add_factors, port_of, tensor_name
 from qft_plugin.nncf.replay import Replay, replay
+from qft_plugin.norms import NORMS
 from qft_plugin.offline import Solution
 from qft_plugin.placement import ActivationGrid, Comparison, Placement, WeightPlace, is_divisor, only_divides
 from qft_plugin.quantize import fake_quantize
@@ -49,6 +50,7 @@ class Placed:
         hooks: names of the hooks of each activation quantizer, by name of the quantizer.
         weight_hooks: names of the hooks of each weight quantizer, by name of the weight.
         factors: the operation and the port that each factor in front of an addition belongs to, by name of the factor.
+        in_result: the name of each operation where every module is the user's again.
     """
 
     model: nn.Module
@@ -57,6 +59,7 @@ class Placed:
     hooks: Mapping[str, tuple[str, ...]]
     weight_hooks: Mapping[str, tuple[str, ...]]
     factors: Mapping[str, tuple[str, int]]
+    in_result: Mapping[str, str]
 
 
 class Request(Protocol):
@@ -141,7 +144,7 @@ def place(source: Source, tensors: Mapping[str, Tensor], request: Request, input
         for name, tensor in tensors.items()
     }
     entries = {name: (a.addition, port_of(source.ports, a)) for a, name in source.addends.items()}
-    return Placed(quantized, placement, held, hooks, weight_hooks, entries)
+    return Placed(quantized, placement, held, hooks, weight_hooks, entries, source.in_result)
 
 
 def _drop_quantizers_of_divisors(model: nn.Module, source: Source) -> None:
@@ -266,20 +269,21 @@ class _Watch(nn.Module):
 class Observed:
     """A wrapped model and the places where it is compared."""
 
-    def __init__(self, model: nn.Module, at: Comparison, source: Source) -> None:
+    def __init__(self, model: nn.Module, at: Comparison, source: Source, names: Mapping[str, str]) -> None:
         """Put a capture on each compared input.
 
         Args:
             model: wrapped by NNCF.
             at: where it is compared.
             source: the model as it was read.
+            names: what the operations of its graph are called in `model`.
         """
         self.model = model
         self._with_outputs = at.outputs
         self._captures = [_Capture() for _ in at.inputs]
         for place, capture in zip(at.inputs, self._captures, strict=True):
             port = _ports_of_input(source, place.index)[place.op]
-            get_hook_storage(model).register_pre_function_hook(place.op, port, capture)
+            get_hook_storage(model).register_pre_function_hook(names[place.op], port, capture)
 
     def predict(self, run: Callable[[], Any]) -> Prediction:
         """Call the model through `run` and collect what is compared."""
@@ -297,7 +301,7 @@ def _ports_of_input(source: Source, index: int) -> dict[str, int]:
 
 def teacher(source: Source, at: Comparison) -> Callable[[Call], Prediction]:
     """Return the untouched float model as a function from the arguments of a call to a prediction."""
-    observed = Observed(wrap_model(copy.deepcopy(source.teacher)), at, source)
+    observed = Observed(wrap_model(copy.deepcopy(source.teacher)), at, source, source.in_teacher)
 
     def run(call: Call) -> Prediction:
         args, kwargs = call
@@ -344,10 +348,10 @@ class Student:
         for name, hook in list(storage.named_hooks(remove_duplicate=False)):
             if isinstance(hook, (SymmetricQuantizer, AsymmetricQuantizer)):
                 storage.set_submodule(name, _FixedQuantizer(hook, len(hook.scale_shape)))
-        self._names = _remove_neutral_norms(model, source)
-        own = add_factors(model, source.addends, source.ports)
+        self._names, self._ops = _remove_neutral_norms(model, source)
+        own = add_factors(model, source.addends, source.ports, self._ops)
         self._names |= {source.addends[addend]: name for addend, name in own.items()}
-        self._observed, self._function = Observed(model, at, source), Functional(model)
+        self._observed, self._function = Observed(model, at, source, self._ops), Functional(model)
         self._unfolds = unfolds
         self._first_port = _ports_of_input(source, 0)
         self._looked = False
@@ -394,7 +398,7 @@ class Student:
             module.scale = None
         storage = get_hook_storage(self._observed.model)
         handles = [
-            storage.register_pre_function_hook(op, self._first_port[op], _Watch(watcher))
+            storage.register_pre_function_hook(self._ops[op], self._first_port[op], _Watch(watcher))
             for op, watcher in watchers.items()
         ]
         try:
@@ -409,24 +413,47 @@ class Student:
         return self._observed.predict(lambda: self._function(renamed, args, kwargs))
 
 
-def _remove_neutral_norms(model: nn.Module, source: Source) -> dict[str, str]:
+def _remove_neutral_norms(model: nn.Module, source: Source) -> tuple[dict[str, str], dict[str, str]]:
     """Let each layer add its own bias, so that the neutral BatchNorms cost nothing while the student trains.
 
+    A subclass stays: its forward may do more than what torch's own does, such as an activation function.
+
     Returns:
-        The new name of each bias that moved.
+        The new name of each bias that moved, and that of every operation: NNCF numbers the calls of a function.
     """
-    storage = get_hook_storage(model)
-    renamed = {}
-    for norm in source.norms:
+    removed = {n.norm_op: n for n in source.norms if type(model.get_submodule(n.norm)) in NORMS}
+    biases = {}
+    for norm in removed.values():
         layer = model.get_submodule(norm.layer)
         if getattr(layer, "bias", None) is None:
-            layer.register_parameter("bias", nn.Parameter(model.get_parameter(norm.bias).detach().clone(), False))
-        renamed[norm.bias] = f"{norm.layer}.bias"
-        model.set_submodule(norm.norm, nn.Identity())
-    moved = {norm.norm_op: norm.layer_op for norm in source.norms}
-    for name, hook in list(storage.named_hooks(remove_duplicate=False)):
-        _, op, _ = decode_hook_name(name)
-        if op in moved:
+            layer.register_parameter("bias", nn.Parameter(tensor_of(model, norm.bias).detach().clone(), False))
+        biases[norm.bias] = f"{norm.layer}.bias"
+        replace_modules(model, {model.get_submodule(norm.norm): nn.Identity()})
+    names = {op: removed[op].layer_op if op in removed else _renumbered(op, removed) for op in source.in_result}
+    rename_hooks(get_hook_storage(model), names)
+    return biases, names
+
+
+def _renumbered(op: str, removed: Iterable[str]) -> str:
+    """Name an operation after others are gone; the last part of its name is its number among those of one kind."""
+    kind, _, number = op.rpartition("/")
+    gone = sum(k == kind and int(n) < int(number) for k, _, n in (name.rpartition("/") for name in removed))
+    return f"{kind}/{int(number) - gone}"
+
+
+def rename_hooks(storage: Any, names: Mapping[str, str]) -> None:
+    """Give the hooks of operations to those of other names, all at once, so that two may change places.
+
+    Args:
+        storage: the hooks.
+        names: the new name of each operation; those of other names keep theirs.
+    """
+    hooks = [(name, *decode_hook_name(name), hook) for name, hook in storage.named_hooks(remove_duplicate=False)]
+    for name, _, op, _, _ in hooks:
+        if names.get(op, op) != op:
             storage.delete_hook(name)
-            storage.register_post_function_hook(moved[op], 0, hook)
-    return renamed
+    for _, kind, op, port, hook in hooks:
+        new = names.get(op, op)
+        if new != op:
+            add = storage.register_pre_function_hook if kind == "pre_hooks" else storage.register_post_function_hook
+            add(new, port, hook)

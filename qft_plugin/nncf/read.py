@@ -4,7 +4,7 @@ import copy
 import functools
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -13,13 +13,13 @@ from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_gr
 from torch import Tensor, nn
 
 from qft_plugin.bounded import free_bounds, replace_by_relu
-from qft_plugin.channelwise import Addend, Rescaled, addends_of, free_channels, with_addend_factors
+from qft_plugin.channelwise import Addend, Rescaled, addends_of, channel_affine, free_channels, with_addend_factors
 from qft_plugin.data import Call, Inputs
 from qft_plugin.errors import DataError, ModelError
 from qft_plugin.graph import Const, LayerGraph, Op, Ref
-from qft_plugin.model import SAME, check_finite, first_outputs, largest_change, tensors_in
+from qft_plugin.model import SAME, check_finite, first_outputs, largest_change, tensor_of, tensors_in
 from qft_plugin.model import check_model as check_torch_model
-from qft_plugin.norms import CONVOLUTIONS, NORMS, can_fold, folded_norm, neutral_variance
+from qft_plugin.norms import CONVOLUTIONS, can_fold, folded_norm, makes_plain_calls, neutralize
 from qft_plugin.spec import QFTConfig
 
 logger = logging.getLogger("qft_plugin")
@@ -59,6 +59,8 @@ class Source:
         ports: what each input port of an operation receives: one of its activation inputs, or a constant.
         addends: name of the weight of each factor in front of an addition, which `model` has as a hook.
         plain: `model` without these hooks.
+        in_teacher: the name in `teacher` of each operation of `graph`.
+        in_result: its name in what is returned, where every module is the user's again.
     """
 
     teacher: nn.Module
@@ -69,6 +71,8 @@ class Source:
     ports: Mapping[tuple[str, int], Ref | Const]
     addends: Mapping[Addend, str]
     plain: nn.Module
+    in_teacher: Mapping[str, str]
+    in_result: Mapping[str, str]
     weight_bits: None = None
     """The settings choose them."""
 
@@ -138,7 +142,9 @@ def read(model: nn.Module, inputs: Inputs, config: QFTConfig | None = None) -> S
     copied = copy.deepcopy(teacher)
     for parameter in copied.parameters():
         parameter.requires_grad_(False)
+    untouched = None
     if config.bounded == "relu":
+        untouched = _trace(copied, call)
         replace_by_relu(copied)
         outputs = first_outputs(copied, call)
     # OpenVINO moves a factor in front of a layer that reads floats into its weights, before their integers are made.
@@ -147,12 +153,20 @@ def read(model: nn.Module, inputs: Inputs, config: QFTConfig | None = None) -> S
         free_bounds(copied, call)
     traced = _trace(copied, call)
     norms = _fold_norms(copied, traced)
+    in_result = _counterparts(traced, traced, copied)
+    in_teacher = in_result if untouched is None else _counterparts(traced, untouched, copied)
     if rescales:
         # What is left is no part of a layer: the network that it becomes is traced again.
         explicit = config.hardware.activation_scale == "explicit"
         left = {name for name, _ in copied.named_modules()} - {norm.norm for norm in norms}
         if free_channels(copied, call, norms=True, barriers=explicit, only=left):
-            traced = _trace(copied, call)
+            before, traced = traced, _trace(copied, call)
+            # NNCF counts the calls of a module whose name it does not know with all others of the function.
+            new = _counterparts(traced, before, copied)
+            in_result = {name: in_result[old] for name, old in new.items()}
+            in_teacher = {name: in_teacher[old] for name, old in new.items()}
+            same = {old: name for name, old in new.items()}
+            norms = tuple(replace(n, layer_op=same[n.layer_op], norm_op=same[n.norm_op]) for n in norms)
     graph = _layer_graph(traced, norms)
     change = largest_change(outputs, list(tensors_in(copied(*call[0], **call[1]))))
     if not change <= SAME:
@@ -170,13 +184,16 @@ def read(model: nn.Module, inputs: Inputs, config: QFTConfig | None = None) -> S
             logger.warning(
                 "what is added has no scale of its own: the model adds in place and goes on with the old name"
             )
-    named = {**dict(rescaled.named_parameters(remove_duplicate=False)), **dict(rescaled.named_buffers())}
-    tensors = {name: t.detach() for name, t in named.items()}
-    return Source(teacher, rescaled, graph, tensors, norms, ports, addends, copied)
+    named = [*rescaled.named_parameters(remove_duplicate=False), *rescaled.named_buffers(remove_duplicate=False)]
+    tensors = {name: t.detach() for name, t in named}
+    return Source(teacher, rescaled, graph, tensors, norms, ports, addends, copied, in_teacher, in_result)
 
 
 def add_factors(
-    model: nn.Module, addends: Iterable[Addend], ports: Mapping[tuple[str, int], Ref | Const]
+    model: nn.Module,
+    addends: Iterable[Addend],
+    ports: Mapping[tuple[str, int], Ref | Const],
+    ops: Mapping[str, str] | None = None,
 ) -> dict[Addend, str]:
     """Multiply what a wrapped model adds by factors of 1, in place, behind all other hooks of the addition's input.
 
@@ -184,6 +201,7 @@ def add_factors(
         model: wrapped by NNCF.
         addends: what to multiply.
         ports: see `Source`.
+        ops: what the operations are called in `model`; `None` where they have their names of `ports`.
 
     Returns:
         The name of the factors of each addend among the buffers of the model.
@@ -192,7 +210,8 @@ def add_factors(
     modules = {a: Rescaled(nn.Identity(), a.channels, axis=a.axis, like=like) for a in addends}
     for addend, module in modules.items():
         port = port_of(ports, addend)
-        get_hook_storage(model).register_pre_function_hook(addend.addition, port, module)
+        op = addend.addition if ops is None else ops[addend.addition]
+        get_hook_storage(model).register_pre_function_hook(op, port, module)
     names = {id(module): name for name, module in model.named_modules()}
     return {addend: f"{names[id(module)]}.weight" for addend, module in modules.items()}
 
@@ -223,6 +242,34 @@ def _trace(model: nn.Module, call: Call) -> Any:
             f"The model could not be traced by NNCF. Found {type(error).__name__}: {error}. "
             "Check that nncf.quantize without algorithm works on it."
         ) from error
+
+
+def _operations(graph: Any) -> list[Any]:
+    """List the calls of a traced model in the order in which they were made."""
+    ends = ("nncf_model_const", "nncf_model_input", "nncf_model_output")
+    return [n for n in sorted(graph.get_all_nodes(), key=lambda n: n.node_id) if n.node_type not in ends]
+
+
+def _counterparts(graph: Any, before: Any, model: nn.Module) -> dict[str, str]:
+    """Name every call of a model as it was called before modules of it were replaced by others that make one call each.
+
+    A `Rescaled` makes two, of which the second has no counterpart: it gets that of the first.
+
+    Args:
+        graph: of the model.
+        before: of the model as it was.
+        model: the model.
+    """
+    old = iter(_operations(before))
+    found: dict[str, str] = {}
+    for node in _operations(graph):
+        weight = _op(node, (), None, graph).argument(1, "weight") if node.node_type == channel_affine.__name__ else None
+        if isinstance(weight, Const) and isinstance(_module_of(model, weight.name), Rescaled):
+            first = graph.get_input_edges(node)
+            found[node.node_name] = found[min(first, key=lambda e: e.input_port_id).from_node.node_name]
+        else:
+            found[node.node_name] = next(old).node_name
+    return found
 
 
 def _module_of(model: nn.Module, parameter: str) -> nn.Module:
@@ -257,47 +304,36 @@ def _fold_norms(model: nn.Module, graph: Any) -> tuple[FoldedNorm, ...]:
 
 def _foldable(model: nn.Module, graph: Any, node: Any, users: Mapping[str, list[Any]]) -> FoldedNorm | None:
     incoming = graph.get_input_edges(node)
-    edges = {e.input_port_id: e.from_node for e in incoming}
-    constants = [n.node_name for n in edges.values() if n.node_type == "nncf_model_const"]
-    before = edges.get(0)
-    if before is None or not constants or len(users.get(before.node_name, ())) != 1:
+    before = next((e.from_node for e in incoming if e.input_port_id == 0), None)
+    if before is None or before.layer_attributes is None or len(users.get(before.node_name, ())) != 1:
         return None
-    weights = [
-        e.from_node.node_name
-        for e in graph.get_input_edges(before)
-        if e.input_port_id == 1 and e.from_node.node_type == "nncf_model_const"
-    ]
-    if not weights or any(len(users[name]) != 1 for name in [*weights, *constants]):
+    calls = _op(before, (), None, graph), _op(node, (), None, graph)
+    weight, mean = calls[0].argument(1, "weight"), calls[1].argument(1, "running_mean")
+    if not isinstance(weight, Const) or not isinstance(mean, Const):
         return None
-    layer, norm = _module_of(model, weights[0]), _module_of(model, constants[0])
+    constants = [v.name for op in calls for v in (*op.args, *(op.kwargs or {}).values()) if isinstance(v, Const)]
+    if any(len(users[name]) != 1 for name in constants):
+        return None
+    layer, norm = _module_of(model, weight.name), _module_of(model, mean.name)
     shape = next(e.tensor_shape for e in incoming if e.input_port_id == 0)
-    if not can_fold(layer, norm, shape):
+    if not can_fold(layer, norm, shape) or not makes_plain_calls(model, layer, norm, calls):
         return None
-    layer_name, norm_name = weights[0].rpartition(".")[0], constants[0].rpartition(".")[0]
-    if norm.bias is not None:
-        bias = f"{norm_name}.bias"
-    elif layer.bias is not None:
-        bias = f"{layer_name}.bias"
-    else:
+    bias = calls[1].argument(4, "bias") or calls[0].argument(2, "bias")
+    if bias is None:
         return None
-    return FoldedNorm(layer_name, norm_name, before.node_name, node.node_name, bias)
+    layer_name, norm_name = weight.name.rpartition(".")[0], mean.name.rpartition(".")[0]
+    return FoldedNorm(layer_name, norm_name, before.node_name, node.node_name, bias.name)
 
 
 def _fold(model: nn.Module, found: FoldedNorm) -> None:
     layer, norm = model.get_submodule(found.layer), model.get_submodule(found.norm)
     assert isinstance(layer, (*CONVOLUTIONS, nn.Linear))
-    assert isinstance(norm, NORMS)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
     W, shift = folded_norm(layer, norm)
     if layer.bias is not None:
         layer.bias.zero_()
     layer.weight.copy_(W)
-    model.get_parameter(found.bias).copy_(shift)
-    norm.running_mean.zero_()
-    norm.running_var.copy_(neutral_variance(norm.eps, norm.running_var))
-    if norm.weight is not None:
-        norm.weight.fill_(1)
+    neutralize(norm)
+    tensor_of(model, found.bias).copy_(shift)
 
 
 def tensor_name(op: str, port: int) -> str:
@@ -376,6 +412,9 @@ def _op(node: Any, outputs: tuple[str, ...], norm: FoldedNorm | None, graph: Any
     if replaced.missing or replaced.left:
         # NNCF did not see where some tensor came from (made inside the forward): no rule applies to the call.
         return Op(node.node_name, f"{function} of a tensor made inside the forward", activations, outputs)
+    if function == "batch_norm" and len(args) == 9:
+        # NNCF looks into the function of torch.nn.functional: x, mean, variance, weight, bias, training, momentum, eps.
+        args = (args[0], *args[3:5], *args[1:3], *args[5:8])
     if norm is not None:
         bias = Const(norm.bias, tuple(graph.get_node_by_name(norm.bias).layer_attributes.shape))
         args = (*args[:2], bias, *args[3:])

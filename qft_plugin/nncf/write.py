@@ -1,7 +1,7 @@
 """From trained degrees of freedom back to a model with NNCF's standard quantizers."""
 
 import contextlib
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +12,12 @@ from nncf.torch.quantization.extensions import QuantizedFunctionsCPU
 from nncf.torch.quantization.layers import AsymmetricQuantizer, PTQuantizerSpec, SQMultiply, SymmetricQuantizer
 from torch import Tensor, nn
 
-from qft_plugin.bounded import ChannelHardtanh, replace_modules
+from qft_plugin.bounded import ChannelHardtanh
 from qft_plugin.channelwise import ChannelAffine, Rescaled
 from qft_plugin.deployed import DeployedWeight, deployed_weights
 from qft_plugin.graph import PINNED, on_axis
-from qft_plugin.model import tensor_of
-from qft_plugin.nncf.attach import Placed
+from qft_plugin.model import replace_modules, tensor_of
+from qft_plugin.nncf.attach import Placed, rename_hooks
 from qft_plugin.norms import set_affine
 from qft_plugin.offline import Dof, solve
 from qft_plugin.placement import ActivationGrid
@@ -72,12 +72,12 @@ def write(placed: Placed, dof: Dof) -> nn.Module:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
-    _restore_modules(model, dof, placed.factors)
+    _restore_modules(model, dof, placed)
     model.eval()
     return model
 
 
-def _restore_modules(model: nn.Module, dof: Dof, factors: Container[str]) -> None:
+def _restore_modules(model: nn.Module, dof: Dof, placed: Placed) -> None:
     """Put back the modules that others stood for, so that the model keeps its modules and names.
 
     A ReLU6 stands between two factors:  min(max(x', low / c), high / c)  is  clip(x' * c, low, high) / c.  A function
@@ -86,11 +86,11 @@ def _restore_modules(model: nn.Module, dof: Dof, factors: Container[str]) -> Non
     Args:
         model: the model.
         dof: the trained degrees of freedom.
-        factors: the weights that no module stands for.
+        placed: where everything is.
     """
     storage = get_hook_storage(model)
     for layer in dof.map.layers:
-        if layer.kind not in ("hardtanh", "channel_affine") or layer.weight in factors:
+        if layer.kind not in ("hardtanh", "channel_affine") or layer.weight in placed.factors:
             continue
         path = layer.weight.rpartition(".")[0]
         module, free = model.get_submodule(path), bool((layer.out_index != PINNED).any())
@@ -103,17 +103,14 @@ def _restore_modules(model: nn.Module, dof: Dof, factors: Container[str]) -> Non
         elif isinstance(module, Rescaled):
             replace_modules(model, {module: module.function})
             for op, inside in zip(layer.calls, layer.inputs, strict=True):
-                own = inside.replace("/function/", "/", 1)
-                _move_hooks(storage, inside, own)
-                _move_hooks(storage, op, own)
+                rename_hooks(storage, {op: inside})
                 if free:
-                    _multiply_behind(storage, own, on_axis(module.weight, module.axis))
+                    _multiply_behind(storage, inside, on_axis(module.weight, module.axis))
         else:
             assert isinstance(module, ChannelAffine)
             set_affine(module.original, module.weight, module.bias)
             replace_modules(model, {module: module.original})
-            for op in layer.calls:
-                _move_hooks(storage, op, op.replace("/channel_affine/", "/batch_norm/"))
+    rename_hooks(storage, placed.in_result)
 
 
 def _hooks_of(storage: Any, op: str) -> list[tuple[str, str, int, nn.Module]]:
@@ -121,14 +118,6 @@ def _hooks_of(storage: Any, op: str) -> list[tuple[str, str, int, nn.Module]]:
     hooks = storage.named_hooks(remove_duplicate=False)
     found = [(name, *decode_hook_name(name), hook) for name, hook in hooks]
     return [(name, kind, port, hook) for name, kind, where, port, hook in found if where == op]
-
-
-def _move_hooks(storage: Any, old: str, new: str) -> None:
-    """Give the hooks of one operation to another."""
-    for name, kind, port, hook in _hooks_of(storage, old):
-        storage.delete_hook(name)
-        add = storage.register_pre_function_hook if kind == "pre_hooks" else storage.register_post_function_hook
-        add(new, port, hook)
 
 
 def _multiply_behind(storage: Any, op: str, factor: Tensor) -> None:

@@ -1,0 +1,189 @@
+"""Networks that strangers bring to NNCF: subclasses of torch's modules, modules with two names, computed weights."""
+
+from collections.abc import Callable
+
+import nets
+import pytest
+import torch
+from conftest import four_bits, relative_error
+from torch import Tensor, nn
+from torch.nn import functional
+
+pytest.importorskip("nncf", reason="these tests are about NNCF")
+
+import nncf
+
+import qft_plugin.nncf as host
+from qft_plugin import QFTConfig
+
+EIGHT_BITS = 0.04
+"""Relative L2 error of 8-bit weights and activations; a lost activation function shows as 0.3 and more."""
+
+START = 0.1
+"""Loss at the start in 4 bits, over the images; of another network it is 0.3 and more."""
+
+
+class NormAct(nn.BatchNorm2d):
+    """A BatchNorm whose forward ends in an activation function, as in timm."""
+
+    def __init__(self, channels: int, act: nn.Module) -> None:
+        super().__init__(channels)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(
+            functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        )
+
+
+class Chain(nn.Module):
+    """Three convolutions and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.conv3 = nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 4)
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.fc(x.mean((2, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv3(self.conv2(self.conv1(x).relu()).relu()).relu())
+
+
+class ActInNorm(Chain):
+    """Every activation function is inside a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = NormAct(8, nn.ReLU()), NormAct(8, nn.SiLU())
+        self.norm3 = NormAct(8, nn.ReLU6(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm3(self.conv3(self.norm2(self.conv2(self.norm1(self.conv1(x))))))
+        return self.head(x)
+
+
+class ActInNormFirst(Chain):
+    """Norms with an activation function in front of the layers, and behind an addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = NormAct(8, nn.ReLU()), NormAct(8, nn.Hardtanh(0, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        x = x + self.conv2(self.norm1(x))
+        x = x + self.conv3(self.norm2(x))
+        return self.head(x)
+
+
+class OtherEps(nn.BatchNorm2d):
+    """A norm that divides by another epsilon than its own attribute says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, 0.5)
+
+
+class OwnEps(Chain):
+    """A subclass of BatchNorm that hands something else than its own attributes to torch's function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = OtherEps(8), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(x)).relu()
+        return self.head(self.conv3(self.norm2(self.conv2(x)).relu()).relu())
+
+
+class TwoNames(Chain):
+    """Layer and norm are registered under a second name, by which the forward calls them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+        self.again = nn.ModuleList([self.conv1, self.norm, self.conv2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.again[1](self.again[0](x)).relu()
+        return self.head(self.conv3(self.again[2](x).relu()).relu())
+
+
+class Blur(Chain):
+    """A depthwise convolution whose weight is a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        row = torch.tensor([1.0, 2.0, 1.0])
+        self.register_buffer("filter", (row[:, None] * row / 16).repeat(8, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.conv2d(self.conv1(x).relu(), self.filter, stride=2, padding=1, groups=8)
+        return self.head(self.conv3(self.conv2(x).relu()).relu())
+
+
+class Preactivation(nn.Module):
+    """Blocks in a list that adds in place, so that NNCF knows the names of none of their modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.ModuleList([
+                nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1, bias=False),
+                nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1, bias=False),
+            ])
+            for _ in range(3)
+        )  # fmt: skip
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for norm1, conv1, norm2, conv2 in self.blocks:
+            y = conv2(norm2(conv1(norm1(x).relu())).relu())
+            y += x
+            x = y
+        return self.fc(x.relu().mean((2, 3)))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "act_in_norm": ActInNorm,
+    "act_in_norm_first": ActInNormFirst,
+    "own_eps": OwnEps,
+    "two_names": TwoNames,
+    "blur": Blur,
+    "preactivation": Preactivation,
+}
+every_network = pytest.mark.parametrize("name", NETWORKS)
+
+
+def built(name: str) -> tuple[nn.Module, list[Tensor]]:
+    """Make a network with statistics in its norms, and its images."""
+    return nets.settled(NETWORKS[name]()), list(torch.randn(4, 16, 3, 8, 8))
+
+
+@every_network
+def test_eight_bits_compute_what_the_float_network_computes(name, outputs):
+    """Without a finetune and with 8 bits the result is the user's network, and the user's own is as it was."""
+    model, items = built(name)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    expected = outputs(model, items[0])
+    config = QFTConfig(weight_bits=8, small_layer_bits=8, finetune=None)
+    result = nncf.quantize(model, nncf.Dataset(items), algorithm=config)
+    assert 0 < relative_error(outputs(result, items[0]), expected) < EIGHT_BITS
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+@every_network
+def test_the_student_is_the_network(name, outputs, tmp_path):
+    """The finetune starts near the teacher, what is written is what was trained, and its file is that too."""
+    model, items = built(name)
+    job = host.quantize(model, nncf.Dataset(items), four_bits())
+    assert 0 < job.result.final_loss <= job.result.start_loss < START
+    types = [type(m) for m in model.modules()]
+    assert [type(m) for n, m in job.model.named_modules() if "__nncf_hooks" not in n] == types
+    assert relative_error(outputs(job.model, items[0]), outputs(model, items[0])) < 5 * EIGHT_BITS
+    host.save_openvino(job.model, tmp_path / "net.xml", items[0][:2])
