@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qft_plugin.blocks import check_blocks
 from qft_plugin.data import Call, Inputs, read_inputs
@@ -132,18 +132,39 @@ def proven_map(source: Any, call: Call) -> DofMap:
 
 
 def _fastest_layout(model: nn.Module, inputs: Inputs) -> Inputs:
-    """Choose channels-last for images on a CPU, unless the model has views that need the ordinary layout."""
+    """Choose channels-last for images on a CPU, unless the model has views that need the ordinary layout.
+
+    The weights of the student are laid out as the images are: of one channel, these alone look the same in both.
+    """
     images = any(t.dim() == 4 and t.is_floating_point() for t in (*inputs.args, *inputs.kwargs.values()))
     if inputs.device.type != "cpu" or not images:
         return inputs
     candidate = inputs.laid_out(channels_last=True)
     args, kwargs = candidate.batch(slice(0, min(2, len(inputs))))
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    tensors = {name: laid_out(t.detach(), candidate) for name, t in named}
     try:
         with torch.no_grad():
-            model.forward(*args, **kwargs)  # a call of an fx module prints where it failed
+            Functional(_Forward(model))({f"model.{name}": t for name, t in tensors.items()}, args, kwargs)
     except RuntimeError:
         return inputs
     return candidate
+
+
+class _Forward(nn.Module):
+    """Calls a model's forward alone: a call of an fx module prints where it failed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.forward(*args, **kwargs)
+
+
+def laid_out(t: Tensor, inputs: Inputs) -> Tensor:
+    """Return a weight in the memory layout of the images."""
+    return t.contiguous(memory_format=torch.channels_last) if inputs.channels_last and t.dim() == 4 else t
 
 
 def _comparable(at: Comparison, dof_map: DofMap) -> Comparison:

@@ -37,7 +37,7 @@ from qft_plugin.placement import (
     quantizer_after,
     quantizers_before,
 )
-from qft_plugin.problem import Problem
+from qft_plugin.problem import Problem, laid_out
 from qft_plugin.ranges import BATCH, activation_grids
 from qft_plugin.spec import QFTConfig
 from qft_plugin.student import Unfold
@@ -126,7 +126,7 @@ def start(
         values |= _compensated(student, source.graph, dof_map, weights, values, inputs)
     dof = Dof(
         dof_map,
-        {name: _laid_out(t, inputs) for name, t in values.items()},
+        {name: laid_out(t, inputs) for name, t in values.items()},
         weights,
         grids,
         train_cross_layer=config.train_cross_layer,
@@ -138,10 +138,6 @@ def start(
         sparsity=config.sparsity,
     )
     return Start(placed, student, dof, log_c)
-
-
-def _laid_out(t: Tensor, inputs: Inputs) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last) if inputs.channels_last and t.dim() == 4 else t
 
 
 def _equalization(problem: Problem, config: QFTConfig) -> Tensor:
