@@ -1,7 +1,9 @@
 """What is asked of a torch model before any host looks at it, and how it is called."""
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -66,7 +68,8 @@ def check_finite(parameters: Mapping[str, Tensor]) -> None:
         ModelError: it names the parameter.
     """
     for name, parameter in parameters.items():
-        if not bool(torch.isfinite(parameter).all()):
+        # Detached: one made in inference mode takes part in no graph, whatever it says.
+        if not bool(torch.isfinite(parameter.detach()).all()):
             raise ModelError(f"Parameter {name}: should be finite. Found NaN or infinity. Load the weights again.")
 
 
@@ -97,6 +100,71 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(value):
         for f in dataclasses.fields(value):
             yield from tensors_in(getattr(value, f.name, None))
+
+
+@contextlib.contextmanager
+def returning_tensors(model: nn.Module) -> Iterator[None]:
+    """Let a model return nothing but tensors for a while, where torch could not trace what it returns."""
+    forward, own = model.forward, "forward" in model.__dict__
+
+    @functools.wraps(forward)  # the names of the inputs are read from the signature
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        return traceable(forward(*args, **kwargs))
+
+    model.__dict__["forward"] = plain
+    try:
+        yield
+    finally:
+        if own:
+            model.__dict__["forward"] = forward
+        else:
+            del model.__dict__["forward"]
+
+
+def traceable(output: Any) -> Any:
+    """Return what a model has returned, or its tensors alone where torch could not trace it.
+
+    A dict and a dataclass become a dict of their tensors, which keeps the names, and everything else a tuple.
+    """
+    if _is_traceable(output):
+        return output
+    named = output
+    if dataclasses.is_dataclass(output) and not isinstance(output, Mapping):
+        named = {f.name: getattr(output, f.name, None) for f in dataclasses.fields(output)}
+    tensors = tuple(tensors_in(output))
+    if isinstance(named, Mapping):
+        kept = {str(k): v for k, v in named.items() if isinstance(v, Tensor)}
+        if len(kept) == len(tensors):
+            return kept
+    return tensors
+
+
+def _is_traceable(output: Any) -> bool:
+    if isinstance(output, dict):
+        return bool(output) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in output.items())
+    if isinstance(output, (list, tuple)):
+        return bool(output) and all(_is_traceable(v) and not isinstance(v, dict) for v in output)
+    return isinstance(output, Tensor)
+
+
+def in_float32(model: nn.Module, example_input: Any) -> tuple[nn.Module, Any]:
+    """Return a copy of a float64 model, and its example, in float32, which is what runtimes compute in.
+
+    Args:
+        model: a quantized model; in another dtype it is returned as it is.
+        example_input: a tensor, a tuple of tensors or a dict of tensors.
+    """
+    if not any(p.dtype == torch.float64 for p in model.parameters()):
+        return model, example_input
+
+    def lower(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: lower(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(lower(v) for v in value)
+        return value.float() if isinstance(value, Tensor) and value.dtype == torch.float64 else value
+
+    return copy.deepcopy(model).float(), lower(example_input)
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:

@@ -19,7 +19,7 @@ from qft_plugin.deploy import qcdq, qonnx
 from qft_plugin.deploy.files import checked_path, draft_of
 from qft_plugin.distributed import once
 from qft_plugin.errors import DeployabilityError
-from qft_plugin.model import accepts, evaluating, tensors_in
+from qft_plugin.model import accepts, evaluating, in_float32, tensors_in, traceable
 
 OPSET: Final = 14
 """The first with torch's attention function; quantization per channel, and Brevitas' exporters, begin with 13."""
@@ -113,6 +113,7 @@ def _exported(
 ) -> Iterator[_Exported]:
     """Export a model to a draft; the draft takes the place of the target where nothing was raised."""
     target = checked_path(path, ".onnx")
+    model, example_input = in_float32(model, example_input)
     args, kwargs = as_call(example_input, accepts=accepts(model))
     # The exporter takes inputs by position, in the order of the forward's arguments.
     names = [n for n in inspect.signature(model.forward).parameters if n in kwargs]
@@ -174,7 +175,7 @@ class _Exportable(nn.Module):
         self.model = model
 
     def forward(self, *args: Any) -> Any:
-        return self.model(*args)
+        return traceable(self.model(*args))
 
 
 def _plain(value: Any) -> Any:

@@ -103,7 +103,9 @@ def swap(model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig) -> nn.
             f"difference of {change:.3g}. It may change an activation in place and go on with the old name, or branch "
             "on values: build it from the layers of brevitas.nn instead, then call link and finetune."
         )
-    return graph_model.eval()
+    # Brevitas makes its parameters in torch's default dtype.
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return graph_model.to(dtype).eval()
 
 
 def _quantize_activations(

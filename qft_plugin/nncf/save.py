@@ -16,7 +16,7 @@ from torch.jit._trace import TracerWarning
 from qft_plugin.deploy.openvino import OpenVINOReport, Storage, save
 from qft_plugin.distributed import once
 from qft_plugin.errors import DeployabilityError
-from qft_plugin.model import evaluating, tensor_of, tensors_in
+from qft_plugin.model import evaluating, in_float32, returning_tensors, tensor_of, tensors_in
 from qft_plugin.nncf.read import HOOKS_ATTRIBUTE
 from qft_plugin.nncf.write import without_compiler
 
@@ -55,16 +55,18 @@ def save_openvino(
             f"The model should come from nncf.quantize. Found a {type(model).__name__} without quantizers. "
             "Quantize it first; a float model is converted with openvino.convert_model."
         )
+    model, example_input = in_float32(model, example_input)
     with evaluating(model), torch.no_grad(), without_compiler(), warnings.catch_warnings():
         # The trace reads the quantizers' constants as Python numbers, which is what is wanted.
         warnings.simplefilter("ignore", TracerWarning)
         integers = weight_integers(model, example_input) if check else None
-        converted = openvino.convert_model(model, example_input=example_input)
         call = example_input if isinstance(example_input, (tuple, dict)) else (example_input,)
         # The file has its inputs in the order of the forward's arguments, whatever the order of the dictionary.
         names = [n for n in inspect.signature(model.forward).parameters if isinstance(call, dict) and n in call]
         inputs = [call[n] for n in names] if isinstance(call, dict) else list(call)
         result = model(**call) if isinstance(call, dict) else model(*call)
+        with returning_tensors(model):
+            converted = openvino.convert_model(model, example_input=example_input)
     return save(converted, path, storage=weights, integers=integers, inputs=inputs, outputs=list(tensors_in(result)))
 
 
