@@ -40,6 +40,10 @@ class UnderNNCF:
         with self._host.without_compiler():
             return self._integers(model, item)
 
+    def save(self, model, folder, item):
+        """Save what `finetuned` returned as IR; the file is proved."""
+        return self._host.save_openvino(model, folder / "net.xml", item)
+
 
 class UnderBrevitas:
     """Quantizes with Brevitas."""
@@ -71,6 +75,10 @@ class UnderBrevitas:
     def integers(self, model, _):
         """Return the integers of every weight by name."""
         return self._integers(model)
+
+    def save(self, model, folder, item):
+        """Save what `finetuned` returned as QCDQ; the file is proved."""
+        return self._host.save_qcdq(self._host.fold(model), folder / "net.onnx", item)
 
 
 START = ("equalize", "compensate", "train_cross_layer", "activation_range")

@@ -32,6 +32,7 @@ from qft_plugin.partial_backward import PartialBackward
 from qft_plugin.problem import Problem
 from qft_plugin.spec import FinetuneConfig, QFTConfig
 from qft_plugin.start import Start
+from qft_plugin.student import copies_for_gradients
 
 Callback = Callable[[Step], None]
 
@@ -89,7 +90,13 @@ def train(
     settings, dof = config.finetune, start.dof
     result = None
     if settings is not None and targets is not None:
-        result = _finetuned(start, problem, targets, settings, callback)
+        try:
+            result = _finetuned(start, problem, targets, settings, callback)
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            # `a += 1` after a layer has read `a` is nothing wrong where nothing trains. The first step has found it.
+            result = _finetuned(start, problem, targets, settings, callback, copies=True)
     check_accumulators(dof)
     return result
 
@@ -110,13 +117,14 @@ def check_accumulators(dof: Dof) -> None:
         )
 
 
-def predicted(start: Start, settings: FinetuneConfig, call: Call) -> Prediction:
+def predicted(start: Start, settings: FinetuneConfig, call: Call, *, copies: bool = False) -> Prediction:
     """Run the student with what its degrees of freedom are now, with gradients to those that train.
 
     Args:
         start: what `initialize` returned.
         settings: of the finetune.
         call: the batch.
+        copies: keep copies of what the gradients need, which the network changes in place.
     """
     solution = solve(start.dof)
     # What is kept, and given back, is chosen by a loss in full precision.
@@ -124,6 +132,7 @@ def predicted(start: Start, settings: FinetuneConfig, call: Call) -> Prediction:
     with (
         torch.autocast(start.dof.log_c.device.type, torch.bfloat16) if low else contextlib.nullcontext(),
         PartialBackward(solution.partial) if solution.partial else contextlib.nullcontext(),
+        copies_for_gradients() if copies and torch.is_grad_enabled() else contextlib.nullcontext(),
     ):
         prediction = cast(Prediction, start.student(solution, call))
     return prediction.to(torch.float32) if low else prediction
@@ -135,6 +144,8 @@ def _finetuned(
     targets: Targets,
     settings: FinetuneConfig,
     callback: Callback | None,
+    *,
+    copies: bool = False,
 ) -> FinetuneResult:
     dof = start.dof
     loss = Loss(problem.at.weights(len(targets.features)), settings.cross_entropy)
@@ -145,7 +156,7 @@ def _finetuned(
     try:
         partial = None if part is None else PartialTraining(dof, part)
         return finetune(
-            functools.partial(predicted, start, settings),
+            functools.partial(predicted, start, settings, copies=copies),
             dof,
             _phases(start, problem, loss, settings),
             inputs=problem.inputs,

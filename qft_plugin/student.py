@@ -1,5 +1,6 @@
 """What the students of all hosts are made of."""
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -104,6 +105,16 @@ class FakeQuantizer(nn.Module):
     def forget(self) -> None:
         """Forget what ReLUs have read before."""
         self._read.clear()
+
+
+def copies_for_gradients() -> contextlib.AbstractContextManager[object]:
+    """Keep copies for the gradients of what runs in this context, so that operations may change it in place."""
+    return torch.autograd.graph.saved_tensors_hooks(_copied, lambda t: t)
+
+
+def _copied(t: Tensor) -> Tensor:
+    # A leaf, or the result of the offline subgraph that is no activation, changes in place as little as any parameter.
+    return t if t.is_leaf and t.requires_grad else t.detach().clone()
 
 
 def set_grids(quantizers: Mapping[str, FakeQuantizer], solution: Solution) -> None:
