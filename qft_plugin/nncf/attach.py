@@ -177,14 +177,20 @@ def _drop_quantizers_of_addends(model: nn.Module, source: Source) -> None:
     """
     storage = get_hook_storage(model)
     factors = {addend.factor for addend in source.addends}
+    added = {op.name for op in source.graph.ops if op.function in ADDS}
     for name, hook in list(storage.named_hooks(remove_duplicate=False)):
+        if not isinstance(hook, (SymmetricQuantizer, AsymmetricQuantizer)):
+            continue
         kind, op, port = decode_hook_name(name)
-        if kind != "post_hooks" or not isinstance(hook, (SymmetricQuantizer, AsymmetricQuantizer)):
+        if kind == "pre_hooks":
+            # Of a tensor that others read in float, or as it is before an addition in place, the reader quantizes.
+            if op in added and isinstance(source.ports.get((op, port)), Ref):
+                storage.delete_hook(name)
             continue
         tensor = tensor_name(op, port)
         users = [reader for reader in source.graph.ops if tensor in reader.inputs]
-        added = all(reader.function in ADDS or reader.name in factors for reader in users)
-        if users and added and tensor not in source.graph.outputs:
+        only_added = all(reader.name in added or reader.name in factors for reader in users)
+        if users and only_added and tensor not in source.graph.outputs:
             storage.delete_hook(name)
 
 
