@@ -5,16 +5,17 @@ from collections.abc import Callable
 import nets
 import pytest
 import torch
-from conftest import four_bits, relative_error
+from conftest import few_steps, four_bits, relative_error
 from torch import Tensor, nn
 from torch.nn import functional
 
 pytest.importorskip("nncf", reason="these tests are about NNCF")
 
 import nncf
+from nncf.torch.function_hook import get_hook_storage
 
 import qft_plugin.nncf as host
-from qft_plugin import QFTConfig
+from qft_plugin import ConfigError, EfQAT, QFTConfig
 
 EIGHT_BITS = 0.04
 """Relative L2 error of 8-bit weights and activations; a lost activation function shows as 0.3 and more."""
@@ -187,3 +188,43 @@ def test_the_student_is_the_network(name, outputs, tmp_path):
     assert [type(m) for n, m in job.model.named_modules() if "__nncf_hooks" not in n] == types
     assert relative_error(outputs(job.model, items[0]), outputs(model, items[0])) < 5 * EIGHT_BITS
     host.save_openvino(job.model, tmp_path / "net.xml", items[0][:2])
+
+
+def test_a_preactivation_network_adds_floats():
+    """What is only added is not quantized, whether NNCF has put the quantizer behind its maker or in front of `+=`."""
+    model, items = built("preactivation")
+    q = host.quantize(model, nncf.Dataset(items), four_bits(finetune=None)).model
+    names = [name for name, _ in get_hook_storage(q).named_hooks(remove_duplicate=False)]
+    assert not [name for name in names if "/add_/" in name]
+    assert len([name for name in names if "/conv2d/" in name and name.startswith("pre_hooks")]) == 7
+
+
+@pytest.mark.parametrize("rounding", ["ste", "soft", "blend"])
+def test_a_model_that_nncf_has_pruned_stays_pruned(rounding, outputs, tmp_path):
+    """Weights that a mask holds at 0 are 0 in the result too, the others train, and the file proves to be the same."""
+    model, items = built("two_names")
+    pytest.importorskip("nncf.torch.function_hook.pruning.prune_model")
+    model = nncf.prune(model, nncf.PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL, ratio=0.5, examples_inputs=items[0])
+    masks = {n: t for n, t in model.state_dict().items() if n.endswith("binary_mask")}
+    expected = outputs(model, items[0])
+    job = host.quantize(model, nncf.Dataset(items), four_bits(rounding=rounding))
+    assert job.result.final_loss < START
+    assert relative_error(outputs(job.model, items[0]), expected) < 5 * EIGHT_BITS
+    weights = dict(job.model.named_parameters())
+    assert len(masks) == 4
+    for name, mask in masks.items():
+        weight = name.split(".")[-3].rpartition("__")[0].replace(":", ".")
+        assert not bool(weights[weight][~mask].any())
+        assert bool(weights[weight][mask].any())
+    assert all(torch.equal(t, masks[n]) for n, t in model.state_dict().items() if n in masks)
+    host.save_openvino(job.model, tmp_path / "net.xml", items[0][:2])
+
+
+def test_a_pruned_model_and_a_part_that_trains():
+    """Which weights train is chosen among all of a layer, which a mask contradicts: refused before any step."""
+    model, items = built("two_names")
+    pytest.importorskip("nncf.torch.function_hook.pruning.prune_model")
+    model = nncf.prune(model, nncf.PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL, ratio=0.5, examples_inputs=items[0])
+    config = four_bits(finetune=few_steps(train=EfQAT(ratio=0.25)))
+    with pytest.raises(ConfigError, match=r"FinetuneConfig\.train.*pruned.*0\.25"):
+        nncf.quantize(model, nncf.Dataset(items), algorithm=config)

@@ -11,6 +11,7 @@ from conftest import four_bits, relative_error
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qft_plugin import QFTWarning
 from qft_plugin.model import tensors_in
 
 CLOSE = 0.1
@@ -123,3 +124,21 @@ def test_a_network_is_quantized_and_saved(name, host, tmp_path):
         expected = list(tensors_in(model(items[0])))
     assert 0 < relative_error(host.outputs(quantized, items[0]), expected) < CLOSE
     host.save(quantized, tmp_path, items[0][:2])
+
+
+class Standardized(nn.Conv2d):
+    """A convolution whose weight is standardized in every call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        W = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return functional.conv2d(x, W / W.std((1, 2, 3), keepdim=True), self.bias, padding=self.padding)
+
+
+def test_layers_whose_weights_are_computed_are_named(host):
+    """A layer that no host can quantize is named, with the reason; the others are quantized."""
+    model = Chain()
+    model.conv2 = Standardized(8, 8, 3, padding=1)
+    items = list(torch.randn(2, 16, 3, 8, 8))
+    with pytest.warns(QFTWarning, match=r"1 of 4 layers.*: (\w+/)?conv2d/\d.*floating point"):
+        _, quantized = host.finetuned(model.eval(), items, four_bits(finetune=None))
+    assert set(host.integers(quantized, items[0])) == {"conv1.weight", "conv3.weight", "fc.weight"}

@@ -332,7 +332,13 @@ ELEMENTS: Final[dict[Rounding, type[NearestRounding]]] = {
 
 
 def element_of(
-    layer: Layer, W: Tensor, *, bits: int, rounding: Rounding = "ste", sparsity: Sparsity = None
+    layer: Layer,
+    W: Tensor,
+    *,
+    bits: int,
+    rounding: Rounding = "ste",
+    sparsity: Sparsity = None,
+    kept: Tensor | None = None,
 ) -> NearestRounding:
     """Make the element of a layer.
 
@@ -342,9 +348,17 @@ def element_of(
         bits: bit width; the grid is symmetric and narrow.
         rounding: the setting.
         sparsity: the setting.
+        kept: true where the weight is not pruned already; `None` where all of it may be any number.
     """
     low, high = integer_range(bits, signed=True, narrow=True)
-    return ELEMENTS[rounding](W, low=low, high=high, mask=mask_of(layer, W, sparsity))
+    mask = mask_of(layer, W, sparsity)
+    if kept is not None:
+        mask = functools.partial(_kept_by_both, kept=kept, mask=mask)
+    return ELEMENTS[rounding](W, low=low, high=high, mask=mask)
+
+
+def _kept_by_both(u: Tensor, *, kept: Tensor, mask: Mask | None) -> Tensor:
+    return kept if mask is None else kept & mask(u.masked_fill(~kept, 0))
 
 
 def undecided(elements: Iterable[nn.Module], progress: float) -> Tensor | None:

@@ -14,6 +14,10 @@ ADDS: Final = frozenset(["add", "sub", "subtract", "__add__", "__radd__", "__iad
 """Elementwise additions and subtractions."""
 
 
+MADE_INSIDE: Final = "a tensor made inside the forward"
+"""Stands for the name of a constant that is neither a parameter nor a buffer."""
+
+
 @dataclass(frozen=True)
 class Ref:
     """Stands in an operation's arguments for its activation input number `index`."""

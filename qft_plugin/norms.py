@@ -6,7 +6,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from qft_plugin.graph import Const, LayerGraph, Op
+from qft_plugin.graph import MADE_INSIDE, Const, LayerGraph, Op
 from qft_plugin.model import replace_modules, tensor_of
 from qft_plugin.quantize import per_out
 
@@ -64,10 +64,7 @@ def _is_held(model: nn.Module, value: Any, tensor: Any) -> bool:
     """Whether an argument of a call is this tensor of the model, under any of its names, or both are missing."""
     if tensor is None or not isinstance(value, Const):
         return tensor is None and value is None
-    try:
-        return tensor_of(model, value.name) is tensor
-    except AttributeError:  # a tensor made inside the forward
-        return False
+    return value.name != MADE_INSIDE and tensor_of(model, value.name) is tensor
 
 
 def affine_of(norm: nn.Module, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,7 @@ from qft_plugin.quantize import (
 from qft_plugin.spec import Elementwise, HardwareSpec, Rounding, Sparsity
 
 DEFAULT: Final = HardwareSpec()
+NO_MASKS: Final[Mapping[str, Tensor]] = {}
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,7 @@ class Dof(nn.Module):
         shared: Sequence[Sequence[str]] = (),
         rounding: Rounding = "ste",
         sparsity: Sparsity = None,
+        kept: Mapping[str, Tensor] = NO_MASKS,
     ) -> None:
         """Start every degree of freedom at its initial value.
 
@@ -222,6 +224,8 @@ class Dof(nn.Module):
             shared: groups that have one scale whatever the hardware can do, because a kernel reads all of a group.
             rounding: what makes integers of weights in training.
             sparsity: which weights become 0.
+            kept: by name of a weight, true where it is not 0 in the user's model and may be another number here; a
+                weight that is not in it is not pruned.
 
         Raises:
             ModelError: the sparsity fits no layer.
@@ -250,9 +254,15 @@ class Dof(nn.Module):
         )
         for layer_dof in self.quantized():
             grid = weights[layer_dof.layer.weight]
-            layer_dof.set_element(
-                element_of(layer_dof.layer, layer_dof.W, bits=grid.bits, rounding=rounding, sparsity=sparsity)
+            element = element_of(
+                layer_dof.layer,
+                layer_dof.W,
+                bits=grid.bits,
+                rounding=rounding,
+                sparsity=sparsity,
+                kept=kept.get(layer_dof.layer.weight),
             )
+            layer_dof.set_element(element)
             s_in, s_out = self._initial_step(grid.s_in), self._initial_step(grid.s_out)
             layer_dof.log_F.data.copy_((grid.scale.to(first) * s_in / s_out).log())
             for scale in (layer_dof.log_F, layer_dof.log_L):

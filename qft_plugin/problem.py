@@ -35,8 +35,9 @@ class Problem:
 
     Attributes:
         source: the network as its host read it: `model` (a float copy), `graph`, `tensors` (weights and biases by
-            name), `weight_bits` (bits by name, `None` where the settings choose them), and `addend_factors` (names of
-            the weights that are factors in front of an addition).
+            name), `weight_bits` (bits by name, `None` where the settings choose them), `addend_factors` (names of the
+            weights that are factors in front of an addition), and `kept` (where a pruned weight is not
+            0, by its name).
         dof_map: which per-channel scales are shared, free, or pinned.
         inputs: the images, in the fastest layout.
         at: where teacher and student are compared.
@@ -91,6 +92,12 @@ def understand(source: Any, inputs: Inputs, config: QFTConfig) -> Problem:
     """
     dof_map = proven_map(source, inputs.batch(slice(0, min(2, len(inputs)))))
     settings = config.finetune or FinetuneConfig()
+    part = settings.trains_part
+    if source.kept and part is not None and part.ratio > 0:
+        raise ConfigError(
+            "FinetuneConfig.train should be None, or EfQAT(ratio=0), for a pruned model: which weights train is chosen "
+            f"among all of a layer. Found a ratio of {part.ratio} and {len(source.kept)} pruned weights."
+        )
     at = _comparable(comparison(source.graph, settings.loss_at, settings.blocks), dof_map)
     if settings.cross_entropy == 1:
         at = Comparison(at.inputs[: at.blocks], outputs=False, blocks=at.blocks)  # the logits are enough

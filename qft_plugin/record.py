@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qft_plugin.data import Call
-from qft_plugin.graph import Const, LayerGraph, Op, Ref
+from qft_plugin.graph import MADE_INSIDE, Const, LayerGraph, Op, Ref
 from qft_plugin.model import tensors_in
 
 Watcher = Callable[[Tensor], None]
@@ -83,7 +83,7 @@ class _Recorder(Counted):
             if id(value) in self.names:
                 inputs.append(self.names[id(value)])
                 return Ref(len(inputs) - 1)
-            return self.constants.get(id(value), Const("a tensor made inside the forward", tuple(value.shape)))
+            return self.constants.get(id(value), Const(MADE_INSIDE, tuple(value.shape)))
         if isinstance(value, dict):
             return {k: self._replaced(v, inputs) for k, v in value.items()}
         if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):

@@ -15,7 +15,7 @@ from qft_plugin.bias_correction import BIAS_IMAGES, correctable, corrections, ou
 from qft_plugin.compensate import can_compensate, compensated_kernel, input_rows, moments_of, parts_of
 from qft_plugin.data import Inputs
 from qft_plugin.errors import ModelError, QFTWarning
-from qft_plugin.graph import PINNED, DofMap, Layer, LayerGraph
+from qft_plugin.graph import MADE_INSIDE, PINNED, Const, DofMap, Layer, LayerGraph
 from qft_plugin.initialize import doubly_scales, equalize, nearest_factor, weight_scale
 from qft_plugin.offline import (
     Dof,
@@ -39,6 +39,7 @@ from qft_plugin.placement import (
 )
 from qft_plugin.problem import Problem, laid_out
 from qft_plugin.ranges import BATCH, activation_grids
+from qft_plugin.relations import LAYERS
 from qft_plugin.spec import QFTConfig
 from qft_plugin.student import Unfold
 
@@ -106,6 +107,7 @@ def start(
     placed = host.place(source, fold_network(dof_map, log_c, tensors), request, inputs)
     if source.weight_bits is None:
         placed = replace(placed, placement=_with_bits(source.graph, placed.placement, dof_map, config))
+    _warn_of_computed_weights(source.graph)
     compiled = config.finetune is not None and config.finetune.compile
     student = host.Student(placed, source, problem.at, _unfolds(dof_map, problem.at, log_c), compiled=compiled)
     groups, loose = addends(source.graph, placed.placement)
@@ -123,7 +125,9 @@ def start(
     weights = _weight_grids(source, placed.placement, placed.tensors, dof_map, config, grids, shared)
     values = dict(placed.tensors)
     if compensate:
-        values |= _compensated(student, source.graph, dof_map, weights, values, inputs)
+        # A weight that stays 0 cannot compensate anything.
+        dense = {name: grid for name, grid in weights.items() if name not in source.kept}
+        values |= _compensated(student, source.graph, dof_map, dense, values, inputs)
     dof = Dof(
         dof_map,
         {name: laid_out(t, inputs) for name, t in values.items()},
@@ -136,8 +140,29 @@ def start(
         shared=shared,
         rounding=config.rounding,
         sparsity=config.sparsity,
+        kept=source.kept,
     )
     return Start(placed, student, dof, log_c)
+
+
+def _warn_of_computed_weights(graph: LayerGraph) -> None:
+    """Name the layers that no host can quantize, because their weights are no parameters."""
+    layers = [op for op in graph.ops if op.function.partition(" ")[0] in LAYERS]
+    computed = [op.name for op in layers if not _is_held(op.argument(1, "weight"))]
+    if computed:
+        warnings.warn(
+            f"The weights of layers should be parameters. Found {len(computed)} of {len(layers)} layers whose weights "
+            "the forward computes, as weight standardization and parametrizations do, or whose tensors the host cannot "
+            f"follow: {', '.join(computed)}. They stay in floating point. Give each of them the weight that it "
+            "computes as a plain parameter first (torch.nn.utils.parametrize.remove_parametrizations does that for "
+            "parametrizations).",
+            QFTWarning,
+            stacklevel=2,
+        )
+
+
+def _is_held(weight: Any) -> bool:
+    return isinstance(weight, Const) and weight.name != MADE_INSIDE
 
 
 def _equalization(problem: Problem, config: QFTConfig) -> Tensor:

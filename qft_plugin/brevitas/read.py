@@ -1,7 +1,7 @@
 """From a Brevitas model to the host-free description of it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ class Source:
         on_tensor: which of them made a tensor.
         weights: trained state of each weight quantizer, by name of the weight.
         addend_factors: names of the factors in front of additions.
+        kept: by name of a weight that is pruned, true where it is not.
     """
 
     model: nn.Module
@@ -42,6 +43,7 @@ class Source:
     on_tensor: Mapping[str, str]
     weights: Mapping[str, WeightScaling]
     addend_factors: frozenset[str]
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def check(model: nn.Module) -> None:

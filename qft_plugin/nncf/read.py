@@ -3,12 +3,13 @@
 import copy
 import functools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 from nncf.torch.function_hook import get_hook_storage, wrap_model
+from nncf.torch.function_hook.hook_storage import decode_hook_name
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from qft_plugin.bounded import free_bounds, replace_by_relu
 from qft_plugin.channelwise import Addend, Rescaled, addends_of, channel_affine, free_channels, with_addend_factors
 from qft_plugin.data import Call, Inputs
 from qft_plugin.errors import DataError, ModelError
-from qft_plugin.graph import Const, LayerGraph, Op, Ref
+from qft_plugin.graph import MADE_INSIDE, Const, LayerGraph, Op, Ref
 from qft_plugin.model import SAME, check_finite, first_outputs, largest_change, tensor_of, tensors_in
 from qft_plugin.model import check_model as check_torch_model
 from qft_plugin.norms import CONVOLUTIONS, can_fold, folded_norm, makes_plain_calls, neutralize
@@ -61,6 +62,7 @@ class Source:
         plain: `model` without these hooks.
         in_teacher: the name in `teacher` of each operation of `graph`.
         in_result: its name in what is returned, where every module is the user's again.
+        kept: by name of a weight that NNCF has pruned, true where it is not.
     """
 
     teacher: nn.Module
@@ -73,6 +75,7 @@ class Source:
     plain: nn.Module
     in_teacher: Mapping[str, str]
     in_result: Mapping[str, str]
+    kept: Mapping[str, Tensor]
     weight_bits: None = None
     """The settings choose them."""
 
@@ -99,7 +102,7 @@ def check_model(model: Any) -> None:
             f"The model should be a torch.nn.Module: QFT trains it. Found {kind}. Quantize the "
             "torch model that it was converted from, and convert the result with qft_plugin.nncf.save_openvino."
         )
-    if HOOKS_ATTRIBUTE in dict(model.named_children()):
+    if HOOKS_ATTRIBUTE in dict(model.named_children()) and any(True for _ in _other_hooks(model)):
         raise ModelError(
             "The model should be a float model. Found one that NNCF has already wrapped or quantized. "
             "Pass the model from before nncf.quantize."
@@ -112,6 +115,39 @@ def check_model(model: Any) -> None:
         )
     check_torch_model(model)
     check_finite(dict(model.named_parameters()))
+
+
+def _other_hooks(model: nn.Module) -> Iterator[str]:
+    """Yield the names of the hooks that do more than prune a parameter."""
+    parameters = dict(model.named_parameters())
+    for name, hook in get_hook_storage(model).named_hooks(remove_duplicate=False):
+        kind, op, _ = decode_hook_name(name)
+        if kind != "post_hooks" or op not in parameters or "pruning" not in type(hook).__module__.split("."):
+            yield name
+
+
+def _without_masks(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Unwrap a model that NNCF has pruned, in place: weights become what its masks make of them.
+
+    Returns:
+        The model, and by name of each such weight a tensor that is true where it is kept. What NNCF has not wrapped is
+        returned as it is.
+    """
+    if HOOKS_ATTRIBUTE not in dict(model.named_children()):
+        return model, {}
+    kept: dict[str, Tensor] = {}
+    for name, hook in get_hook_storage(model).named_hooks(remove_duplicate=False):
+        _, parameter, _ = decode_hook_name(name)
+        tensor = tensor_of(model, parameter)
+        mask = hook(torch.ones_like(tensor)) != 0
+        tensor.data.copy_(hook(tensor.data))
+        kept[parameter] = kept.get(parameter, True) & mask
+    wrapped: Any = model.forward
+    del model.__dict__["forward"], model.__dict__["_replicate_for_data_parallel"]
+    delattr(model, HOOKS_ATTRIBUTE)
+    if getattr(wrapped.orig_forward, "__func__", None) is not type(model).forward:
+        model.__dict__["forward"] = wrapped.orig_forward
+    return model, kept
 
 
 def example_of(call: Call) -> Any:
@@ -136,7 +172,7 @@ def read(model: nn.Module, inputs: Inputs, config: QFTConfig | None = None) -> S
         ModelError: the model cannot be traced, or gives NaN.
     """
     config = config or QFTConfig()
-    teacher = copy.deepcopy(model).eval()
+    teacher, kept = _without_masks(copy.deepcopy(model).eval())
     call = inputs.batch(slice(0, min(2, len(inputs))))
     outputs = first_outputs(teacher, call)
     copied = copy.deepcopy(teacher)
@@ -186,7 +222,7 @@ def read(model: nn.Module, inputs: Inputs, config: QFTConfig | None = None) -> S
             )
     named = [*rescaled.named_parameters(remove_duplicate=False), *rescaled.named_buffers(remove_duplicate=False)]
     tensors = {name: t.detach() for name, t in named}
-    return Source(teacher, rescaled, graph, tensors, norms, ports, addends, copied, in_teacher, in_result)
+    return Source(teacher, rescaled, graph, tensors, norms, ports, addends, copied, in_teacher, in_result, kept)
 
 
 def add_factors(
@@ -411,7 +447,7 @@ def _op(node: Any, outputs: tuple[str, ...], norm: FoldedNorm | None, graph: Any
     kwargs = {k: replaced(v) for k, v in attributes.op_kwargs.items()}
     if replaced.missing or replaced.left:
         # NNCF did not see where some tensor came from (made inside the forward): no rule applies to the call.
-        return Op(node.node_name, f"{function} of a tensor made inside the forward", activations, outputs)
+        return Op(node.node_name, f"{function} of {MADE_INSIDE}", activations, outputs)
     if function == "batch_norm" and len(args) == 9:
         # NNCF looks into the function of torch.nn.functional: x, mean, variance, weight, bias, training, momentum, eps.
         args = (args[0], *args[3:5], *args[1:3], *args[5:8])
