@@ -134,7 +134,7 @@ def main() -> None:
 
     real = real_networks.load(args.real, args.net, args.images)
     # The recipes expect labels beside the images; none of these methods looks at them.
-    batches = [(part, torch.zeros(len(part), dtype=torch.int64)) for part in real.calibration.split(BATCH)]
+    batches = [(part.tensor(), torch.zeros(len(part), dtype=torch.int64)) for part in real.calibration.split(BATCH)]
     expected = real_networks.classes(real.net, real.test)
     fp_top1 = real_networks.percent(expected == real.labels)
     for key, (name, method) in METHODS.items():

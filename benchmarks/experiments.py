@@ -172,14 +172,14 @@ def measure(
     host: str, net: nn.Module, real: real_networks.RealNetwork, config: QFTConfig, images: int, runtime: str
 ) -> dict:
     """Quantize and compare with the float network on the test images."""
-    batches = list(real.calibration[:images].split(DATASET_BATCH))
+    batches = [part.tensor() for part in real.calibration[:images].split(DATASET_BATCH)]
     wall, cpu = time.perf_counter(), time.process_time()
     model = QUANTIZE[host](net, batches, config)
     seconds = time.perf_counter() - wall, time.process_time() - cpu
     ran = without_compiler(model) if host == "nncf" else model
     if runtime == "openvino":
         try:
-            ran = on_openvino(host, model, real.calibration[:8])
+            ran = on_openvino(host, model, real.calibration[:8].tensor())
         except (DeployabilityError, ParityError) as error:
             # A scale for each input channel has no place in the file, and a network that is quantized badly enough
             # makes so much of a single value that rounds the other way that the file is refused.
@@ -319,7 +319,7 @@ def main() -> None:
                 if not file.has(point["label"]):
                     file.add(point)
         elif name == "skew":
-            changed = skewed(real.net, real.test[:2])
+            changed = skewed(real.net, real.test[:2].tensor())
             for label, host, net, config in skew_points(base, real.net, changed):
                 file.measure(label, host, config, args.images, real, net)
         else:

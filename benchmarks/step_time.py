@@ -133,7 +133,7 @@ def main() -> None:
         if args.real is None:
             parser.error(f"--net {args.net} needs --real DIR")
         real = real_networks.load(args.real, args.net, 512)
-        return real.net, real.calibration
+        return real.net, real.calibration.tensor()
 
     net, images = load()
     total = WARM_UP + args.pairs
