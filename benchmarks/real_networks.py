@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 BATCH = 500
-PIXELS = 1 << 20
-"""What a batch has at most, so that memory does not grow with the size of images: 20 images of 224x224."""
+PIXELS = 1 << 18
+"""What a batch has at most: 5 images of 224x224, whose activations torch computes twice as fast as those of 20."""
 
 SELF_IMAGES = 200
 """Images on which a network is compared with itself."""
