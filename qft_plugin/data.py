@@ -18,6 +18,11 @@ Call = tuple[tuple[Tensor, ...], dict[str, Tensor]]
 HEAD_IMAGES: Final = 300
 """Where several processes train, every one of them keeps this many of the first images, to choose the same start."""
 
+BATCH_BYTES: Final = 10 * 2**20
+"""What the inputs of a batch take at most where nothing trains: 16 images of 224x224. What networks compute of them is
+tens of times as much, and larger blocks of memory are slower, too: torch takes them from the system and gives them back
+in every operation."""
+
 
 class Rows:
     """Collects batches of rows: in memory up to a limit, above it in a file that is mapped into memory."""
@@ -34,7 +39,7 @@ class Rows:
     def append(self, rows: Tensor) -> None:
         """Add a batch, `[rows, ...]`; all batches agree in dtype and in the shape of a row."""
         rows = rows.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        self._like = rows[:0]
+        self._like = rows[:0].clone()  # a view would hold the batch
         self._count += rows.shape[0]
         self._bytes += rows.numel() * rows.element_size()
         self._chunks.append(rows)
@@ -50,9 +55,7 @@ class Rows:
         """Return all rows as one tensor, `[rows, ...]`, memory-mapped where they did not fit."""
         assert self._like is not None
         if self._file is None:
-            rows = torch.cat(self._chunks) if len(self._chunks) > 1 else self._chunks[0]
-            self._chunks.clear()
-            return rows
+            return self._joined()
         shape = (self._count, *self._like.shape[1:])
         self._file.close()
         size = self._count * self._like[0:0].new_empty(self._like.shape[1:]).numel()
@@ -60,6 +63,19 @@ class Rows:
         os.unlink(self._file.name)  # the mapping keeps the content until the tensor is gone
         self._file = None
         return mapped
+
+    def _joined(self) -> Tensor:
+        """Return the batches as one tensor; each is given up when it has been copied, so that none is held twice."""
+        if len(self._chunks) == 1:
+            return self._chunks.pop()
+        assert self._like is not None
+        rows = self._like.new_empty(self._count, *self._like.shape[1:])
+        end = self._count
+        while self._chunks:
+            chunk = self._chunks.pop()
+            rows[end - len(chunk) : end] = chunk
+            end -= len(chunk)
+        return rows
 
     def discard(self) -> None:
         """Remove the file of an unfinished collection."""
@@ -173,6 +189,17 @@ class Inputs:
         count = len(self) if at_most is None else min(len(self), at_most)
         for start in range(0, count, size):
             yield self.batch(slice(start, min(start + size, count)))
+
+    def at_once(self, most: int) -> int:
+        """Return how many images should be in a batch where nothing trains: `most`, or a half, a quarter, ... of it.
+
+        Args:
+            most: where images are small.
+        """
+        image = sum(t[:1].numel() * t.element_size() for t in (*self.args, *self.kwargs.values()))
+        while most > 1 and most * image > BATCH_BYTES:
+            most //= 2
+        return most
 
     def laid_out(self, *, channels_last: bool) -> "Inputs":
         """Return the same inputs with another memory layout of the batches."""

@@ -111,7 +111,7 @@ def teacher_predictions(teacher: Network, inputs: Inputs, *, batch_size: int, me
     Args:
         teacher: the float network.
         inputs: all images.
-        batch_size: images per call.
+        batch_size: images per call, fewer where they are large.
         memory_limit: bytes of outputs to hold in memory; above it they are memory-mapped from a file.
 
     Returns:
@@ -123,7 +123,7 @@ def teacher_predictions(teacher: Network, inputs: Inputs, *, batch_size: int, me
     rows: list[KeptRows] = []
     has_logits = False
     try:
-        for number, call in enumerate(inputs.batches(batch_size)):
+        for number, call in enumerate(inputs.batches(inputs.at_once(batch_size))):
             prediction = teacher(call)
             outputs = [*prediction.features, *([] if prediction.logits is None else [prediction.logits])]
             has_logits = prediction.logits is not None
@@ -276,7 +276,7 @@ class Phase:
 @torch.no_grad()
 def _evaluate(student: Network, inputs: Inputs, targets: Targets, loss: Loss, *, batch_size: int) -> float:
     world, share = inputs.world, inputs.share
-    size, count = max(batch_size, 64), min(inputs.total, EVALUATION_IMAGES)
+    size, count = max(batch_size, share.at_once(64)), min(inputs.total, EVALUATION_IMAGES)
     total = 0.0
     for start in range(0, count, size):
         stop = min(start + size, count)

@@ -13,7 +13,7 @@ from qft_plugin.placement import ActivationGrid
 from qft_plugin.student import Watcher
 
 BATCH: Final = 64
-"""Images that a network is run on at a time, whatever the batches of the dataset are."""
+"""Images that a network is run on at a time, at most, whatever the batches of the dataset are."""
 
 RANGE_IMAGES: Final = 256
 """Images that are looked at."""
@@ -55,7 +55,7 @@ def activation_grids(
         kept = torch.stack([flat.amin(), flat.amax()]) if kind == "max" else _sample(flat, RANGE_VALUES, generator)
         seen.setdefault(name, []).append(_Seen(kept, flat.numel()))
 
-    for call in inputs.batches(BATCH, at_most=RANGE_IMAGES):
+    for call in inputs.batches(inputs.at_once(BATCH), at_most=RANGE_IMAGES):
         observe(call, watch)
         if kind == "mse":
             seen = {name: [_merged(parts, generator)] for name, parts in seen.items()}

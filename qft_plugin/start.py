@@ -304,7 +304,7 @@ def _compensated(
         return add
 
     watchers = {layer.calls[0]: watcher(layer) for layer in layers}
-    for call in inputs.batches(BATCH, at_most=COMPENSATION_IMAGES):
+    for call in inputs.batches(inputs.at_once(BATCH), at_most=COMPENSATION_IMAGES):
         student.watch(tensors, call, watchers)
     result = {}
     for layer in layers:

@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,33 @@ def test_a_discarded_collection_leaves_no_file(folder: Path) -> None:
         rows.append(torch.ones(2, 2))
         rows.discard()
     assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(("size", "expected"), [(32, 64), (224, 16), (4000, 1)])
+def test_batches_of_large_images_are_smaller(size: int, expected: int) -> None:
+    """Where nothing trains, a batch has as many images as fit, in halves of what was asked for, and one at least."""
+    inputs = Inputs((torch.empty(1, 3, size, size),), {}, (1,), torch.device("cpu"))
+    assert inputs.at_once(64) == expected
+
+
+def test_rows_give_up_each_batch_when_it_is_copied() -> None:
+    """No batch is held any more once the rows are joined, and they stand in the order that they came in."""
+    rows = Rows(PLENTY)
+    for number in range(3):
+        rows.append(torch.full((number + 1, 2), float(number)))
+    chunks = [weakref.ref(chunk) for chunk in rows._chunks]
+    copied: list[int] = []
+    new = torch.Tensor.__setitem__
+
+    def copy(rows: torch.Tensor, where: slice, chunk: torch.Tensor) -> None:
+        new(rows, where, chunk)
+        copied.append(sum(c() is not None for c in chunks))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "__setitem__", copy)
+        joined = rows.finish()
+    assert copied == [3, 2, 1]
+    assert joined[:, 0].tolist() == [0, 1, 1, 2, 2, 2]
 
 
 def test_rows_do_not_carry_a_graph() -> None:

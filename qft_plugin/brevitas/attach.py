@@ -108,21 +108,20 @@ def _calibrated(source: Source, tensors: Mapping[str, Tensor], inputs: Inputs) -
     twin = copy.deepcopy(source.model)
     function = Functional(twin)
     stand_ins = _stand_ins(twin, source)
-    extremes: dict[str, list[Tensor]] = {}
-    for args, kwargs in inputs.batches(CALIBRATION_BATCH, at_most=CALIBRATION_IMAGES):
-        batch: dict[str, Tensor] = {}
+    extremes: dict[str, dict[int, Tensor]] = {}
+    size = inputs.at_once(CALIBRATION_BATCH)
+    for number, (args, kwargs) in enumerate(inputs.batches(size, at_most=CALIBRATION_IMAGES)):
+        batch = number * size // CALIBRATION_BATCH
 
-        def watch(name: str, x: Tensor, batch: dict[str, Tensor] = batch) -> None:
-            found = torch.stack(x.aminmax())
-            before = batch.get(name, found)
-            batch[name] = torch.stack([torch.minimum(before[0], found[0]), torch.maximum(before[1], found[1])])
+        def watch(name: str, x: Tensor, batch: int = batch) -> None:
+            found, seen = torch.stack(x.aminmax()), extremes.setdefault(name, {})
+            before = seen.get(batch, found)
+            seen[batch] = torch.stack([torch.minimum(before[0], found[0]), torch.maximum(before[1], found[1])])
 
         observe(stand_ins, functools.partial(function, tensors, args, kwargs), watch)
-        for name, found in batch.items():
-            extremes.setdefault(name, []).append(found)
     grids = {}
     for name, scaling in source.activations.items():
-        seen = torch.stack(extremes[name]).mean(0)
+        seen = torch.stack([*extremes[name].values()]).mean(0)
         scale, zero_point = activation_range(seen, low=scaling.low, high=scaling.high, asymmetric=scaling.asymmetric)
         grids[name] = _grid(scaling, float(scale), zero_point)
     return grids

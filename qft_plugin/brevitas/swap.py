@@ -113,7 +113,7 @@ def _quantize_activations(
 ) -> None:
     """Put a quantizer on everything that a layer reads, and what the hardware has in front of additions."""
     signs = _Signs(model)
-    for args, kwargs in inputs.batches(RANGE_BATCH, at_most=RANGE_IMAGES):
+    for args, kwargs in inputs.batches(inputs.at_once(RANGE_BATCH), at_most=RANGE_IMAGES):
         signs.run(*_positional(model, args, kwargs))
     wanted = config.activation_bits_of([f"{node.target}.weight" for node in layers])
     bits: dict[fx.Node, int] = {}
