@@ -125,6 +125,24 @@ def test_subset_size():
     assert 10 * float(input_quantizer(few).scale.detach()) < float(input_quantizer(every).scale.detach())
 
 
+@pytest.mark.parametrize(("settings", "sizes"), [({}, [64, 16]), ({"subset_size": 80}, [1] * 80)])
+def test_what_nncf_calibrates_on(monkeypatch, settings, sizes):
+    """NNCF keeps something of every item, so single images come to it in batches, unless it is told how many items."""
+    seen = []
+    original = nncf.Dataset.get_inference_data
+
+    def counted(dataset, *args):
+        for item in original(dataset, *args):
+            seen.append(len(item))
+            yield item
+
+    items = [image[None] for item in nets.items("residual") for image in item][:20] * 4
+    dataset = nncf.Dataset(items)
+    monkeypatch.setattr(nncf.Dataset, "get_inference_data", counted)
+    host.quantize(nets.build("residual"), dataset, four_bits(finetune=None), **settings)
+    assert seen[len(items) :] in (sizes, [*sizes[:1], *sizes])  # the first item is an example for its tracer, too
+
+
 @pytest.mark.parametrize(("settings", "words"), [
     ({"mode": nncf.QuantizationMode.FP8_E4M3}, "mode should be None"),
     ({"fast_bias_correction": False}, "fast_bias_correction"),

@@ -32,6 +32,7 @@ from qft_plugin.nncf.version import check_version
 from qft_plugin.nncf.write import write
 from qft_plugin.pipeline import Job, targets_of, train
 from qft_plugin.problem import images, understand
+from qft_plugin.ranges import BATCH, RANGE_IMAGES
 from qft_plugin.spec import HardwareSpec, QFTConfig
 from qft_plugin.start import initialize
 
@@ -103,7 +104,9 @@ def _quantize(
     original: Callable[..., Any], model: Any, dataset: Any, algorithm: Any, callback: Any, host: dict[str, Any]
 ) -> Job:
     config = _with_range(_config(algorithm), host.get("advanced_parameters"))
-    request = Request(original, dataset, _host_settings(original, host, config), config.hardware)
+    settings = _host_settings(original, host, config)
+    own_items = config.activation_range == "host" or "subset_size" in settings
+    request = Request(original, dataset, settings, config.hardware, own_items=own_items)
     # Calibration code often stands inside no_grad or inference_mode, but this one trains.
     with (
         torch.inference_mode(False),
@@ -114,7 +117,7 @@ def _quantize(
         check_version()
         check_model(model)
         # One process keeps all images anyway; NNCF says then what is wrong with its setting.
-        head_items = 0 if world.size == 1 else request.calibration_items
+        head_items = request.calibration_items if request.own_items and world.size > 1 else 0
         inputs = images(model, request.items(), config, head_items=head_items)
         with agreed(world):
             source = read(model, inputs, config)
@@ -207,12 +210,15 @@ class Request:
         dataset: the calibration dataset.
         settings: the other arguments of NNCF's own `quantize`.
         hardware: what the target can do.
+        own_items: NNCF calibrates on the items of the dataset as they are; otherwise on the first images in batches,
+            since of what it estimates only the signs are taken.
     """
 
     original: Callable[..., Any]
     dataset: Any
     settings: dict[str, Any]
     hardware: HardwareSpec
+    own_items: bool
 
     def items(self) -> Iterable[Any]:
         """Iterate over the model's inputs.
@@ -242,14 +248,19 @@ class Request:
 
     def place(self, model: nn.Module, inputs: Inputs) -> nn.Module:
         """Let NNCF place and calibrate its quantizers on the images that were read."""
-        sizes = inputs.sizes if inputs.own is None else inputs.sizes[: self.calibration_items]
-        replay = _Again(inputs, sizes, self.dataset.get_batch_size())
+        if self.own_items:
+            sizes: Sequence[int] = inputs.sizes if inputs.own is None else inputs.sizes[: self.calibration_items]
+            replay = _Again(inputs, sizes, self.dataset.get_batch_size())
+        else:
+            # Every item costs memory: NNCF keeps small statistics of each, which glibc puts between large free blocks.
+            count, size = min(len(inputs), RANGE_IMAGES), inputs.at_once(BATCH)
+            replay = _Again(inputs, [min(size, count - start) for start in range(0, count, size)], min(size, count))
         quantized: nn.Module = self.original(model, nncf.Dataset(replay), **self.settings)
         return quantized
 
 
 class _Again:
-    """The items of the user's dataset again, in the batches they came in: a generator can be read once only."""
+    """The images of the user's dataset again: a generator can be read once only."""
 
     def __init__(self, inputs: Inputs, sizes: Sequence[int], batch_size: int | None) -> None:
         self._inputs, self._sizes = inputs, sizes
