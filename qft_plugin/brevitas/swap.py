@@ -1,10 +1,9 @@
 """From a float model to one of Brevitas' layers with this plugin's quantizers."""
 
 import copy
-import inspect
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, Final
 
 import brevitas.nn as qnn
@@ -12,20 +11,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from qft_plugin.bounded import replace_by_relu
-from qft_plugin.brevitas.quantizers import (
-    QFTInt4WeightDoublyPerChannelFloat,
-    QFTInt4WeightPerChannelFloat,
-    QFTInt4WeightPerTensorFloat,
-    QFTInt8ActPerTensorFloat,
-    QFTUint8ActPerTensorFloat,
-)
+from qft_plugin.brevitas.by_module import called_layers, module_of, swap_modules
+from qft_plugin.brevitas.layers import RANGE_BATCH, RANGE_IMAGES, activation_quantizer, quantize_layers
+from qft_plugin.brevitas.plain import make_plain
 from qft_plugin.brevitas.twin import make_twin
 from qft_plugin.channelwise import Rescaled, free_axes
 from qft_plugin.data import Call, Inputs
 from qft_plugin.dof_map import map_dof
 from qft_plugin.errors import ModelError
-from qft_plugin.graph import ADDS, Layer, LayerGraph
-from qft_plugin.model import SAME, first_outputs, largest_change
+from qft_plugin.graph import ADDS, Const, Layer, LayerGraph, Op
+from qft_plugin.model import SAME, first_outputs, largest_change, tensors_in
 from qft_plugin.norms import merge_norms
 from qft_plugin.placement import KEEPS_GRID
 from qft_plugin.record import function_name, record
@@ -33,16 +28,6 @@ from qft_plugin.relations import LAYERS
 from qft_plugin.spec import QFTConfig
 
 logger = logging.getLogger("qft_plugin")
-
-QUANTIZED: Final[dict[type[nn.Module], type[nn.Module]]] = {
-    nn.Conv1d: qnn.QuantConv1d,
-    nn.Conv2d: qnn.QuantConv2d,
-    nn.Conv3d: qnn.QuantConv3d,
-    nn.ConvTranspose1d: qnn.QuantConvTranspose1d,
-    nn.ConvTranspose2d: qnn.QuantConvTranspose2d,
-    nn.ConvTranspose3d: qnn.QuantConvTranspose3d,
-    nn.Linear: qnn.QuantLinear,
-}
 
 MODULES: Final[dict[type[nn.Module], str]] = {
     nn.MaxPool1d: "max_pool1d",
@@ -59,14 +44,17 @@ MODULES: Final[dict[type[nn.Module], str]] = {
 FX_ADDS: Final = ADDS | {"iadd", "isub"}
 """Names of the functions that an addition may be in a traced graph; in place it is one of `operator`."""
 
-RANGE_BATCH: Final = 64
-RANGE_IMAGES: Final = 256
-"""Images that decide which activations are never negative."""
+
+class _NotFollowedError(Exception):
+    """The graph that torch.fx has made of a model is missing, or that of another one."""
 
 
 @torch.no_grad()
 def swap(model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig) -> nn.Module:
     """Return a copy of a float model with quantized layers and a quantizer on the input of each.
+
+    The graph of torch.fx shows everything that reads a quantized activation. A model that it cannot trace, or of which
+    it would make another one, keeps its own forward, and the layers in it get a quantizer of their input each.
 
     Args:
         model: the float model.
@@ -75,37 +63,86 @@ def swap(model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig) -> nn.
         config: the settings.
 
     Raises:
-        ModelError: the model cannot be traced, or holds nothing to quantize.
+        ModelError: the model holds nothing to quantize, or would compute something else with quantizers in it.
     """
     copied = copy.deepcopy(model).eval()
     expected = first_outputs(copied, call)
     if config.bounded == "relu":
         replace_by_relu(copied)
         expected = first_outputs(copied, call)
-    graph_model = _preprocessed(copied, call)
-    layers = _layers(graph_model)
-    if not layers:
+    make_plain(copied, call)
+    graph = record(copied, call)
+    try:
+        swapped, names = _swapped_in_graph(copy.deepcopy(copied), call, inputs, config, expected)
+    except _NotFollowedError as reason:
+        logger.info("the layers are quantized one by one in the model's own forward: %s", reason)
+        swapped = copied
+        names = swap_modules(swapped, call, inputs, config)
+        change = _change(swapped, call, expected) if names else 0.0
+        if not change <= SAME:
+            raise ModelError(
+                "Without rounding, the swapped model should compute what the float model computes. Found a relative "
+                f"difference of {change:.3g}. It may change an activation in place and go on with the old name, or "
+                "ask for the type of a layer: build it from the layers of brevitas.nn instead, then call link and "
+                "finetune."
+            ) from reason
+    kept = _kept_in_float(graph, names)
+    if not names:
         raise ModelError(
-            "The model should call at least one convolution or linear layer as a module. Found none that torch.fx sees."
+            "The model should call at least one convolution or linear layer as a module with a weight of its own. "
+            f"Found {', '.join(kept) or 'none'}."
         )
-    kept = _kept_in_float(record(graph_model, call), layers)
     if kept:
-        logger.warning("left in floating point, because they are no calls of torch's own layers: %s", ", ".join(kept))
-    if config.hardware.activation_bits is not None:
+        logger.warning("left in floating point: %s", ", ".join(kept))
+    return swapped.eval()
+
+
+def _swapped_in_graph(
+    model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig, expected: list[Tensor]
+) -> tuple[nn.Module, list[str]]:
+    """Swap the layers in the graph of a model, which is changed; returns it and the names of the layers.
+
+    Raises:
+        _NotFollowedError: torch.fx does not make the same network of the model.
+    """
+    graph_model = _traced(model, call, expected)
+    merge_norms(graph_model, graph_model, record(graph_model, call))
+    own = called_layers(graph_model, record(graph_model, call))
+    layers = [n for n in graph_model.graph.nodes if n.op == "call_module" and n.target in own]
+    names = list(dict.fromkeys(str(node.target) for node in layers))
+    if names and config.hardware.activation_bits is not None:
         _quantize_activations(graph_model, layers, call, inputs, config)
     graph_model.delete_all_unused_submodules()
     graph_model.recompile()
-    _quantize_layers(graph_model, list(dict.fromkeys(str(node.target) for node in layers)), config)
-    change = largest_change(expected, first_outputs(make_twin(graph_model), call))
+    quantize_layers(graph_model, names, config)
+    change = _change(graph_model, call, expected) if names else 0.0
     if not change <= SAME:
-        raise ModelError(
-            "Without rounding, the swapped model should compute what the float model computes. Found a relative "
-            f"difference of {change:.3g}. It may change an activation in place and go on with the old name, or branch "
-            "on values: build it from the layers of brevitas.nn instead, then call link and finetune."
-        )
-    # Brevitas makes its parameters in torch's default dtype.
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return graph_model.to(dtype).eval()
+        raise _NotFollowedError(f"with quantizers in its graph the model differs by {change:.3g}")
+    return graph_model, names
+
+
+def _change(swapped: nn.Module, call: Call, expected: list[Tensor]) -> float:
+    """Return how much a model without rounding differs from the float one."""
+    return largest_change(expected, first_outputs(make_twin(swapped), call))
+
+
+def _traced(model: nn.Module, call: Call, expected: list[Tensor]) -> fx.GraphModule:
+    """Trace a model with torch.fx, and see whether the graph computes the same.
+
+    Raises:
+        _NotFollowedError: it does not, or cannot be made or run.
+    """
+    try:
+        traced = fx.symbolic_trace(model).eval()
+        # Not by a call of the module, which prints where it failed.
+        found = list(tensors_in(traced.forward(*call[0], **call[1])))
+    except Exception as error:  # a forward may use anything that torch.fx cannot follow
+        raise _NotFollowedError(f"torch.fx finds {type(error).__name__}: {error}") from error
+    # A question for the type of an activation has another answer while it is traced, and a branch is then another one.
+    same = len(found) == len(expected) and all(a.shape == b.shape for a, b in zip(expected, found, strict=True))
+    if not same or not largest_change(expected, found) <= SAME:
+        raise _NotFollowedError("the graph of torch.fx computes something else")
+    return traced
 
 
 def _quantize_activations(
@@ -189,29 +226,23 @@ def _insert_factors(model: fx.GraphModule, channels: Mapping[Place, tuple[int, i
     return names
 
 
-def _preprocessed(model: nn.Module, call: Call) -> fx.GraphModule:
-    """Trace a model and fold its BatchNorms; it is changed."""
-    try:
-        traced = fx.symbolic_trace(model)
-    except Exception as error:  # a forward may use anything that torch.fx cannot follow
-        raise ModelError(
-            f"The model should be traceable by torch.fx. Found {type(error).__name__}: {error}. Build it from the "
-            "layers of brevitas.nn with the quantizers of qft_plugin.brevitas instead, then call link and finetune."
-        ) from error
-    traced.eval()
-    merge_norms(traced, traced, record(traced, call))
-    return traced
+def _kept_in_float(graph: LayerGraph, names: Container[str]) -> list[str]:
+    """Describe the convolutions and linear layers that are not among those that are quantized."""
+    kept = dict.fromkeys(
+        f"{module_of(op) or op.name} ({_why_kept(op)})"
+        for op in graph.ops
+        if op.function in LAYERS and module_of(op) not in names
+    )
+    return list(kept)
 
 
-def _layers(model: fx.GraphModule) -> list[fx.Node]:
-    """List the calls of layers that can be quantized."""
-    return [n for n in model.graph.nodes if n.op == "call_module" and type(model.get_submodule(n.target)) in QUANTIZED]
-
-
-def _kept_in_float(graph: LayerGraph, layers: list[fx.Node]) -> list[str]:
-    """List the convolutions and linear layers that are not among the calls that will be quantized."""
-    swapped = {str(node.target).replace(".", "/") for node in layers}
-    return [op.name for op in graph.ops if op.function in LAYERS and op.name.rsplit("/", 2)[0] not in swapped]
+def _why_kept(op: Op) -> str:
+    weight = op.argument(1, "weight")
+    if not isinstance(weight, Const):
+        return f"{op.function}, whose weight is computed in the forward"
+    if module_of(op) and weight.name == f"{module_of(op)}.weight":
+        return f"its {weight.name} is used elsewhere too"
+    return f"{op.function} is called as a function"
 
 
 def _positional(model: fx.GraphModule, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> list[Any]:
@@ -253,7 +284,7 @@ def _quantized_node(model: fx.GraphModule, node: Any) -> fx.Node:
 
 def _quantize_activation(model: fx.GraphModule, node: fx.Node, number: int, *, signed: bool, bits: int) -> None:
     """Quantize what a node makes, for all that read it; a ReLU becomes Brevitas' own."""
-    quantizer = QFTInt8ActPerTensorFloat if signed else QFTUint8ActPerTensorFloat
+    quantizer = activation_quantizer(signed=signed)
     name = f"quantizer_{number}"
     readers = list(node.users)
     with model.graph.inserting_after(node):
@@ -274,24 +305,3 @@ def _is_relu(model: fx.GraphModule, node: fx.Node) -> bool:
         return type(model.get_submodule(str(node.target))) is nn.ReLU
     name = function_name(node.target) if node.op == "call_function" else str(node.target)
     return node.op in ("call_function", "call_method") and name.rstrip("_") == "relu"
-
-
-def _quantize_layers(model: fx.GraphModule, names: list[str], config: QFTConfig) -> None:
-    """Replace layers by Brevitas' with the bit widths and the granularity of the settings."""
-    weights = {f"{name}.weight": model.get_submodule(name).weight for name in names}
-    bits = config.weight_bits_of({name: W.numel() for name, W in weights.items() if isinstance(W, Tensor)})
-    for name in names:
-        layer = model.get_submodule(name)
-        # No exporter has a scale per output channel for a grouped transposed kernel, whose second axis they share.
-        shares = "Transpose" in type(layer).__name__ and layer.groups != 1
-        per_channel = config.hardware.rescale == "channelwise" and not shares
-        quantizer = QFTInt4WeightPerChannelFloat if per_channel else QFTInt4WeightPerTensorFloat
-        if config.hardware.doubly_per_channel and not shares:
-            quantizer = QFTInt4WeightDoublyPerChannelFloat
-        kind = QUANTIZED[type(layer)]
-        taken = {p: getattr(layer, p) for p in inspect.signature(kind).parameters if p != "bias" and hasattr(layer, p)}
-        quantized = kind(
-            **taken, bias=layer.bias is not None, weight_quant=quantizer, weight_bit_width=bits[f"{name}.weight"]
-        )
-        quantized.weight, quantized.bias = layer.weight, layer.bias
-        model.set_submodule(name, quantized)
