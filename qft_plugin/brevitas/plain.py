@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from qft_plugin.bounded import replace_modules
 from qft_plugin.brevitas.layers import QUANTIZED
 from qft_plugin.data import Call
+from qft_plugin.model import version_of
 from qft_plugin.norms import NORMS
 from qft_plugin.record import function_name
 from qft_plugin.relations import LAYERS
@@ -91,19 +92,32 @@ class _Seen:
     direct: bool
 
 
+@dataclass(frozen=True)
+class _Noted:
+    """A call with its result; the versions tell whether something was in place before or after it."""
+
+    function: str
+    arguments: Mapping[str, Any]
+    read: int
+    result: Any
+    made: int
+
+
 class _Watch(TorchFunctionMode):
     """Notes the calls of layers' functions and of BatchNorms while a module runs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[str, dict[str, Any], Any]] = []
+        self.calls: list[_Noted] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
         names = ARGUMENTS.get(name := function_name(func))
-        if names is not None:
-            given = dict(zip(names, args, strict=False)) | (kwargs or {})
-            self.calls.append((name, given, result))
+        if names is None:
+            return func(*args, **(kwargs or {}))
+        given = dict(zip(names, args, strict=False)) | (kwargs or {})
+        version = version_of(given["input"])
+        result = func(*args, **(kwargs or {}))
+        self.calls.append(_Noted(name, given, version, result, version_of(result)))
         return result
 
 
@@ -153,16 +167,19 @@ def _watched(module: nn.Module, forward: Callable[..., Any], calls: list[_Seen |
     """Return a forward that notes what it calls; `None` where that is not one layer."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        version = version_of(x) if isinstance(x, Tensor) else 0
         with _Watch() as watch:
             result = forward(*args, **kwargs)
-        own = [c for c in watch.calls if (c[0] == NORM) == isinstance(module, NORMS)]
-        x = args[0] if args else next(iter(kwargs.values()), None)
+        own = [c for c in watch.calls if (c.function == NORM) == isinstance(module, NORMS)]
         if len(own) != 1 or len(args) + len(kwargs) != 1 or not isinstance(x, Tensor):
             calls.append(None)
             return result
-        function, given, made = own[0]
-        calls.append(_Seen(function, given, given.get("input") is x and made is result))
-        if function != NORM and not _is_constant(module, forward, x, given):
+        noted = own[0]
+        reads_input = noted.arguments.get("input") is x and noted.read == version
+        returned = noted.result is result and noted.made == version_of(noted.result)
+        calls.append(_Seen(noted.function, noted.arguments, reads_input and returned))
+        if noted.function != NORM and not _is_constant(module, forward, x, noted.arguments):
             calls.append(None)
         return result
 
@@ -175,8 +192,8 @@ def _is_constant(module: nn.Module, forward: Callable[..., Any], x: Tensor, give
         return True
     with _Watch() as watch:
         forward(0.5 * x + 0.25)
-    tensors = [{k: v for k, v in c[1].items() if k in ("weight", "bias")} for c in watch.calls if c[0] in LAYERS]
-    return len(tensors) == 1 and all(_same(given.get(k), v) for k, v in tensors[0].items())
+    again = [c.arguments for c in watch.calls if c.function in LAYERS]
+    return len(again) == 1 and all(_same(given.get(k), again[0].get(k)) for k in ("weight", "bias"))
 
 
 def _same(a: Any, b: Any) -> bool:
