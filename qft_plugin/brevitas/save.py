@@ -2,9 +2,10 @@
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +20,7 @@ from qft_plugin.deploy import qcdq, qonnx
 from qft_plugin.deploy.files import checked_path, draft_of
 from qft_plugin.distributed import once
 from qft_plugin.errors import DeployabilityError
-from qft_plugin.model import accepts, evaluating, in_float32, tensors_in, traceable
+from qft_plugin.model import accepts, evaluating
 
 OPSET: Final = 14
 """The first with torch's attention function; quantization per channel, and Brevitas' exporters, begin with 13."""
@@ -113,16 +114,17 @@ def _exported(
 ) -> Iterator[_Exported]:
     """Export a model to a draft; the draft takes the place of the target where nothing was raised."""
     target = checked_path(path, ".onnx")
-    model, example_input = in_float32(model, example_input)
     args, kwargs = as_call(example_input, accepts=accepts(model))
-    # The exporter takes inputs by position, in the order of the forward's arguments.
+    model, args, kwargs = _in_float32(model, args, kwargs)
+    # The file has its inputs in the order of the forward's arguments.
     names = [n for n in inspect.signature(model.forward).parameters if n in kwargs]
+    names += [n for n in kwargs if n not in names]
     inputs = (*args, *(kwargs[n] for n in names))
     with evaluating(model), torch.no_grad(), _attention_in_parts(), draft_of(target) as draft:
         called: set[nn.Module] = set()
         handles = [m.register_forward_hook(lambda m, *_: called.add(m)) for _, m in _quantized_layers(model)]
         try:
-            outputs = tuple(tensors_in(_plain(model(*args, **kwargs))))
+            outputs = tuple(_tensors(model(*args, **kwargs)))
         finally:
             for handle in handles:
                 handle.remove()
@@ -131,7 +133,7 @@ def _exported(
         axes = {f"input_{i}": {0: "batch"} for i in range(len(inputs))} if free_batch else None
         # The exporter of torch 2.9 and later keeps weights in float and refuses quantized biases.
         export(
-            _Exportable(copy.deepcopy(model)),
+            _Exportable(copy.deepcopy(model), names),
             args=inputs,
             export_path=str(draft),
             dynamo=False,
@@ -164,27 +166,57 @@ def weight_integers(model: nn.Module) -> dict[str, Tensor]:
     return integers
 
 
+def _in_float32(
+    model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+) -> tuple[nn.Module, tuple[Tensor, ...], dict[str, Tensor]]:
+    """Return a model in float64, and its inputs, in float32, which runtimes compute in; any other as it is."""
+    if all(p.dtype != torch.float64 for p in model.parameters()):
+        return model, args, kwargs
+
+    def single(t: Tensor) -> Tensor:
+        return t.float() if t.dtype == torch.float64 else t
+
+    return copy.deepcopy(model).float(), tuple(map(single, args)), {name: single(t) for name, t in kwargs.items()}
+
+
 class _Exportable(nn.Module):
-    """A copy of a model around which exporters may do what they like.
+    """A copy of a model around which exporters may do what they like; it takes inputs by position and returns tensors.
 
     One that fails leaves its handlers in the model, and torch's takes the `graph` of an fx module for one of its own.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        """Keep the model.
+
+        Args:
+            model: what is exported.
+            names: of its inputs by keyword, which come last.
+        """
         super().__init__()
         self.model = model
+        self.names = tuple(names)
 
-    def forward(self, *args: Any) -> Any:
-        return traceable(self.model(*args))
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        positional = len(inputs) - len(self.names)
+        kwargs = dict(zip(self.names, inputs[positional:], strict=True))
+        return tuple(_tensors(self.model(*inputs[:positional], **kwargs)))
 
 
-def _plain(value: Any) -> Any:
-    """Replace each `QuantTensor`, which is a tuple too, by its tensor."""
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Iterate over the tensors of an output; a `QuantTensor`, which is a tuple too, counts as one."""
     if isinstance(value, QuantTensor):
-        return value.value
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+        yield value.value
+    elif isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for v in value.values():
+            yield from _tensors(v)
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from _tensors(v)
+    elif dataclasses.is_dataclass(value):
+        for f in dataclasses.fields(value):
+            yield from _tensors(getattr(value, f.name, None))
 
 
 def _quantized_layers(model: nn.Module) -> list[tuple[str, Any]]:
