@@ -7,7 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from qft_plugin.brevitas.quantizers import adopt, take_plain_inputs
-from qft_plugin.brevitas.read import Source, check, check_unshared, fold_norms, read, runnable_twin
+from qft_plugin.brevitas.read import (
+    Source,
+    check,
+    check_repeatable,
+    check_unshared,
+    fold_norms,
+    read,
+    runnable_twin,
+)
 from qft_plugin.brevitas.scalings import ActivationScaling, CrossLayerFactors, Neighbours, WeightScaling
 from qft_plugin.brevitas.twin import weight_scaling
 from qft_plugin.brevitas.version import check_version
@@ -78,7 +86,8 @@ def link_on(model: nn.Module, call: Call, *, explicit: bool = False) -> Source:
     _wake(model, call)  # a clear error where the example does not fit
     twin = runnable_twin(model, call)
     fold_norms(model, twin, record(twin, call))
-    _wake(model, call)
+    with evaluating(model):
+        check_repeatable(model, call, _wake(model, call))
     before = shared_factors(model)
     explicit = explicit or (before is not None and before.explicit)
     source = read(model, call, explicit=explicit)
@@ -120,10 +129,10 @@ def _check_trained(source: Source, dof_map: DofMap) -> None:
         logger.warning("not trained: %s. %s", ", ".join(left), why)
 
 
-def _wake(model: nn.Module, call: Call) -> None:
+def _wake(model: nn.Module, call: Call) -> list[Tensor]:
     """Run the model once in eval mode, so that every quantizer has a scale; modes stay as they were."""
     with evaluating(model):
-        first_outputs(model, call)
+        return first_outputs(model, call)
 
 
 def _share(source: Source, dof_map: DofMap) -> None:

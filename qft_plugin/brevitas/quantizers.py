@@ -20,7 +20,8 @@ from brevitas.quant_tensor import QuantTensor
 from torch import Tensor, nn
 
 from qft_plugin.brevitas.scalings import ActivationScaling, Scaling, WeightScaling, ZeroPoint
-from qft_plugin.errors import ConfigError
+from qft_plugin.errors import ConfigError, ModelError
+from qft_plugin.norms import CONVOLUTIONS
 from qft_plugin.quantize import integer_range
 
 KEPT: Final = "_qft_scaling"
@@ -143,6 +144,12 @@ class _QFTWeight(NarrowIntQuant, WeightQuantSolver):
                 "weight_narrow_range should be True: the grid of a weight is symmetric (Eq. 1). Found False."
             )
         first = module[0] if isinstance(module, tuple) else module
+        if not isinstance(first, (*CONVOLUTIONS, nn.Linear)):
+            raise ModelError(
+                "A weight quantizer of qft_plugin.brevitas should be that of a convolution or linear layer: its scale "
+                f"is computed from those of the activations around it. Found one in a {type(first).__qualname__}. Give "
+                "that layer a weight quantizer of brevitas.quant, or none."
+            )
         if scaling_per_input_channel:
             take_plain_inputs(first)
         high = 2 ** (int(bit_width) - 1) - 1

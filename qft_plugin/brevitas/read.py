@@ -1,7 +1,8 @@
 """From a Brevitas model to the host-free description of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,13 @@ from qft_plugin.channelwise import Rescaled, free_channels
 from qft_plugin.data import Call
 from qft_plugin.errors import DataError, ModelError
 from qft_plugin.graph import LayerGraph
-from qft_plugin.model import check_finite, check_model, first_outputs
+from qft_plugin.model import SAME, check_finite, check_model, first_outputs, largest_change
 from qft_plugin.norms import merge_norms
 from qft_plugin.record import record
 from qft_plugin.student import QUANTIZER_OP, FakeQuantizer
+
+REPEATS: Final = 8
+"""How often a model that draws random numbers is run: one run may happen to drop nothing."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,11 @@ def check(model: nn.Module) -> None:
         ModelError: it says what was found and what to do.
     """
     check_model(model)
+    if made_in_inference_mode(model):
+        raise ModelError(
+            f"The model should have been made outside torch.inference_mode: it is trained in place. Found parameters "
+            f"or buffers of {type(model).__qualname__} that were made inside. Pass copy.deepcopy(model), made outside."
+        )
     if not any(weight_scaling(m) is not None for m in model.modules()):
         raise ModelError(
             f"The model should have a layer with a weight quantizer of qft_plugin.brevitas. Found none in "
@@ -60,6 +69,38 @@ def check(model: nn.Module) -> None:
         )
     tensors = {n: p for m in model.modules() if isinstance(m, PLAIN) for n, p in m.named_parameters(recurse=False)}
     check_finite(tensors)
+
+
+def made_in_inference_mode(model: nn.Module) -> bool:
+    """Whether a model has tensors that can neither be trained nor changed."""
+    return any(t.is_inference() for t in (*model.parameters(), *model.buffers()))
+
+
+def check_repeatable(model: nn.Module, call: Call, expected: Sequence[Tensor]) -> None:
+    """Refuse a model that is random in eval mode: there is nothing to compare it with, and no file can hold it.
+
+    Args:
+        model: in eval mode.
+        call: arguments to run it with.
+        expected: its outputs for them.
+
+    Raises:
+        ModelError: it computes something else when it is run again.
+    """
+    change = 0.0
+    state = torch.get_rng_state()
+    for _ in range(REPEATS):
+        found = first_outputs(model, call)
+        shapes = [tuple(t.shape) for t in expected] == [tuple(t.shape) for t in found]
+        change = max(change, largest_change(expected, found)) if shapes else float("inf")
+        if torch.equal(state, torch.get_rng_state()):
+            break  # no random number was drawn
+    if not change <= SAME:
+        raise ModelError(
+            "The model should compute the same in eval mode when it is run again on the same images. Found a relative "
+            f"difference of {change:.3g}. Its forward may call dropout with training=True, or draw random numbers: "
+            "leave that out, or do it in front of the model."
+        )
 
 
 def check_unshared(model: nn.Module) -> None:

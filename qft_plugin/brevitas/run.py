@@ -1,5 +1,6 @@
 """What a user of Brevitas calls: initialize, finetune, quantize."""
 
+import copy
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -10,7 +11,7 @@ from torch import nn
 
 from qft_plugin.brevitas.attach import Request, teacher
 from qft_plugin.brevitas.link import link_on, shared_factors
-from qft_plugin.brevitas.read import Source, check
+from qft_plugin.brevitas.read import Source, check, made_in_inference_mode
 from qft_plugin.brevitas.swap import swap
 from qft_plugin.brevitas.version import check_version
 from qft_plugin.brevitas.write import write
@@ -127,8 +128,10 @@ def quantize(
     config = config or QFTConfig()
     check_version()
     check_model(model)
-    check_finite(dict(model.named_parameters()))
     with torch.inference_mode(False), torch.enable_grad(), joined(model) as world:
+        if made_in_inference_mode(model):
+            model = copy.deepcopy(model)  # a copy that is made here is an ordinary one
+        check_finite(dict(model.named_parameters()))
         inputs = images(model, data, config)
         with agreed(world):
             call = _first(inputs) if example_input is None else as_call(example_input, accepts=accepts(model))

@@ -14,6 +14,7 @@ from qft_plugin.bounded import replace_by_relu
 from qft_plugin.brevitas.by_module import called_layers, module_of, swap_modules
 from qft_plugin.brevitas.layers import RANGE_BATCH, RANGE_IMAGES, activation_quantizer, quantize_layers
 from qft_plugin.brevitas.plain import make_plain
+from qft_plugin.brevitas.read import check_repeatable
 from qft_plugin.brevitas.twin import make_twin
 from qft_plugin.channelwise import Rescaled, free_axes
 from qft_plugin.data import Call, Inputs
@@ -67,6 +68,7 @@ def swap(model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig) -> nn.
     """
     copied = copy.deepcopy(model).eval()
     expected = first_outputs(copied, call)
+    check_repeatable(copied, call, expected)
     if config.bounded == "relu":
         replace_by_relu(copied)
         expected = first_outputs(copied, call)
