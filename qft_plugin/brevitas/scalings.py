@@ -270,6 +270,9 @@ class WeightScaling(Scaling):
         none = torch.zeros(0, dtype=torch.int64)
         self.layer = Layer("weight", None, self.kind, self.groups, (), (), (), none, none)
         self.per_channel = per_channel or doubly
+        self.full_shape = tuple(W.shape)
+        # Brevitas' GPTQ sets it: from where to where the weight that comes is cut on each axis (0.13.1 to 0.13.4).
+        self.subtensor_slice_list: list[tuple[int, int] | None] = [None]
         self.log_F = nn.Parameter(torch.full((outs,) if self.per_channel else (), torch.nan).to(W))
         self.log_L = nn.Parameter(torch.full((ins,), torch.nan).to(W)) if doubly else None
         self.trained = ("log_F", "log_L") if doubly else ("log_F",)
@@ -349,7 +352,13 @@ class WeightScaling(Scaling):
         left = None if self.log_L is None else self.log_L.exp()
         if c_in is not None:
             left = 1 / c_in if left is None else left / c_in
-        return on_weight(step, left, W, self.layer)
+        return self._cut(on_weight(step, left, step.new_empty(()).expand(self.full_shape), self.layer))
+
+    def _cut(self, scale: Tensor) -> Tensor:
+        """Return the part of the scale that belongs to a part of the weight."""
+        parts = self.subtensor_slice_list[: scale.dim()]
+        cuts = (p if size > 1 else None for p, size in zip(parts, scale.shape, strict=False))
+        return scale[tuple(slice(None) if cut is None else slice(*cut) for cut in cuts)]
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
