@@ -45,9 +45,13 @@ def save_qonnx(
         ParityError: the file differs from the model; nothing is written.
     """
     # Imported late: exporting needs packages that training does not, and warns of some that are missing.
+    import onnx
     from brevitas.export import export_qonnx
 
     with _exported(export_qonnx, model, path, example_input, check=check, free_batch=False) as made:
+        file = onnx.load(made.draft)
+        qonnx.widen_bias_constants(file)
+        onnx.save(file, made.draft)
         report = qonnx.inspect_file(made.draft, integers=made.integers, inputs=made.inputs, outputs=made.outputs)
     return replace(report, path=made.target)
 

@@ -1,4 +1,4 @@
-"""QONNX: the proof that an exported file computes what the model computes, by QONNX' own executor."""
+"""QONNX: what the clean-ups of its tools need, and the proof by QONNX' own executor of what a file computes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +29,38 @@ class QONNXReport:
     quantizers: Mapping[int, int]
     weights: int
     relative_error: float
+
+
+def widen_bias_constants(model: Any) -> int:
+    """Give scale and zero point of quantized biases the shape `[1]` where they have none, in place: the same numbers.
+
+    QONNX' `ExtractBiasFromConv`, and with it every flow that moves biases out of convolutions (FINN's), gives all that
+    is not of shape `[1]` the channels of the bias, which fails on a constant without axes (qonnx 1.0).
+
+    Args:
+        model: an `onnx.ModelProto`.
+
+    Returns:
+        How many constants were changed.
+    """
+    from onnx import numpy_helper
+
+    graph = model.graph
+    constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    constants |= {n.output[0]: numpy_helper.to_array(n.attribute[0].t) for n in graph.node if n.op_type == "Constant"}
+    biases = {n.input[2] for n in graph.node if n.op_type in ("Conv", "ConvTranspose") and len(n.input) > 2}
+    changed = 0
+    for node in graph.node:
+        if node.op_type != "Quant" or node.output[0] not in biases:
+            continue
+        for place, what in ((1, "scale"), (2, "zero_point")):
+            value = constants.get(node.input[place])
+            if value is not None and value.shape == ():
+                # Under a name of its own: another quantizer may read the same constant.
+                node.input[place] = f"{node.output[0]}_{what}"
+                graph.initializer.append(numpy_helper.from_array(value.reshape(1), node.input[place]))
+                changed += 1
+    return changed
 
 
 def run(model: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
