@@ -13,7 +13,7 @@ import torch
 from brevitas_models import activation_scalings, conv, integers, weight_scalings
 from torch import nn
 
-from qft_plugin import ConfigError
+from qft_plugin import ConfigError, ModelError, QFTConfig
 from qft_plugin.brevitas import (
     QFTInt4WeightDoublyPerChannelFloat,
     QFTInt4WeightPerChannelFloat,
@@ -21,6 +21,10 @@ from qft_plugin.brevitas import (
     QFTInt8ActPerTensorFloat,
     QFTShiftedUint8ActPerTensorFloat,
     QFTUint8ActPerTensorFloat,
+    fold,
+    initialize,
+    link,
+    save_qonnx,
 )
 
 ON_GRID = 1e-3
@@ -332,3 +336,53 @@ def test_torchscript_mode_is_refused(value):
     )  # fmt: skip
     assert "refused:" in found.stdout
     assert "BREVITAS_JIT" in found.stdout
+
+
+class Weight2(QFTInt4WeightPerChannelFloat):
+    """A quantizer of a user's."""
+
+    bit_width = 2
+
+
+class Act4(QFTUint8ActPerTensorFloat):
+    """Likewise."""
+
+    bit_width = 4
+
+
+BITS = {
+    "class": (Weight2, Act4, {}, {}),
+    "let": (QFTInt4WeightPerChannelFloat.let(bit_width=2), QFTUint8ActPerTensorFloat.let(bit_width=4), {}, {}),
+    "keyword": (QFTInt4WeightPerChannelFloat, QFTUint8ActPerTensorFloat, {"weight_bit_width": 2}, {"bit_width": 4}),
+}
+
+
+@pytest.mark.parametrize("how", BITS)
+def test_bit_widths_of_a_user(how, tmp_path):
+    """Bit widths of a user's class, and of a keyword given with a quantizer only, hold from the layer to the file."""
+    weight, act, weight_settings, act_settings = BITS[how]
+    model = nn.Sequential(
+        qnn.QuantIdentity(act_quant=QFTInt8ActPerTensorFloat),
+        qnn.QuantConv2d(3, 8, 3, weight_quant=weight, **(weight_settings if weight else {})),
+        qnn.QuantReLU(act_quant=act, **(act_settings if act else {})),
+        qnn.QuantConv2d(8, 8, 3, weight_quant=weight, **(weight_settings if weight else {})),
+    ).eval()
+    x = torch.randn(4, 3, 8, 8)
+    link(model, x)
+    initialize(model, [x], QFTConfig(finetune=None))
+    folded = fold(model)
+    for found in (model, folded):
+        assert [int(found[i].weight_quant.bit_width()) for i in (1, 3)] == [2, 2]
+        assert int(found[2].act_quant.bit_width()) == 4
+        assert set(integers(found[3]).flatten().tolist()) <= {-1.0, 0.0, 1.0}
+    assert save_qonnx(folded, tmp_path / "model.onnx", x).quantizers == {8: 1, 2: 2, 4: 1}
+
+
+@pytest.mark.parametrize(
+    "layer", [(qnn.QuantEmbedding, 10, 8), (qnn.QuantLSTM, 8, 8), (qnn.QuantRNN, 8, 8), (qnn.QuantScaleBias, 8, True)]
+)
+def test_a_layer_whose_weight_has_no_such_scale(layer):
+    """A weight quantizer in an embedding, a recurrent layer or a factor per channel is refused by the layer's class."""
+    kind, *sizes = layer
+    with pytest.raises(ModelError, match=r"convolution or linear layer.*Found one in a"):
+        kind(*sizes, weight_quant=QFTInt4WeightPerChannelFloat)

@@ -13,9 +13,10 @@ import brevitas.nn as qnn
 import onnx
 import openvino
 from brevitas.export import export_onnx_qcdq
+from qonnx.transformation.extract_conv_bias import ExtractBiasFromConv
 from torch import nn
 
-from qft_plugin import DeployabilityError, ParityError
+from qft_plugin import DeployabilityError, HardwareSpec, ParityError
 from qft_plugin.brevitas import (
     QFTInt4WeightDoublyPerChannelFloat,
     QFTUint8Act,
@@ -203,3 +204,19 @@ def test_outputs_that_differ():
     for found in ([x * 1.1], [x * torch.nan], []):
         with pytest.raises(ParityError, match="OpenVINO"):
             parity.compare_outputs(found, [x], runtime="OpenVINO")
+
+
+@pytest.mark.parametrize("rescale", ["channelwise", "layerwise"])
+def test_qonnx_moves_integer_biases(rescale, tmp_path):
+    """QONNX' own transformation moves quantized biases out of the convolutions, and the file computes the same."""
+    model, items = nets.build("inverted"), nets.items("inverted")
+    config = four_bits(hardware=HardwareSpec(bias_bits=24, rescale=rescale), finetune=None)
+    folded = fold(quantize(model, items, config=config))
+    save_qonnx(folded, tmp_path / "model.onnx", items[0])
+    file = qonnx.load(tmp_path / "model.onnx")
+    moved = file.transform(ExtractBiasFromConv())
+    convolutions = [node for node in moved.graph.node if node.op_type == "Conv"]
+    assert len(convolutions) == nets.NETS["inverted"].convolutions
+    assert all(len(node.input) == 2 for node in convolutions)
+    expected = qonnx.run(file, [items[0]])
+    torch.testing.assert_close(qonnx.run(moved, [items[0]]), expected, rtol=EXACT, atol=EXACT)
