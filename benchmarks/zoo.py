@@ -237,13 +237,14 @@ def numbers(report: Any) -> dict[str, float]:
 
 @contextlib.contextmanager
 def timed(say: Say, name: str) -> Iterator[None]:
-    """Pass on the seconds that a stage takes, and its name while it lasts."""
+    """Pass on the seconds that a stage takes, of all threads together too, and its name while it lasts."""
     say(stage=name)
-    begin = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     try:
         yield
     finally:
-        say(**{f"{name}_seconds": round(time.perf_counter() - begin, 1)})
+        seconds = time.perf_counter() - wall, time.process_time() - cpu
+        say(**{f"{name}_seconds": round(seconds[0], 1), f"{name}_cpu": round(seconds[1], 1)})
 
 
 def measure(name: str, host: Any, options: Options, say: Say) -> None:
