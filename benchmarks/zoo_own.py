@@ -652,7 +652,7 @@ CONSTRUCTS: dict[str, Callable[[], nn.Module]] = {
     "batches_one_after_the_other": lambda: two_convolutions(lambda x, _: torch.cat([x, x])),
     "in_place_after_reading": lambda: two_convolutions(_in_place_after_reading),
     "dropout_in_eval": lambda: two_convolutions(lambda x, _: functional.dropout(x, 0.1, training=True)),
-    "a_batch_of_one": lambda: two_convolutions(lambda x, _: x.reshape(1, -1, *x.shape[2:]).reshape(x.shape)),
+    "a_batch_of_one": lambda: two_convolutions(lambda x, _: x.reshape(1, -1, 16, 16).reshape(-1, 8, 16, 16)),
     "zero_added": lambda: two_convolutions(lambda x, _: 0 + x),
     "constant_added": lambda: two_convolutions(lambda x, _: x + 0.5),
     "reshape_as": lambda: two_convolutions(lambda x, _: x.flatten(1).reshape_as(x)),
