@@ -24,14 +24,13 @@ import os
 import sys
 import time
 import warnings
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 import zoo_networks
 from zoo_measure import BATCH, HOSTS, Options, measure
+from zoo_table import page, read
 
 
 def _child(name: str, host: str, options: Options, pipe: Any) -> None:
@@ -126,61 +125,6 @@ def run(names: list[str], host: str, options: Options, *, jobs: int, limit: floa
         running = [m for m in running if not m.ended]
 
 
-def page(lines: list[dict[str, Any]]) -> str:
-    """Write counts for each family, and a table of all networks, in markdown."""
-    by_name: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for line in lines:
-        by_name.setdefault((line["family"], line["name"]), {})[line["host"]] = line
-    order = {family: number for number, family in enumerate(n.family for n in zoo_networks.NETWORKS.values())}
-    rows = sorted(by_name.items(), key=lambda item: (order.get(item[0][0], len(order)), item[0][1]))
-    head = "| network |" + "".join(f" {TITLES[h]} | error | own 8 bits | int8 | free | s |" for h in HOSTS)
-    body = (f"| {name} |" + "".join(_cells(of_host.get(h)) for h in HOSTS) for (_, name), of_host in rows)
-    rule = "|" + "---|" * (head.count("|") - 1)
-    return "\n".join([*_counts(lines), "", head, rule, *body, ""])
-
-
-TITLES: Final = {"nncf": "NNCF", "brevitas": "Brevitas"}
-OUTCOMES: Final = ("ok", "refused", "crashed")
-
-
-def _counts(lines: list[dict[str, Any]]) -> Iterator[str]:
-    yield "| host | family | networks | ok | refused | crashed | the host's own 8 bits | of these, not ours |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for host in HOSTS:
-        of_host = [line for line in lines if line["host"] == host]
-        families = {line["family"]: None for line in of_host}
-        for family in [*sorted(families), "all"] if of_host else []:
-            group = [line for line in of_host if family in (line["family"], "all")]
-            found = Counter(line["outcome"] for line in group)
-            own = [line for line in group if line.get("host_outcome") == "ok"]
-            not_ours = sum(line["outcome"] != "ok" for line in own)
-            counts = " | ".join(str(found[outcome]) for outcome in OUTCOMES)
-            yield f"| {TITLES[host]} | {family} | {len(group)} | {counts} | {len(own)} | {not_ours} |"
-
-
-def _cells(line: dict[str, Any] | None) -> str:
-    if line is None:
-        return " | | | | | |"
-    ours = line.get("file_to_float", line.get("torch_to_float"))
-    own = line.get("host_to_float") if line.get("host_outcome") == "ok" else None
-    errors = " | ".join("" if e is None else f"{e:.3f}" for e in (ours, own))
-    int8 = _of(line, ("int8_convolutions", "int8_linear"), ("convolutions", "linear"))
-    free = _of(line, ("free_inputs",), ("layer_inputs",))
-    seconds = line.get("quantize_seconds", 0) + line.get("save_seconds", 0)
-    return f" {line['outcome']} | {errors} | {int8} | {free} | {seconds:.0f} |"
-
-
-def _of(line: dict[str, Any], some: tuple[str, ...], all_of_them: tuple[str, ...]) -> str:
-    if not all(name in line for name in some):
-        return ""
-    return f"{sum(line[name] for name in some)} of {sum(line[name] for name in all_of_them)}"
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a file that need not exist yet."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def main() -> None:
     """Measure networks, or make the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -188,6 +132,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="pattern of names, such as 'timm/res*'; may be repeated")
     parser.add_argument("--jobs", type=int, default=1, help="how many networks at a time, each on one thread")
     parser.add_argument("--steps", type=int, default=4, help=f"of the finetune, {BATCH} images each")
+    parser.add_argument("--weight-bits", type=int, default=4, help="8 gives errors to compare with the host's own")
     parser.add_argument("--limit", type=float, default=240, help="seconds that a network may take under a host")
     parser.add_argument("--no-check", action="store_true", help="save without the proof")
     parser.add_argument("--out", type=Path, help="file of JSON lines that is added to")
@@ -200,7 +145,8 @@ def main() -> None:
     done = {(line["host"], line["name"]) for line in (read(args.out) if args.out is not None else [])}
     for host in HOSTS if args.host == "both" else [args.host]:
         names = [name for name in chosen if (host, name) not in done]
-        run(names, host, Options(args.steps, not args.no_check), jobs=args.jobs, limit=args.limit, out=args.out)
+        options = Options(args.weight_bits, args.steps, not args.no_check)
+        run(names, host, options, jobs=args.jobs, limit=args.limit, out=args.out)
 
 
 if __name__ == "__main__":

@@ -36,10 +36,12 @@ class Options:
     """How each network is measured.
 
     Attributes:
+        weight_bits: of all but the first and the last layer and the smallest ones.
         steps: of the finetune.
         check: prove the file.
     """
 
+    weight_bits: int
     steps: int
     check: bool
 
@@ -261,7 +263,7 @@ def _measure_own(work: Task, host: Any, say: Say) -> None:
 def _measure_ours(work: Task, host: Any, options: Options, say: Say) -> None:
     settings = FinetuneConfig(images_fed=options.steps * BATCH, batch_size=BATCH)
     with timed(say, "quantize"):
-        quantized, dof_map = host.quantize(work, QFTConfig(finetune=settings))
+        quantized, dof_map = host.quantize(work, QFTConfig(weight_bits=options.weight_bits, finetune=settings))
     free, layers = free_inputs(dof_map)
     say(free_inputs=free, layer_inputs=layers)
     with timed(say, "torch"):
