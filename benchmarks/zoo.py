@@ -116,7 +116,7 @@ def run(names: list[str], host: str, options: Options, *, jobs: int, limit: floa
             measurement.listen()
         for line in [m.facts for m in running if m.ended]:
             done += 1
-            told = f"{line['outcome']} {line.get('at', '')} {line.get('message', '')}".strip()
+            told = f"{line['outcome']} {line.get('at', '')} {line.get('message', '')[:100]}".strip()
             seconds = sum(v for k, v in line.items() if k.endswith("_seconds"))
             print(f"{done}/{len(names)} {host} {line['name']}: {told} ({seconds:.0f} s)", flush=True)
             if out is not None:

@@ -286,8 +286,7 @@ def described(found: BaseException) -> dict[str, str]:
     """Say what an error is, and where in this package it came from."""
     frames = traceback.extract_tb(found.__traceback__)
     ours = [f for f in frames if "qft_plugin/" in f.filename]
-    lines = [line for line in str(found).splitlines() if line.strip()] or [""]
-    facts = {"error": type(found).__name__, "message": lines[0].strip()[:LONGEST_MESSAGE]}
+    facts = {"error": type(found).__name__, "message": " ".join(str(found).split())[:LONGEST_MESSAGE]}
     if ours:
         facts["frame"] = f"{ours[-1].filename.rpartition('qft_plugin/')[2]}:{ours[-1].lineno} {ours[-1].name}"
     return facts
