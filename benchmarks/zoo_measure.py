@@ -141,6 +141,10 @@ class UnderNNCF:
 
         return nncf.quantize(task.model, nncf.Dataset(task.calibration), subset_size=len(task.calibration))
 
+    def own_outputs(self, quantized: nn.Module, item: Any) -> Tensor:
+        """Run what `own` returned."""
+        return outputs(quantized, item)
+
     def convert(self, quantized: nn.Module, task: Task) -> None:
         """Convert what `own` returned as NNCF's users do."""
         import openvino
@@ -182,6 +186,20 @@ class UnderBrevitas:
                 for batch in task.calibration:
                     zoo_networks.call(quantized, batch)
         return quantized
+
+    def own_outputs(self, quantized: nn.Module, item: Any) -> Tensor:
+        """Run what `own` returned, which may make tensors with their scale."""
+        from brevitas.quant_tensor import QuantTensor
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, QuantTensor):
+                return value.value
+            if isinstance(value, dict):
+                return {k: plain(v) for k, v in value.items()}
+            return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+        with torch.no_grad():
+            return flat(tensors_in(plain(zoo_networks.call(quantized, item))))
 
     def convert(self, quantized: nn.Module, task: Task) -> None:
         """Export what `own` returned as QCDQ."""
@@ -252,7 +270,7 @@ def _measure_own(work: Task, host: Any, say: Say) -> None:
     try:
         with timed(say, "host"):
             quantized = host.own(work)
-            say(host_to_float=error(outputs(quantized, work.test), work.expected))
+            say(host_to_float=error(host.own_outputs(quantized, work.test), work.expected))
             stage = "convert"
             host.convert(quantized, work)
         say(host_outcome="ok")

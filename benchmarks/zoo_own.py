@@ -87,27 +87,29 @@ class Parallel(nn.Module):
         return torch.cat([branch(x) for branch in self.branches], 1)
 
 
-class Flattened(nn.Module):
-    """A backbone, the mean over all positions, and a linear layer; the outermost module is none of torch's own."""
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+GLOBAL_POOLS = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
 
-    def __init__(self, channels: int, *layers: nn.Module) -> None:
+
+class Classifier(nn.Module):
+    """A backbone, a global pool, and a linear layer; the outermost module is none of torch's own."""
+
+    def __init__(self, channels: int, *layers: nn.Module, dims: int = 2) -> None:
         """Build it.
 
         Args:
             channels: that the last layer makes.
             *layers: of the backbone.
+            dims: number of axes that are pooled.
         """
         super().__init__()
-        self.features = nn.Sequential(*layers)
+        self.features, self.pool = nn.Sequential(*layers), GLOBAL_POOLS[dims](1)
         self.fc = nn.Linear(channels, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         """Classify."""
-        return self.fc(self.features(x).flatten(2).mean(2))
-
-
-CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+        return self.fc(torch.flatten(self.pool(self.features(x)), 1))
 
 
 def unit(
@@ -269,7 +271,7 @@ def vgg() -> nn.Module:
         else:
             layers.append(unit(channels, width))
             channels = width
-    return Flattened(channels, *layers, nn.AvgPool2d(1, 1))
+    return Classifier(channels, *layers, nn.AvgPool2d(1, 1))
 
 
 def unet(dims: int = 2) -> nn.Module:
@@ -538,7 +540,7 @@ def autoencoder() -> nn.Module:
 def c3d() -> nn.Module:
     """Plain 3-D convolutions with pools."""
     layers = unit(3, 8, dims=3), nn.MaxPool3d((1, 2, 2)), unit(8, 16, dims=3), nn.MaxPool3d(2), unit(16, 32, dims=3)
-    return Flattened(32, *layers)
+    return Classifier(32, *layers, dims=3)
 
 
 def factorised(inputs: int, outputs: int) -> nn.Module:
@@ -548,20 +550,20 @@ def factorised(inputs: int, outputs: int) -> nn.Module:
     return Residual(space, time, shortcut=unit(inputs, outputs, 1, act=None, dims=3), last=nn.ReLU())
 
 
-def stacked(block: Callable[[int, int], nn.Module], widths: Sequence[int], stem: nn.Module) -> Flattened:
-    """Make a classifier of a stem and blocks of growing width."""
-    return Flattened(widths[-1], stem, *(block(i, o) for i, o in pairwise(widths)))
+def stacked(block: Callable[[int, int], nn.Module], widths: Sequence[int], stem: nn.Module) -> Classifier:
+    """Make a classifier of volumes from a stem and blocks of growing width."""
+    return Classifier(widths[-1], stem, *(block(i, o) for i, o in pairwise(widths)), dims=3)
 
 
 ONE_DIMENSION: dict[str, Callable[[], nn.Module]] = {
-    "resnet1d": lambda: Flattened(
-        32, unit(2, 16, 7, dims=1), basic(16, 16, dims=1), basic(16, 32, 2, dims=1), basic(32, 32, dims=1)
+    "resnet1d": lambda: Classifier(
+        32, unit(2, 16, 7, dims=1), basic(16, 16, dims=1), basic(16, 32, 2, dims=1), basic(32, 32, dims=1), dims=1
     ),
-    "tcn": lambda: Flattened(16, unit(2, 16, 1, dims=1), *(dilated(16, d) for d in (1, 2, 4, 8))),
-    "wavenet": lambda: Flattened(16, nn.Conv1d(2, 16, 1), *(gated(16, d) for d in (1, 2, 4))),
-    "inception_time": lambda: Flattened(32, inception_time(2, 8), inception_time(32, 8)),
-    "separable1d": lambda: Flattened(
-        32, unit(2, 16, dims=1), unit(16, 16, groups=16, dims=1), unit(16, 32, 1, dims=1), nn.AvgPool1d(2)
+    "tcn": lambda: Classifier(16, unit(2, 16, 1, dims=1), *(dilated(16, d) for d in (1, 2, 4, 8)), dims=1),
+    "wavenet": lambda: Classifier(16, nn.Conv1d(2, 16, 1), *(gated(16, d) for d in (1, 2, 4)), dims=1),
+    "inception_time": lambda: Classifier(32, inception_time(2, 8), inception_time(32, 8), dims=1),
+    "separable1d": lambda: Classifier(
+        32, unit(2, 16, dims=1), unit(16, 16, groups=16, dims=1), unit(16, 32, 1, dims=1), nn.AvgPool1d(2), dims=1
     ),
     "autoencoder1d": autoencoder,
     "unet1d": lambda: Apply(lambda self, x: self.net(self.stem(x)), stem=nn.Conv1d(2, 3, 1), net=unet(1)),
@@ -572,9 +574,11 @@ ONE_DIMENSION: dict[str, Callable[[], nn.Module]] = {
 
 THREE_DIMENSIONS: dict[str, Callable[[], nn.Module]] = {
     "c3d": c3d,
-    "resnet3d": lambda: Flattened(16, unit(3, 8, dims=3), basic(8, 8, dims=3), basic(8, 16, 2, dims=3)),
+    "resnet3d": lambda: Classifier(16, unit(3, 8, dims=3), basic(8, 8, dims=3), basic(8, 16, 2, dims=3), dims=3),
     "r2plus1d": lambda: stacked(factorised, (8, 12, 16), unit(3, 8, (1, 3, 3), dims=3)),
-    "separable3d": lambda: Flattened(16, unit(3, 8, dims=3), unit(8, 8, groups=8, dims=3), unit(8, 16, 1, dims=3)),
+    "separable3d": lambda: Classifier(
+        16, unit(3, 8, dims=3), unit(8, 8, groups=8, dims=3), unit(8, 16, 1, dims=3), dims=3
+    ),
     "unet3d": lambda: unet(3),
 }
 """They read `[items, 3, 8, 16, 16]`."""
@@ -582,22 +586,22 @@ THREE_DIMENSIONS: dict[str, Callable[[], nn.Module]] = {
 NNCF_IMAGES: dict[str, Callable[[], nn.Module]] = {
     "alexnet": alexnet,
     "vgg": vgg,
-    "resnet": lambda: Flattened(32, unit(3, 16), basic(16, 16), basic(16, 32, 2), basic(32, 32)),
-    "resnext": lambda: Flattened(32, unit(3, 16), basic(16, 16, groups=4), basic(16, 32, 2, groups=4)),
-    "senet": lambda: Flattened(32, unit(3, 16), basic(16, 16), excited(16), basic(16, 32, 2), excited(32)),
-    "preact_resnet": lambda: Flattened(
+    "resnet": lambda: Classifier(32, unit(3, 16), basic(16, 16), basic(16, 32, 2), basic(32, 32)),
+    "resnext": lambda: Classifier(32, unit(3, 16), basic(16, 16, groups=4), basic(16, 32, 2, groups=4)),
+    "senet": lambda: Classifier(32, unit(3, 16), basic(16, 16), excited(16), basic(16, 32, 2), excited(32)),
+    "preact_resnet": lambda: Classifier(
         32,
         nn.Conv2d(3, 16, 3, padding=1, bias=False),
         preactivated(16, 16),
         preactivated(16, 32, 2),
         preactivated(32, 32),
     ),
-    "densenet": lambda: Flattened(
+    "densenet": lambda: Classifier(
         16, nn.Conv2d(3, 16, 3, padding=1), dense_layer(16, 8), dense_layer(24, 8), unit(32, 16, 1), nn.AvgPool2d(2)
     ),
-    "dpn": lambda: Flattened(40, unit(3, 24), dual_path(24, 8), dual_path(32, 8)),
-    "pnasnet": lambda: Flattened(16, unit(3, 16), separable_cell(16), separable_cell(16)),
-    "googlenet": lambda: Flattened(
+    "dpn": lambda: Classifier(40, unit(3, 24), dual_path(24, 8), dual_path(32, 8)),
+    "pnasnet": lambda: Classifier(16, unit(3, 16), separable_cell(16), separable_cell(16)),
+    "googlenet": lambda: Classifier(
         24,
         unit(3, 16),
         Parallel(
@@ -606,15 +610,15 @@ NNCF_IMAGES: dict[str, Callable[[], nn.Module]] = {
             nn.Sequential(nn.MaxPool2d(3, 1, 1), unit(16, 8, 1)),
         ),
     ),
-    "squeezenet": lambda: Flattened(
+    "squeezenet": lambda: Classifier(
         32, unit(3, 16, stride=2), nn.Conv2d(16, 8, 1), nn.ReLU(), Parallel(unit(8, 16, 1), unit(8, 16))
     ),
-    "shufflenet": lambda: Flattened(24, unit(3, 24), shuffled(24, 3), shuffled(24, 3)),
-    "mobilenet": lambda: Flattened(
+    "shufflenet": lambda: Classifier(24, unit(3, 24), shuffled(24, 3), shuffled(24, 3)),
+    "mobilenet": lambda: Classifier(
         32, unit(3, 16, stride=2), unit(16, 16, groups=16), unit(16, 32, 1), unit(32, 32, groups=32), unit(32, 32, 1)
     ),
-    "mobilenet_v2": lambda: Flattened(24, unit(3, 16), inverted(16, 16), inverted(16, 24, 2), inverted(24, 24)),
-    "mobilenet_v3": lambda: Flattened(
+    "mobilenet_v2": lambda: Classifier(24, unit(3, 16), inverted(16, 16), inverted(16, 24, 2), inverted(24, 24)),
+    "mobilenet_v3": lambda: Classifier(
         24, unit(3, 16, act=nn.Hardswish), excited(16, nn.Hardsigmoid), inverted(16, 24, 2, act=nn.Hardswish)
     ),
     "unet": unet,
@@ -623,9 +627,9 @@ NNCF_IMAGES: dict[str, Callable[[], nn.Module]] = {
     "containers": containers,
     "branches": branches,
     "hard_functions": hard_functions,
-    "leaky_relu": lambda: Flattened(16, unit(3, 8, act=nn.LeakyReLU), unit(8, 16, act=nn.PReLU)),
-    "depthwise": lambda: Flattened(6, nn.Conv2d(3, 6, 3, groups=3), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6)),
-    "transposed": lambda: Flattened(
+    "leaky_relu": lambda: Classifier(16, unit(3, 8, act=nn.LeakyReLU), unit(8, 16, act=nn.PReLU)),
+    "depthwise": lambda: Classifier(6, nn.Conv2d(3, 6, 3, groups=3), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6)),
+    "transposed": lambda: Classifier(
         8,
         nn.ConvTranspose2d(3, 8, 2, 2),
         nn.ReLU(),
@@ -633,7 +637,7 @@ NNCF_IMAGES: dict[str, Callable[[], nn.Module]] = {
         nn.ReLU(),
         nn.Conv2d(8, 8, 1),
     ),
-    "group_norm": lambda: Flattened(
+    "group_norm": lambda: Classifier(
         16,
         *(nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), nn.ReLU()),
         *(nn.Conv2d(16, 16, 3), nn.InstanceNorm2d(16, affine=True), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.ReLU()),
@@ -656,6 +660,7 @@ CONSTRUCTS: dict[str, Callable[[], nn.Module]] = {
     "zero_added": lambda: two_convolutions(lambda x, _: 0 + x),
     "constant_added": lambda: two_convolutions(lambda x, _: x + 0.5),
     "reshape_as": lambda: two_convolutions(lambda x, _: x.flatten(1).reshape_as(x)),
+    "mean_over_positions": lambda: two_convolutions(lambda x, _: x - x.flatten(2).mean(2)[:, :, None, None]),
     "clamped": lambda: two_convolutions(lambda x, _: x.clamp(0, 1)),
     "computed_weight": _computed_weight,
     "two_names": _two_names,
