@@ -492,6 +492,18 @@ def _computed_weight() -> nn.Module:
     return Apply(forward, conv=nn.Conv2d(3, 16, 3), fc=nn.Linear(16, CLASSES))
 
 
+def _concatenation_flattened() -> nn.Module:
+    """Two branches whose activations have different ranges, side by side, flattened and averaged."""
+    wide = unit(8, 8)
+    nn.init.constant_(wide[1].weight, 3.0)
+    return Apply(
+        lambda self, x: self.fc(self.branches(self.stem(x)).flatten(2).mean(2)),
+        stem=unit(3, 8),
+        branches=Parallel(unit(8, 8), wide),
+        fc=nn.Linear(16, CLASSES),
+    )
+
+
 def _two_names() -> nn.Module:
     layer = nn.Conv2d(8, 8, 3, padding=1)
     return Apply(
@@ -664,5 +676,6 @@ CONSTRUCTS: dict[str, Callable[[], nn.Module]] = {
     "clamped": lambda: two_convolutions(lambda x, _: x.clamp(0, 1)),
     "computed_weight": _computed_weight,
     "two_names": _two_names,
+    "concatenation_flattened": _concatenation_flattened,
 }
 """They read `[items, 3, 16, 16]`: what real networks do that quantizers stumble over."""
