@@ -159,27 +159,32 @@ def _timm_networks() -> Iterator[tuple[str, Network]]:
 
 
 TIMM_CONVOLUTIONAL: Final = """
-    resnet10t resnet18 resnet50 resnet14t ecaresnet26t legacy_seresnet18 skresnet18 resnest14d resnetv2_18 resnext26ts
-    seresnext26ts gcresnext26ts resnet32ts dla46_c dla46x_c vgg11_bn ese_vovnet19b_slim_dw darknet17 cs3darknet_focus_s
-    cspnext_tiny hrnet_w18_small inception_next_atto selecsls42 rexnet_100 ghostnet_050 ghostnetv2_100 repghostnet_050
-    hardcorenas_a mobilenetv1_100 mobilenetv2_050 mobilenetv3_small_050 mobilenetv3_large_075 mobilenetv4_conv_small_035
-    efficientnet_lite0 efficientnet_b0 efficientnet_es mnasnet_small semnasnet_075 spnasnet_100 fbnetc_100 tinynet_e
-    mixnet_s lcnet_035 lcnetv2_small regnetx_002 regnety_002 regnetz_005 nf_regnet_b0 nf_resnet26 mobileone_s0 repvgg_a0
-    gernet_s tresnet_m convnext_atto convnext_atto_ols convnextv2_atto edgenext_xx_small fastvit_t8 repvit_m0_9
-    starnet_s050 fasternet_t0 mambaout_femto efficientvim_m1 shvit_s1 lowformer_b0 cpubone_nano iformer_t swiftformer_xs
-    efficientvit_b0 mobilevit_xxs mobilevitv2_050 poolformer_s12 poolformerv2_s12 pvt_v2_b0 hgnetv2_b0
-    test_byobnet test_convnext test_convnext2 test_efficientnet test_efficientnet_gn test_efficientnet_ln
-    test_efficientnet_evos test_resnet test_nfnet test_mambaout
+    resnet10t resnet18 resnet14t legacy_seresnet18 resnext26ts seresnext26ts gcresnext26ts resnet32ts dla46_c dla46x_c
+    vgg11_bn ese_vovnet19b_slim_dw cs3darknet_focus_s cspnext_tiny hrnet_w18_small inception_next_atto rexnet_100
+    ghostnet_050 ghostnetv2_100 repghostnet_050 hardcorenas_a mobilenetv1_100 mobilenetv2_050 mobilenetv3_small_050
+    mobilenetv3_large_075 mobilenetv4_conv_small_035 efficientnet_lite0 efficientnet_b0 efficientnet_es mnasnet_small
+    semnasnet_075 spnasnet_100 fbnetc_100 tinynet_e mixnet_s lcnet_035 lcnetv2_small regnetx_002 regnety_002
+    regnetz_005 nf_regnet_b0 nf_resnet26 mobileone_s0 repvgg_a0 gernet_s convnext_atto convnext_atto_ols
+    convnextv2_atto edgenext_xx_small fastvit_t8 repvit_m0_9 starnet_s050 fasternet_t0 mambaout_femto efficientvim_m1
+    shvit_s1 lowformer_b0 cpubone_nano iformer_t swiftformer_xs efficientvit_b0 mobilevit_xxs mobilevitv2_050
+    poolformer_s12 poolformerv2_s12 pvt_v2_b0 hgnetv2_b0 test_byobnet test_convnext test_convnext2 test_efficientnet
+    test_efficientnet_gn test_efficientnet_ln test_efficientnet_evos test_resnet test_nfnet test_mambaout
 """
 """Those that are taken as they are, on images of 64 x 64."""
 
+NARROW: Final = {"channels": (16, 32, 64, 128)}
 TINY_ViT: Final = {"img_size": 64, "depth": 2}
 
 TIMM_SHORTENED: Final[dict[str, tuple[int, dict[str, Any]]]] = {
     "densenet121": (64, {"block_config": (3, 3, 3, 3)}),
     "dpn48b": (64, {"k_sec": (1, 1, 1, 1)}),
-    "res2net50_14w_8s": (64, {"layers": (1, 1, 1, 1)}),
-    "resnetv2_50x1_bit": (64, {}),
+    "res2net50_14w_8s": (64, {"layers": (1, 1, 1, 1), **NARROW}),
+    "resnet50": (64, NARROW),
+    "ecaresnet26t": (64, NARROW),
+    "skresnet18": (64, NARROW),
+    "resnest14d": (64, NARROW),
+    "resnetv2_18": (64, {"channels": (32, 64, 128, 256)}),
+    "tresnet_m": (64, {"width_factor": 0.25}),
     "darknet53": (64, {}),
     "cspresnet50": (64, {}),
     "xception41": (64, {}),
@@ -188,8 +193,7 @@ TIMM_SHORTENED: Final[dict[str, tuple[int, dict[str, Any]]]] = {
     "lambda_resnet26t": (64, {"img_size": 64}),
     "convmixer_768_32": (32, {}),
     "convformer_s18": (64, {}),
-    "caformer_s18": (64, {}),
-    "rdnet_tiny": (64, {}),
+    "rdnet_tiny": (64, {"growth_rates": (16, 24, 32, 32, 32, 32, 48), "num_init_features": 16}),
     "nextvit_small": (64, {}),
     "efficientformer_l1": (224, {}),
     "efficientformerv2_s0": (64, {"img_size": 64}),
@@ -235,7 +239,7 @@ TIMM_SHORTENED: Final[dict[str, tuple[int, dict[str, Any]]]] = {
     "xcit_nano_12_p16_224": (64, TINY_ViT),
     "test_vit": (64, {"img_size": 64}),
 }
-"""Those that are made shorter, or whose images need another size, with what is passed on."""
+"""Those that are made shorter or narrower, or whose images need another size, with what is passed on."""
 
 
 def _transformers(model: str, configuration: str, inputs: Inputs, **settings: Any) -> Network:
@@ -354,17 +358,15 @@ def _torchvision(name: str, size: int = 64, **settings: Any) -> Network:
     def build() -> nn.Module:
         return importlib.import_module("torchvision.models").get_model(name, num_classes=CLASSES, **settings)
 
-    return Network("torchvision", build, images(size) if size > 0 else fields(3, 8, 32, 32))
+    return Network("torchvision", build, images(size))
 
 
 SEGMENTATION: Final = {"weights": None, "weights_backbone": None}
 
 TORCHVISION: Final = {
     "resnet18": _torchvision("resnet18"),
-    "resnext50_32x4d": _torchvision("resnext50_32x4d"),
     "alexnet": _torchvision("alexnet"),
     "googlenet": _torchvision("googlenet", aux_logits=False, init_weights=False),
-    "inception_v3": _torchvision("inception_v3", 96, aux_logits=False, init_weights=False),
     "shufflenet_v2_x0_5": _torchvision("shufflenet_v2_x0_5"),
     "squeezenet1_1": _torchvision("squeezenet1_1"),
     "mnasnet0_5": _torchvision("mnasnet0_5"),
@@ -373,11 +375,15 @@ TORCHVISION: Final = {
     "efficientnet_b0": _torchvision("efficientnet_b0"),
     "regnet_y_400mf": _torchvision("regnet_y_400mf"),
     "densenet121": _torchvision("densenet121"),
-    "convnext_tiny": _torchvision("convnext_tiny", 32),
-    "swin_t": _torchvision("swin_t"),
+    "swin": Network(
+        "torchvision",
+        lambda: importlib.import_module("torchvision.models.swin_transformer").SwinTransformer(
+            [4, 4], 24, [1, 1], [2, 4], [4, 4], num_classes=CLASSES
+        ),
+        images(64),
+    ),
     "lraspp_mobilenet_v3_large": _torchvision("lraspp_mobilenet_v3_large", **SEGMENTATION),
     "deeplabv3_mobilenet_v3_large": _torchvision("deeplabv3_mobilenet_v3_large", aux_loss=False, **SEGMENTATION),
-    "r3d_18": _torchvision("r3d_18", 0),
 }
 
 
@@ -392,14 +398,14 @@ def _smp(architecture: str, encoder: str = "resnet18", size: int = 64, **setting
 SMP: Final = {
     "unet_resnet18": _smp("Unet"),
     "unet_mobilenet_v2": _smp("Unet", "mobilenet_v2"),
-    "unetplusplus_resnet18": _smp("UnetPlusPlus"),
-    "fpn_resnet18": _smp("FPN"),
-    "deeplabv3plus_resnet18": _smp("DeepLabV3Plus"),
+    "unetplusplus_mobilenet_v2": _smp("UnetPlusPlus", "mobilenet_v2"),
+    "fpn_mobilenet_v2": _smp("FPN", "mobilenet_v2"),
+    "deeplabv3plus_mobilenet_v2": _smp("DeepLabV3Plus", "mobilenet_v2"),
     "deeplabv3_mobilenet_v2": _smp("DeepLabV3", "mobilenet_v2"),
-    "linknet_resnet18": _smp("Linknet"),
+    "linknet_mobilenet_v2": _smp("Linknet", "mobilenet_v2"),
     "manet_resnet18": _smp("MAnet"),
-    "pspnet_resnet18": _smp("PSPNet"),
-    "pan_resnet18": _smp("PAN", size=128),
+    "pspnet_mobilenet_v2": _smp("PSPNet", "mobilenet_v2"),
+    "pan_mobilenet_v2": _smp("PAN", "mobilenet_v2", size=128),
     "segformer_mit_b0": _smp("Segformer", "mit_b0"),
     "upernet_efficientnet": _smp("UPerNet", "timm-mobilenetv3_small_minimal_100"),
 }
