@@ -1,6 +1,7 @@
-"""Prints the table of docs/networks.md: how much of well-known architectures the DoF map leaves free.
+"""Prints the first table of docs/networks.md: how much of well-known architectures the DoF map leaves free.
 
-python benchmarks/networks.py > docs/networks.md
+    python benchmarks/networks.py > docs/networks.md
+    python benchmarks/zoo.py --table FILE >> docs/networks.md  # the second one
 """
 
 import importlib

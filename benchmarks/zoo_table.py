@@ -8,8 +8,8 @@ from typing import Any, Final
 
 TITLES: Final = {"nncf": "NNCF", "brevitas": "Brevitas"}
 OUTCOMES: Final = ("ok", "refused", "crashed")
-HEAD: Final = """\
-# How architectures of other libraries fare
+HEAD: Final = """
+## How architectures of other libraries fare
 
 Random weights, statistics of BatchNorms from some batches, 16 items of calibration, a finetune of a few steps: enough
 to see whether a network can be quantized, saved and proven, and too little for the accuracy that a trained one reaches.

@@ -116,5 +116,5 @@ def test_the_free_share_does_not_shrink(name, measured):
 
 
 def test_the_page_in_the_docs_is_what_the_script_prints(networks, measured):
-    """The table in docs/networks.md is up to date."""
-    assert (ROOT / "docs" / "networks.md").read_text() == networks.page(measured)
+    """The first table in docs/networks.md is up to date."""
+    assert (ROOT / "docs" / "networks.md").read_text().startswith(networks.page(measured))
