@@ -1,7 +1,8 @@
 """Prints the first table of docs/networks.md: how much of well-known architectures the DoF map leaves free.
 
-    python benchmarks/networks.py > docs/networks.md
-    python benchmarks/zoo.py --table FILE >> docs/networks.md  # the second one
+python benchmarks/networks.py > docs/networks.md
+
+The second one follows by python benchmarks/zoo.py --table FILE >> docs/networks.md.
 """
 
 import importlib

@@ -19,6 +19,7 @@ Made by `python -m tox run -e zoo -- --out FILE` and `python benchmarks/zoo.py -
   error of this library that says why. **crashed**: by any other error, or by taking more than the time limit.
 - **error**: relative L2 difference of the file's outputs from the float network's, on inputs that nothing else has
   seen. **own 8 bits**: that of the host's own quantization with 8-bit weights, where it succeeds and can be converted.
+  **from torch**: difference of the file's outputs from those of the quantized model in torch.
 - **int8**: convolutions and linear layers of the file that OpenVINO's CPU plugin runs in int8. **free**: layer inputs
   whose scales are free in every channel, without those that read the input of the network.
 - **s**: seconds of quantizing and saving, on one thread.
@@ -30,7 +31,7 @@ def page(lines: list[dict[str, Any]]) -> str:
     by_name: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for line in lines:
         by_name.setdefault((line["family"], line["name"]), {})[line["host"]] = line
-    head = "| network |" + "".join(f" {TITLES[h]} | error | own 8 bits | int8 | free | s |" for h in TITLES)
+    head = "| network |" + "".join(f" {TITLES[h]} | error | own 8 bits | from torch | int8 | free | s |" for h in TITLES)
     body = (
         f"| {name} |" + "".join(_cells(of_host.get(h)) for h in TITLES)
         for (_, name), of_host in sorted(by_name.items())
@@ -56,10 +57,10 @@ def _counts(lines: list[dict[str, Any]]) -> Iterator[str]:
 
 def _cells(line: dict[str, Any] | None) -> str:
     if line is None:
-        return " | | | | | |"
-    ours = line.get("file_to_float", line.get("torch_to_float"))
+        return " |" * 7
     own = line.get("host_to_float") if line.get("host_outcome") == "ok" else None
-    errors = " | ".join("" if e is None else f"{e:.3f}" for e in (ours, own))
+    found = line.get("file_to_float"), own, line.get("file_to_torch")
+    errors = " | ".join("" if e is None else f"{e:.3f}" for e in found)
     int8 = _of(line, ("int8_convolutions", "int8_linear"), ("convolutions", "linear"))
     free = _of(line, ("free_inputs",), ("layer_inputs",))
     seconds = line.get("quantize_seconds", 0) + line.get("save_seconds", 0)
