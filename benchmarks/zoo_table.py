@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 TITLES: Final = {"nncf": "NNCF", "brevitas": "Brevitas"}
+COLUMNS: Final = "error | own 8 bits | from torch | int8 | free | s"
 OUTCOMES: Final = ("ok", "refused", "crashed")
 HEAD: Final = """
 ## How architectures of other libraries fare
@@ -31,7 +32,7 @@ def page(lines: list[dict[str, Any]]) -> str:
     by_name: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for line in lines:
         by_name.setdefault((line["family"], line["name"]), {})[line["host"]] = line
-    head = "| network |" + "".join(f" {TITLES[h]} | error | own 8 bits | from torch | int8 | free | s |" for h in TITLES)
+    head = "| network |" + "".join(f" {title} | {COLUMNS} |" for title in TITLES.values())
     body = (
         f"| {name} |" + "".join(_cells(of_host.get(h)) for h in TITLES)
         for (_, name), of_host in sorted(by_name.items())
