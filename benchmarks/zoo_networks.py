@@ -58,6 +58,8 @@ def torchvision() -> torch.library.Library | None:
             declared.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         importlib.import_module("torchvision")
         return declared
+    except ImportError:
+        pass  # its networks will say so
     return None
 
 
@@ -214,7 +216,7 @@ TIMM_SHORTENED: Final[dict[str, tuple[int, dict[str, Any]]]] = {
     "vit_tiny_r_s16_p8_224": (128, {"img_size": 128, "depth": 2}),
     "vit_small_patch16_dinov3": (64, TINY_ViT),
     "cait_xxs24_224": (64, TINY_ViT),
-    "convit_tiny": (64, {**TINY_ViT}),
+    "convit_tiny": (64, TINY_ViT),
     "crossvit_9_240": (240, {"depth": ((1, 1, 0),) * 3}),
     "davit_tiny": (64, {"depths": (1, 1, 1, 1), "embed_dims": (32, 64, 96, 128), "num_heads": (1, 2, 3, 4)}),
     "focalnet_tiny_srf": (64, {}),
@@ -231,7 +233,7 @@ TIMM_SHORTENED: Final[dict[str, tuple[int, dict[str, Any]]]] = {
     "swinv2_tiny_window8_256": (64, {"img_size": 64, "depths": (2, 2), "num_heads": (3, 6), "embed_dim": 48}),
     "swinv2_cr_tiny_224": (64, {"img_size": 64, "depths": (2, 2), "num_heads": (3, 6), "embed_dim": 48}),
     "tiny_vit_5m_224": (64, {}),
-    "tnt_s_patch16_224": (64, {**TINY_ViT}),
+    "tnt_s_patch16_224": (64, TINY_ViT),
     "twins_pcpvt_small": (64, {"img_size": 64, "depths": (1, 1, 1, 1)}),
     "twins_svt_small": (64, {"img_size": 64, "depths": (1, 2, 2, 1)}),
     "vitamin_small_224": (64, {"img_size": 64}),
