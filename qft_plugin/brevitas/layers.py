@@ -7,7 +7,6 @@ from typing import Any, Final
 import brevitas.nn as qnn
 from torch import Tensor, nn
 
-from qft_plugin.bounded import replace_modules
 from qft_plugin.brevitas.quantizers import (
     QFTInt4WeightDoublyPerChannelFloat,
     QFTInt4WeightPerChannelFloat,
@@ -15,6 +14,7 @@ from qft_plugin.brevitas.quantizers import (
     QFTInt8ActPerTensorFloat,
     QFTUint8ActPerTensorFloat,
 )
+from qft_plugin.model import replace_modules
 from qft_plugin.spec import QFTConfig
 
 QUANTIZED: Final[dict[type[nn.Module], type[nn.Module]]] = {

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from qft_plugin.bounded import replace_modules
 from qft_plugin.brevitas.layers import QUANTIZED
 from qft_plugin.data import Call
-from qft_plugin.model import version_of
+from qft_plugin.model import replace_modules, version_of
 from qft_plugin.norms import NORMS
 from qft_plugin.record import function_name
 from qft_plugin.relations import LAYERS

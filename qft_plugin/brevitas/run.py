@@ -17,6 +17,7 @@ from qft_plugin.brevitas.version import check_version
 from qft_plugin.brevitas.write import write
 from qft_plugin.channelwise import Rescaled
 from qft_plugin.data import Call, Inputs, as_call
+from qft_plugin.deploy.images import keep_images
 from qft_plugin.distributed import agreed, joined
 from qft_plugin.errors import ConfigError
 from qft_plugin.finetune import FinetuneResult
@@ -187,6 +188,7 @@ def _initialize(model: nn.Module, inputs: Inputs, config: QFTConfig) -> None:
     if config.finetune is None:
         check_accumulators(begin.dof)
     write(model, source, begin)
+    keep_images(model, inputs)
 
 
 def _finetune(
@@ -207,4 +209,5 @@ def _finetune(
         )
     result = train(begin, problem, targets, config, callback=callback)
     write(model, source, begin)
+    keep_images(model, inputs)
     return result

@@ -3,24 +3,26 @@
 import contextlib
 import copy
 import dataclasses
-import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from brevitas.core.quant import IntQuant
 from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from brevitas.quant_tensor import QuantTensor
 from torch import Tensor, nn
 
-from qft_plugin.data import as_call
+from qft_plugin.data import Call
 from qft_plugin.deploy import qcdq, qonnx
 from qft_plugin.deploy.files import checked_path, draft_of
+from qft_plugin.deploy.images import call_of, calls_of, kept_images
+from qft_plugin.deploy.watched import Grid, Quantizer, Watched
 from qft_plugin.distributed import once
 from qft_plugin.errors import DeployabilityError
-from qft_plugin.model import accepts, evaluating
+from qft_plugin.model import evaluating, in_float32
 
 OPSET: Final = 14
 """The first with torch's attention function; quantization per channel, and Brevitas' exporters, begin with 13."""
@@ -38,7 +40,7 @@ def save_qonnx(
         model: any Brevitas model.
         path: of the file, `*.onnx`.
         example_input: one input, as for the model; the file is for its shape.
-        check: compare integers and outputs before the file takes its place.
+        check: prove constants and layers before the file takes its place (`qft_plugin.deploy.proof`).
 
     Raises:
         DeployabilityError: the path cannot be written.
@@ -52,13 +54,18 @@ def save_qonnx(
         file = onnx.load(made.draft)
         qonnx.widen_bias_constants(file)
         onnx.save(file, made.draft)
-        report = qonnx.inspect_file(made.draft, integers=made.integers, inputs=made.inputs, outputs=made.outputs)
+        report = qonnx.inspect_file(made.draft, watched=made.watched, example=made.example)
     return replace(report, path=made.target)
 
 
 @once
 def save_qcdq(
-    model: nn.Module, path: str | os.PathLike[str], example_input: Any, *, check: bool = True
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_input: Any,
+    *,
+    check: bool = True,
+    images: Iterable[Any] | None = None,
 ) -> qcdq.QCDQReport:
     """Save a Brevitas model as QCDQ in standard ONNX, and prove that ONNX Runtime and OpenVINO compute the same.
 
@@ -69,7 +76,9 @@ def save_qcdq(
         model: any Brevitas model whose weights have scales per tensor or per output channel, such as `fold` returns.
         path: of the file, `*.onnx`.
         example_input: one input, as for the model; its first axis (images) stays free in the file.
-        check: compare integers and outputs before the file takes its place.
+        check: prove constants and layers before the file takes its place (`qft_plugin.deploy.proof`).
+        images: batches of other inputs to prove it with, each as for the model; `None` takes the first images that the
+            model was quantized with.
 
     Raises:
         DeployabilityError: the scale of a weight differs by input channel, which QCDQ cannot express (it names the
@@ -91,7 +100,8 @@ def save_qcdq(
         qcdq.strip_weight_clips(file)
         qcdq.shift_behind_concatenations(file)
         onnx.save(file, made.draft)
-        report = qcdq.inspect_file(made.draft, integers=made.integers, inputs=made.inputs, outputs=made.outputs)
+        others = kept_images(model) if images is None else calls_of(model, images)
+        report = qcdq.inspect_file(made.draft, watched=made.watched, example=made.example, images=others)
     return replace(report, path=made.target)
 
 
@@ -101,9 +111,8 @@ class _Exported:
 
     target: Path
     draft: Path
-    integers: dict[str, Tensor] | None
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    watched: Watched | None
+    example: Call
 
 
 @contextlib.contextmanager
@@ -118,26 +127,14 @@ def _exported(
 ) -> Iterator[_Exported]:
     """Export a model to a draft; the draft takes the place of the target where nothing was raised."""
     target = checked_path(path, ".onnx")
-    args, kwargs = as_call(example_input, accepts=accepts(model))
-    model, args, kwargs = _in_float32(model, args, kwargs)
-    # The file has its inputs in the order of the forward's arguments.
-    names = [n for n in inspect.signature(model.forward).parameters if n in kwargs]
-    names += [n for n in kwargs if n not in names]
-    inputs = (*args, *(kwargs[n] for n in names))
+    model, example_input = in_float32(model, example_input)
+    args, kwargs = call_of(model, example_input)
+    inputs = (*args, *kwargs.values())
     with evaluating(model), torch.no_grad(), _attention_in_parts(), draft_of(target) as draft:
-        called: set[nn.Module] = set()
-        handles = [m.register_forward_hook(lambda m, *_: called.add(m)) for _, m in _quantized_layers(model)]
-        try:
-            outputs = tuple(_tensors(model(*args, **kwargs)))
-        finally:
-            for handle in handles:
-                handle.remove()
-        ran = {f"{name}.weight" for name, layer in _quantized_layers(model) if layer in called}
-        integers = {name: t for name, t in weight_integers(model).items() if name in ran} if check else None
         axes = {f"input_{i}": {0: "batch"} for i in range(len(inputs))} if free_batch else None
         # The exporter of torch 2.9 and later keeps weights in float and refuses quantized biases.
         export(
-            _Exportable(copy.deepcopy(model), names),
+            _Exportable(copy.deepcopy(model), tuple(kwargs)),
             args=inputs,
             export_path=str(draft),
             dynamo=False,
@@ -145,8 +142,33 @@ def _exported(
             input_names=[f"input_{i}" for i in range(len(inputs))],
             dynamic_axes=axes,
         )
-        yield _Exported(target, draft, integers, inputs, outputs)
+        yield _Exported(target, draft, watched(model) if check else None, (args, kwargs))
         os.replace(draft, target)
+
+
+def watched(model: nn.Module) -> Watched:
+    """Return a model of Brevitas with what a proof must know of its quantizers."""
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, IntQuant):
+            names.setdefault(module, name)
+    quantizers = [Quantizer(module, _layer_name(name), _reader(module)) for module, name in names.items()]
+    return Watched(model, quantizers, _tensors)
+
+
+def _layer_name(path: str) -> str:
+    """Name a quantizer by its layer and what of it is quantized."""
+    parts = path.split(".")
+    end = next((k for k, part in enumerate(parts) if part.endswith("_quant")), len(parts) - 1)
+    return ".".join(parts[: end + 1])
+
+
+def _reader(module: Any) -> Any:
+    def read(args: tuple[Any, ...]) -> tuple[Tensor, Grid]:
+        scale, zero_point, bits, x = args
+        return x, Grid(scale, zero_point, int(module.min_int(bits)), int(module.max_int(bits)))
+
+    return read
 
 
 @contextlib.contextmanager
@@ -168,19 +190,6 @@ def weight_integers(model: nn.Module) -> dict[str, Tensor]:
         quantized = layer.weight_quant(layer.weight)
         integers[f"{name}.weight"] = (quantized.value / quantized.scale + quantized.zero_point).round()
     return integers
-
-
-def _in_float32(
-    model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
-) -> tuple[nn.Module, tuple[Tensor, ...], dict[str, Tensor]]:
-    """Return a model in float64, and its inputs, in float32, which runtimes compute in; any other as it is."""
-    if all(p.dtype != torch.float64 for p in model.parameters()):
-        return model, args, kwargs
-
-    def single(t: Tensor) -> Tensor:
-        return t.float() if t.dtype == torch.float64 else t
-
-    return copy.deepcopy(model).float(), tuple(map(single, args)), {name: single(t) for name, t in kwargs.items()}
 
 
 class _Exportable(nn.Module):

@@ -22,6 +22,7 @@ from qft_plugin.brevitas.save import weight_integers
 from qft_plugin.brevitas.scalings import ActivationScaling, WeightScaling
 from qft_plugin.brevitas.twin import activation_scaling, weight_scaling
 from qft_plugin.channelwise import Rescaled
+from qft_plugin.deploy.images import hand_images_on
 from qft_plugin.deployed import deployed_weights, folded_tensors
 from qft_plugin.elements import moved_to
 from qft_plugin.errors import ConfigError, DeployabilityError
@@ -151,6 +152,7 @@ def fold(model: nn.Module, *, bias_bits: int | None = None) -> nn.Module:
             scaling = activation_scaling(proxy) if isinstance(proxy, nn.Module) else None
             if scaling is not None:
                 setattr(module, attribute, _fixed_activation(module, proxy, scaling, proxies))
+    hand_images_on(model, folded)  # a copy of an fx module has lost them
     return folded.eval()  # new quantizers start in train mode
 
 

@@ -1,7 +1,6 @@
 """OpenVINO IR with 4-bit weights that CPUs run in int8, and the proof that it computes what the student computes."""
 
 import logging
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,11 +8,12 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from qft_plugin.data import Call
 from qft_plugin.deploy.files import checked_path, draft_of
-from qft_plugin.deploy.parity import compare_outputs, find_integers
+from qft_plugin.deploy.ir_view import F32, IRFile, constant_integers
+from qft_plugin.deploy.proof import Proof, prove
+from qft_plugin.deploy.watched import Watched
 from qft_plugin.errors import DeployabilityError
 
 logger = logging.getLogger("qft_plugin")
@@ -32,18 +32,26 @@ class OpenVINOReport:
     Attributes:
         path: the XML file.
         bytes: size of both files together.
-        weights: how many quantized weights were compared, each equal in every integer; 0 where not checked.
-        relative_error: largest relative L2 difference of an output from torch; NaN where not checked.
+        proof: what was proved of it, and how it differs from torch; empty where it was not checked.
         convolutions: runtime precision (`"i8"`, `"u8"`, `"f32"`, ...) of every convolution by its runtime name.
         linear: likewise of every fully connected layer.
     """
 
     path: Path
     bytes: int
-    weights: int
-    relative_error: float
+    proof: Proof
     convolutions: Mapping[str, str]
     linear: Mapping[str, str]
+
+    @property
+    def weights(self) -> int:
+        """How many quantized weights were compared, each equal in every integer."""
+        return self.proof.weights
+
+    @property
+    def relative_error(self) -> float:
+        """Largest relative L2 difference of an output from torch; NaN where it was not checked."""
+        return self.proof.from_torch.relative
 
     @property
     def int8_convolutions(self) -> int:
@@ -78,25 +86,14 @@ def set_weight_storage(model: Any, storage: Storage) -> None:
             target.replace_source_output(replacement.output(0))
 
 
-def constant_integers(constant: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Read the integers of a 4-bit or 8-bit constant, in its shape."""
-    shape = tuple(constant.get_output_shape(0))
-    if constant.get_element_type().get_type_name() != "i4":
-        return np.asarray(constant.data, dtype=np.int64).reshape(shape)
-    packed = np.asarray(constant.data).view(np.uint8).reshape(-1)
-    # Two values to a byte, the first one in the low half, each in two's complement.
-    nibbles = np.stack([packed & 0xF, packed >> 4], axis=1).reshape(-1)[: math.prod(shape)].astype(np.int64)
-    return np.where(nibbles > 7, nibbles - 16, nibbles).reshape(shape)
-
-
 def save(
     model: Any,
     path: str | os.PathLike[str],
     *,
     storage: Storage = "i4",
-    integers: Mapping[str, Tensor] | None = None,
-    inputs: Sequence[Tensor] = (),
-    outputs: Sequence[Tensor] = (),
+    watched: Watched | None = None,
+    example: Call,
+    images: Sequence[Call] = (),
 ) -> OpenVINOReport:
     """Write an IR and prove it; the files appear whole and only if the proof holds.
 
@@ -104,9 +101,9 @@ def save(
         model: an `openvino.Model` converted from the quantized torch model.
         path: of the XML file; the weights go beside it as `.bin`.
         storage: see `set_weight_storage`.
-        integers: the integers of every quantized weight by name; `None` skips the proof.
-        inputs: one input of the network, in the order of its arguments.
-        outputs: what torch computes for it.
+        watched: the torch model; `None` skips the proof.
+        example: the arguments that the model was converted with.
+        images: other arguments to prove it with.
 
     Raises:
         DeployabilityError: the path cannot be written, or the storage is unknown.
@@ -121,92 +118,55 @@ def save(
     with draft_of(target) as draft:
         # Half-precision constants would round the scales, and the integers would mean something else.
         openvino.save_model(model, draft, compress_to_fp16=False)
-        report = inspect_file(draft, integers=integers, inputs=inputs, outputs=outputs)
+        report = inspect_file(draft, watched=watched, example=example, images=images)
         os.replace(draft.with_suffix(".bin"), target.with_suffix(".bin"))
         os.replace(draft, target)
     return replace(report, path=target)
 
 
-def inspect_file(
-    path: Path, *, integers: Mapping[str, Tensor] | None, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
-) -> OpenVINOReport:
-    """Read an IR back, compare it with the torch model and report the precision that each layer runs in.
+def inspect_file(path: Path, *, watched: Watched | None, example: Call, images: Sequence[Call] = ()) -> OpenVINOReport:
+    """Read an IR back, prove it, and report the precision that each layer runs in.
 
     Args:
         path: of the XML file.
-        integers: the integers of every quantized weight by name; `None` compares nothing.
-        inputs: one input of the network.
-        outputs: what torch computes for it.
+        watched: the torch model; `None` skips the proof.
+        example: the arguments that the model was converted with.
+        images: other arguments to prove it with.
 
     Raises:
-        ParityError: an integer or an output differs; it names the weight or the output.
+        ParityError: a constant or a layer differs; it names the layer.
     """
     import openvino
 
     model = openvino.Core().read_model(path)
-    if integers is not None:
-        _compare_integers(model, integers)
-    ran = run_on_cpu(model, inputs if integers is not None else ())
-    error = math.nan
-    if integers is not None and len(inputs):
-        error = compare_outputs(ran.outputs, outputs, runtime="the IR")
+    proof = Proof() if watched is None else prove(watched, IRFile(model, free_batch=True), example, images)[0]
     size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
-    compared = 0 if integers is None else len(integers)
-    return OpenVINOReport(path, size, compared, error, ran.convolutions, ran.linear)
+    convolutions, linear = precisions(model)
+    return OpenVINOReport(path, size, proof, convolutions, linear)
 
 
-@dataclass(frozen=True)
-class CPURun:
-    """How a model ran on OpenVINO's CPU plugin.
-
-    Attributes:
-        outputs: what it computed; empty without inputs.
-        convolutions: runtime precision of every convolution by its runtime name.
-        linear: likewise of every fully connected layer.
-    """
-
-    outputs: tuple[Tensor, ...]
-    convolutions: Mapping[str, str]
-    linear: Mapping[str, str]
-
-
-def run_on_cpu(model: Any, inputs: Sequence[Tensor]) -> CPURun:
-    """Compile an `openvino.Model` for the CPU, run it once, and read back the precision that each layer runs in.
+def precisions(model: Any) -> tuple[dict[str, str], dict[str, str]]:
+    """Compile an `openvino.Model` for the CPU and read back the precision that each layer runs in.
 
     Args:
         model: an `openvino.Model`.
-        inputs: one input of the network; nothing is run where there is none.
+
+    Returns:
+        The runtime precision of every convolution, and of every fully connected layer, by its runtime name.
     """
     import openvino
 
-    # On CPUs with bf16 units the default would round everything that is not quantized.
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    outputs: tuple[Tensor, ...] = ()
-    if len(inputs):
-        result = compiled([t.detach().cpu().numpy() for t in inputs])
-        outputs = tuple(torch.from_numpy(np.array(result[o])) for o in compiled.outputs)
-    precisions: dict[str, dict[str, str]] = {"convolution": {}, "linear": {}}
+    compiled = openvino.Core().compile_model(model, "CPU", dict(F32))
+    convolutions, linear = {}, {}
     for op in compiled.get_runtime_model().get_ops():
         info = op.get_rt_info()
         layer = _text(info, "layerType")
         if layer in COUNTED:
-            precisions["convolution"][op.get_friendly_name()] = _text(info, "runtimePrecision")
+            convolutions[op.get_friendly_name()] = _text(info, "runtimePrecision")
         elif layer in ("FullyConnected", "MatMul"):
-            precisions["linear"][op.get_friendly_name()] = _text(info, "runtimePrecision")
-    return CPURun(outputs, precisions["convolution"], precisions["linear"])
+            linear[op.get_friendly_name()] = _text(info, "runtimePrecision")
+    return convolutions, linear
 
 
 def _text(info: Any, key: str) -> str:
     return str(info[key].astype(str)) if key in info else ""
-
-
-def _compare_integers(model: Any, integers: Mapping[str, Tensor]) -> None:
-    """Find every weight among the constants of the file, equal in every integer."""
-    find_integers(
-        [
-            constant_integers(op).reshape(-1)
-            for op in model.get_ops()
-            if op.get_type_name() == "Constant" and op.get_element_type().get_type_name() in ("i4", "i8")
-        ],
-        integers,
-    )

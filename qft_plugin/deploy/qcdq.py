@@ -1,17 +1,18 @@
 """QCDQ (quantize, clip, dequantize in standard ONNX): making it run in int8, and the proof of what it computes."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from qft_plugin.deploy.openvino import INT8, run_on_cpu
-from qft_plugin.deploy.parity import compare_outputs, find_integers
+from qft_plugin.data import Call
+from qft_plugin.deploy.onnx_view import ONNXFile, in_onnx_runtime, in_openvino
+from qft_plugin.deploy.openvino import INT8, precisions
+from qft_plugin.deploy.proof import Proof, prove
+from qft_plugin.deploy.watched import Watched
+from qft_plugin.errors import ParityError
 
 BETWEEN: Final = frozenset(["Relu", "MaxPool", "Identity", "Reshape", "Flatten", "Transpose", "Slice", "Split", "Clip"])
 """What may stand between a concatenation and its quantizer."""
@@ -24,21 +25,33 @@ class QCDQReport:
     Attributes:
         path: the file.
         bytes: its size.
-        weights: how many weights were compared, each equal in every integer; 0 where not checked.
-        relative_error: largest relative L2 difference of an output of ONNX Runtime, without its optimizations, from
-            torch; NaN where not checked.
-        openvino_error: likewise of OpenVINO.
+        proof: what was proved of it in ONNX Runtime, without its optimizations; empty where it was not checked.
+        openvino: likewise in OpenVINO.
         convolutions: OpenVINO's runtime precision (`"i8"`, `"u8"`, `"f32"`, ...) of every convolution by its name.
         linear: likewise of every fully connected layer.
     """
 
     path: Path
     bytes: int
-    weights: int
-    relative_error: float
-    openvino_error: float
+    proof: Proof
+    openvino: Proof
     convolutions: Mapping[str, str]
     linear: Mapping[str, str]
+
+    @property
+    def weights(self) -> int:
+        """How many quantized weights were compared, each equal in every integer."""
+        return self.proof.weights
+
+    @property
+    def relative_error(self) -> float:
+        """Largest relative L2 difference of an output of ONNX Runtime from torch; NaN where it was not checked."""
+        return self.proof.from_torch.relative
+
+    @property
+    def openvino_error(self) -> float:
+        """Likewise of OpenVINO."""
+        return self.openvino.from_torch.relative
 
     @property
     def int8_convolutions(self) -> int:
@@ -58,6 +71,9 @@ def strip_weight_clips(model: Any) -> int:
 
     Returns:
         How many clips were removed.
+
+    Raises:
+        ParityError: a constant is not in range, so that the clip would change it.
     """
     from onnx import numpy_helper
 
@@ -71,9 +87,14 @@ def strip_weight_clips(model: Any) -> int:
         if node.op_type != "Clip" or not all(name in constants for name in node.input):
             continue
         values, low, high = (constants[name] for name in node.input)
-        if low <= values.min() and values.max() <= high:
-            renamed[node.output[0]] = node.input[0]
-            graph.node.remove(node)
+        outside = int(((values < low) | (values > high)).sum())
+        if outside:
+            raise ParityError(
+                f"Constant {node.input[0]}: its integers should be from {low} to {high}, as its clip {node.name} says. "
+                f"Found {outside} of {values.size} outside, which the model does not have. Please report the model."
+            )
+        renamed[node.output[0]] = node.input[0]
+        graph.node.remove(node)
     for node in graph.node:
         for place, name in enumerate(node.input):
             node.input[place] = renamed.get(name, name)
@@ -126,51 +147,30 @@ def shift_behind_concatenations(model: Any) -> int:
     return len(shifted)
 
 
-def inspect_file(
-    path: Path, *, integers: Mapping[str, Tensor] | None, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
-) -> QCDQReport:
-    """Check a file, run it in ONNX Runtime and OpenVINO, and compare it with the torch model.
+def inspect_file(path: Path, *, watched: Watched | None, example: Call, images: Sequence[Call] = ()) -> QCDQReport:
+    """Check a file, prove it in ONNX Runtime and in OpenVINO, and report the precision that each layer runs in.
 
     Args:
         path: the file.
-        integers: the integers of every quantized weight by name; `None` compares nothing.
-        inputs: one input of the network.
-        outputs: what torch computes for it.
+        watched: the torch model; `None` skips the proof.
+        example: the arguments that the model was exported with.
+        images: other arguments to prove it with.
 
     Raises:
-        ParityError: an integer or an output differs; it names the weight or the output.
+        ParityError: a constant or a layer differs; it names the layer.
         onnx.checker.ValidationError: the file is not valid ONNX.
     """
     import onnx
     import openvino
-    from onnx import numpy_helper
 
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
-    ran = run_on_cpu(openvino.Core().read_model(path), inputs if integers is not None else ())
-    errors = math.nan, math.nan
-    if integers is not None:
-        int8 = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8]
-        find_integers([numpy_helper.to_array(t).astype(np.int64).reshape(-1) for t in int8], integers)
-        errors = (
-            compare_outputs(run(path, inputs), outputs, runtime="ONNX Runtime"),
-            compare_outputs(ran.outputs, outputs, runtime="OpenVINO"),
-        )
-    return QCDQReport(path, path.stat().st_size, len(integers or ()), *errors, ran.convolutions, ran.linear)
-
-
-def run(path: Path, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Run a file in ONNX Runtime as it stands: with its optimizations it would use kernels that round differently.
-
-    Args:
-        path: the file.
-        inputs: one input of the network.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [i.name for i in session.get_inputs()]
-    values = {name: t.detach().cpu().numpy() for name, t in zip(names, inputs, strict=True)}
-    return tuple(torch.from_numpy(np.array(o)) for o in session.run(None, values))
+    proof = in_openvino_proof = Proof()
+    if watched is not None:
+        files = [
+            ONNXFile(model, runtime=runtime, free_batch=True, run=run)
+            for runtime, run in (("ONNX Runtime", in_onnx_runtime(model)), ("OpenVINO", in_openvino(path)))
+        ]
+        proof, in_openvino_proof = prove(watched, files[0], example, images, others=files[1:])
+    convolutions, linear = precisions(openvino.Core().read_model(path))
+    return QCDQReport(path, path.stat().st_size, proof, in_openvino_proof, convolutions, linear)

@@ -1,6 +1,7 @@
 """QONNX: what the clean-ups of its tools need, and the proof by QONNX' own executor of what a file computes."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qft_plugin.deploy.parity import compare_outputs, find_integers
+from qft_plugin.data import Call
+from qft_plugin.deploy.onnx_view import ONNXFile
+from qft_plugin.deploy.proof import Proof, prove
+from qft_plugin.deploy.watched import Watched
 
 
 @dataclass(frozen=True)
@@ -20,15 +24,23 @@ class QONNXReport:
         path: the file.
         bytes: its size.
         quantizers: how many `Quant` nodes it has, by bit width.
-        weights: how many weights were compared, each equal in every integer; 0 where not checked.
-        relative_error: largest relative L2 difference of an output from torch; NaN where not checked.
+        proof: what was proved of it; empty where it was not checked.
     """
 
     path: Path
     bytes: int
     quantizers: Mapping[int, int]
-    weights: int
-    relative_error: float
+    proof: Proof
+
+    @property
+    def weights(self) -> int:
+        """How many quantized weights were compared, each equal in every integer."""
+        return self.proof.weights
+
+    @property
+    def relative_error(self) -> float:
+        """Largest relative L2 difference of an output from torch; NaN where it was not checked."""
+        return self.proof.from_torch.relative
 
 
 def widen_bias_constants(model: Any) -> int:
@@ -63,51 +75,40 @@ def widen_bias_constants(model: Any) -> int:
     return changed
 
 
-def run(model: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Execute a QONNX model node by node.
+def in_executor(model: Any) -> Callable[[Sequence[Tensor], Sequence[str]], list[Tensor]]:
+    """Return a QONNX model in QONNX' own executor, node by node.
 
     Args:
         model: what `load` returned.
-        inputs: one input of the network, in the order of the file's inputs, of the shapes that it was exported with.
     """
     from qonnx.core.onnx_exec import execute_onnx
 
-    names = [i.name for i in model.graph.input]
-    values = {name: t.detach().cpu().numpy() for name, t in zip(names, inputs, strict=True)}
-    result = execute_onnx(model, values)
-    return tuple(torch.from_numpy(np.array(result[o.name])) for o in model.graph.output)
+    def run(inputs: Sequence[Tensor], shown: Sequence[str]) -> list[Tensor]:
+        values = {i.name: t.detach().cpu().numpy() for i, t in zip(model.graph.input, inputs, strict=True)}
+        result = execute_onnx(model, values, return_full_exec_context=True)
+        return [torch.from_numpy(np.array(result[name])) for name in [*(o.name for o in model.graph.output), *shown]]
+
+    return run
 
 
-def inspect_file(
-    path: Path, *, integers: Mapping[str, Tensor] | None, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
-) -> QONNXReport:
-    """Read a file back and compare it with the torch model.
+def inspect_file(path: Path, *, watched: Watched | None, example: Call) -> QONNXReport:
+    """Read a file back and prove it.
 
     Args:
         path: the file.
-        integers: the integers of every quantized weight by name; `None` compares nothing.
-        inputs: one input of the network.
-        outputs: what torch computes for it.
+        watched: the torch model; `None` skips the proof.
+        example: the arguments that the model was exported with; the file is for their shapes.
 
     Raises:
-        ParityError: an integer or an output differs; it names the weight or the output.
+        ParityError: a constant or a layer differs; it names the layer.
     """
     model = load(path)
-    nodes = [node for node in model.graph.node if node.op_type == "Quant"]
-    widths: dict[int, int] = {}
-    constants = []
-    for node in nodes:
-        bits = int(model.get_initializer(node.input[3]))
-        widths[bits] = widths.get(bits, 0) + 1
-        W = model.get_initializer(node.input[0])
-        if W is not None:
-            scale, zero_point = (model.get_initializer(name) for name in node.input[1:3])
-            constants.append(np.rint(W / scale + zero_point).astype(np.int64).reshape(-1))
-    error = float("nan")
-    if integers is not None:
-        find_integers(constants, integers)
-        error = compare_outputs(run(model, inputs), outputs, runtime="the QONNX file")
-    return QONNXReport(path, path.stat().st_size, widths, len(integers or ()), error)
+    widths = Counter(int(model.get_initializer(n.input[3])) for n in model.graph.node if n.op_type == "Quant")
+    proof = Proof()
+    if watched is not None:
+        file = ONNXFile(model.model, runtime="QONNX' executor", free_batch=False, run=in_executor(model))
+        (proof,) = prove(watched, file, example)
+    return QONNXReport(path, path.stat().st_size, dict(widths), proof)
 
 
 def load(path: Path) -> Any:

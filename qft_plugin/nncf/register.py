@@ -23,6 +23,7 @@ from nncf.quantization.advanced_parameters import (
 from torch import nn
 
 from qft_plugin.data import Inputs
+from qft_plugin.deploy.images import keep_images
 from qft_plugin.distributed import agreed, joined
 from qft_plugin.errors import ConfigError, DataError, HostError
 from qft_plugin.finetune import Step
@@ -125,7 +126,9 @@ def _quantize(
             targets = targets_of(teacher(source, problem.at), problem, config)
             start = initialize(sys.modules["qft_plugin.nncf"], problem, request, config)
         result = train(start, problem, targets, config, callback=report)
-        return Job(write(start.placed, start.dof), problem.dof_map, result)
+        quantized = write(start.placed, start.dof)
+        keep_images(quantized, inputs)
+        return Job(quantized, problem.dof_map, result)
 
 
 def _config(algorithm: Any) -> QFTConfig:

@@ -1,22 +1,22 @@
 """Out of NNCF to OpenVINO."""
 
-import inspect
 import os
-import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from nncf.torch.function_hook import get_hook_storage
 from nncf.torch.function_hook.hook_storage import decode_hook_name
-from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
-from nncf.torch.quantization.layers import SymmetricQuantizer
+from nncf.torch.quantization.layers import AsymmetricQuantizer, SymmetricQuantizer
 from torch import Tensor, nn
-from torch.jit._trace import TracerWarning
 
+from qft_plugin.deploy.images import call_of, calls_of, kept_images
 from qft_plugin.deploy.openvino import OpenVINOReport, Storage, save
+from qft_plugin.deploy.watched import Grid, Quantizer, Watched
 from qft_plugin.distributed import once
 from qft_plugin.errors import DeployabilityError
-from qft_plugin.model import evaluating, in_float32, returning_tensors, tensor_of, tensors_in
+from qft_plugin.model import evaluating, in_float32
+from qft_plugin.nncf.convert import converted
 from qft_plugin.nncf.read import HOOKS_ATTRIBUTE
 from qft_plugin.nncf.write import without_compiler
 
@@ -29,6 +29,7 @@ def save_openvino(
     *,
     weights: Storage = "i4",
     check: bool = True,
+    images: Iterable[Any] | None = None,
 ) -> OpenVINOReport:
     """Save a quantized model as OpenVINO IR, and prove that the file computes the same.
 
@@ -39,81 +40,67 @@ def save_openvino(
             (images) stays free in the file.
         weights: `"i4"` stores 4-bit weights in 4 bits and runs them in int8; `"i4_plain"` is for NPUs and runs in f32
             on CPUs; `"i8"` stores 8 bits.
-        check: compare integers and outputs of the written file with the model's before it takes its place.
+        check: prove constants and layers of the written file before it takes its place (`qft_plugin.deploy.proof`).
+        images: batches of other inputs to prove it with, each as for the model; `None` takes the first images that the
+            model was quantized with.
 
     Returns:
         Sizes, differences, and the precision that each layer runs in on this CPU.
 
     Raises:
-        DeployabilityError: the model is not quantized by NNCF, or the path cannot be written.
+        DeployabilityError: the model is not quantized by NNCF, cannot be traced, or the path cannot be written.
         ParityError: the file differs from the model; nothing is written.
     """
-    import openvino
-
     if HOOKS_ATTRIBUTE not in dict(model.named_children()):
         raise DeployabilityError(
             f"The model should come from nncf.quantize. Found a {type(model).__name__} without quantizers. "
             "Quantize it first; a float model is converted with openvino.convert_model."
         )
     model, example_input = in_float32(model, example_input)
-    with evaluating(model), torch.no_grad(), without_compiler(), warnings.catch_warnings():
-        # The trace reads the quantizers' constants as Python numbers, which is what is wanted.
-        warnings.simplefilter("ignore", TracerWarning)
-        integers = weight_integers(model, example_input) if check else None
-        call = example_input if isinstance(example_input, (tuple, dict)) else (example_input,)
-        # The file has its inputs in the order of the forward's arguments, whatever the order of the dictionary.
-        names = [n for n in inspect.signature(model.forward).parameters if isinstance(call, dict) and n in call]
-        inputs = [call[n] for n in names] if isinstance(call, dict) else list(call)
-        result = model(**call) if isinstance(call, dict) else model(*call)
-        with returning_tensors(model):
-            converted = openvino.convert_model(model, example_input=example_input)
-    return save(converted, path, storage=weights, integers=integers, inputs=inputs, outputs=list(tensors_in(result)))
+    with evaluating(model), torch.no_grad(), without_compiler():
+        ir = converted(model, example_input)
+        example = call_of(model, example_input)
+        others = kept_images(model) if images is None else calls_of(model, images)
+        return save(
+            ir, path, storage=weights, watched=watched(model) if check else None, example=example, images=others
+        )
+
+
+def watched(model: nn.Module) -> Watched:
+    """Return a model of NNCF with what a proof must know of its quantizers."""
+    quantizers = [
+        Quantizer(hook, _layer_name(name), _reader(hook))
+        for name, hook in get_hook_storage(model).named_hooks()
+        if isinstance(hook, (SymmetricQuantizer, AsymmetricQuantizer))
+    ]
+    return Watched(model, quantizers)
+
+
+def _layer_name(hook: str) -> str:
+    """Name the call that a hook belongs to."""
+    op: str = decode_hook_name(hook)[1]
+    return op.lstrip("/")
+
+
+def _reader(hook: Any) -> Any:
+    def read(args: tuple[Any, ...]) -> tuple[Tensor, Grid]:
+        x = args[0] if isinstance(args[0], Tensor) else args[0][0]  # values and indices of a pool
+        low, high, scale, zero_point = hook.get_parameters_for_torch_fq()
+        # NNCF flattens the scales; they stand on the axes that they were made for.
+        shape = tuple(hook.scale_shape) if len(hook.scale_shape) == x.dim() else (-1, *(1,) * (x.dim() - 1))
+        shape = shape if scale.numel() > 1 else ()
+        scale, zero_point = scale.detach().reshape(shape), zero_point.detach().to(scale).reshape(shape)
+        return x, Grid(scale, zero_point, int(low), int(high))
+
+    return read
 
 
 def weight_integers(model: nn.Module, example_input: Any) -> dict[str, Tensor]:
-    """Return the integers of every weight that NNCF's symmetric quantizers quantize, by name of the weight."""
-    storage = get_hook_storage(model)
-    graph = build_nncf_graph(model, example_input)
-    integers = {}
-    for name, hook in storage.named_hooks(remove_duplicate=False):
-        kind, op, port = decode_hook_name(name)
-        if kind != "pre_hooks" or not isinstance(hook, SymmetricQuantizer):
-            continue
-        constant = _constant(graph, op, port)
-        if constant is not None:
-            W = tensor_of(model, constant)  # a parameter or a buffer
-            integers[constant] = (W / (hook.scale / hook.level_high)).round().clamp(hook.level_low, hook.level_high)
-    return integers
+    """Return the integers of every weight that NNCF's quantizers quantize, by name of the weight.
 
-
-def _constant(graph: Any, op: str, port: int) -> str | None:
-    """Find the parameter that an input port reads, through the quantizer that the graph of a quantized model shows.
-
-    An activation has parameters among its sources too, such as a class token, but none of them is what is quantized.
+    Args:
+        model: what `nncf.quantize` returned.
+        example_input: one input, as for the model.
     """
-    for edge in graph.get_input_edges(graph.get_node_by_name(op)):
-        if edge.input_port_id != port:
-            continue
-        node = edge.from_node
-        if _reads_inputs(graph, node):
-            return None
-        while node.node_type != "nncf_model_const":
-            before = graph.get_input_edges(node)
-            if not before:
-                return None
-            node = min(before, key=lambda e: e.input_port_id).from_node
-        return str(node.node_name)
-    return None
-
-
-def _reads_inputs(graph: Any, node: Any) -> bool:
-    """Whether a tensor depends on an input of the network."""
-    seen, left = set(), [node]
-    while left:
-        node = left.pop()
-        if node.node_type == "nncf_model_input":
-            return True
-        if node.node_name not in seen:
-            seen.add(node.node_name)
-            left += [edge.from_node for edge in graph.get_input_edges(node)]
-    return False
+    with evaluating(model), torch.no_grad():
+        return watched(model).run(call_of(model, example_input)).weights

@@ -1,0 +1,93 @@
+"""The second part of a proof: what a runtime rounds, and how, where torch reads the same numbers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from torch import Tensor
+
+from qft_plugin.data import Call
+from qft_plugin.deploy.file_view import File
+from qft_plugin.deploy.watched import Seen, Watched, positional
+
+TIE: Final = 0.01
+"""How near to the middle between two integers, in steps, a value is on a tie: float32 sums may end on either side."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How the values of one quantizer differ between a runtime and torch, which read the same.
+
+    Attributes:
+        place: where it is, by the names of the model.
+        values: how many values were compared.
+        differ: how many of them differ.
+        unexplained: how many of these although torch's own value is on no tie.
+        far: how many differ by more than one step.
+        steps: the largest difference in steps.
+        from_tie: how far from the middle between two integers torch's own value was at most, of those that differ by
+            one step on a tie.
+    """
+
+    place: str
+    values: int
+    differ: int
+    unexplained: int
+    far: int
+    steps: int
+    from_tie: float
+
+    @property
+    def unexplained_share(self) -> float:
+        """Share of the values that differ although torch's own is on no tie."""
+        return self.unexplained / max(self.values, 1)
+
+
+def compare_roundings(
+    watched: Watched, file: File, call: Call, places: Sequence[int | None]
+) -> tuple[list[Rounding], Sequence[Tensor]]:
+    """Run a file in its runtime, and let torch's quantizers return what those of the runtime did.
+
+    Args:
+        watched: the torch model.
+        file: the file.
+        call: the arguments of a call.
+        places: for each call of an activation quantizer of torch the number of the file's.
+
+    Returns:
+        What differs at each quantizer that was looked at, and the outputs of the runtime.
+    """
+    hidden = frozenset(k for k, quantizer in enumerate(file.quantizers) if quantizer.added)
+    ran = file.run(positional(call), hidden=hidden)
+    found: list[Rounding] = []
+
+    def activation(seen: Seen) -> Tensor | None:
+        number = places[seen.number] if seen.number < len(places) else None
+        value = None if number is None else ran.quantized[number]
+        if value is None or value.numel() != seen.x.numel():
+            return None
+        value = value.to(seen.x).reshape(seen.x.shape)
+        found.append(_rounding(seen, value))
+        return value
+
+    watched.run(call, activation=activation)
+    return found, ran.outputs
+
+
+def _rounding(seen: Seen, value: Tensor) -> Rounding:
+    grid = seen.grid
+    theirs, ours = grid.integers(value), grid.integers(seen.x_fq)
+    away = (theirs - ours).abs()
+    differs = away > 0
+    steps = grid.steps(seen.x)[differs]
+    gap = (steps - (theirs + ours)[differs] / 2).abs()
+    tied = (away[differs] == 1) & (gap <= TIE)
+    return Rounding(
+        seen.place,
+        value.numel(),
+        int(differs.sum()),
+        int((~tied).sum()),
+        int((away > 1).sum()),
+        int(away.max()) if away.numel() else 0,
+        float(gap[tied].max()) if bool(tied.any()) else 0.0,
+    )

@@ -1,0 +1,340 @@
+"""The first part of a proof: what a file computes between its quantizers, with random integers in their place."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qft_plugin.data import Call
+from qft_plugin.deploy.file_view import File, FileProduct, FileQuantizer, Stretches
+from qft_plugin.deploy.watched import Grid, Product, Seen, Watched, positional
+
+CLOSE: Final = 1e-3
+"""Largest difference of what a stretch computes, relative to the largest value of the channel: sums of float32 stay
+below 1e-4, one step of one of 4,608 weights of a channel is 5e-3."""
+
+QUIET: Final = 0.01
+"""A channel counts as at least this share of the largest one: float32 rounding is relative to what was summed."""
+
+EQUAL: Final = 1e-5
+"""Largest relative difference of a constant."""
+
+SPARSE: Final = 0.1
+"""Share of values that are not zero where few are: channels that only ever see large sums show themselves."""
+
+
+@dataclass
+class Findings:
+    """What is known so far.
+
+    Attributes:
+        problems: the differences, in words.
+        quantizers: numbers of the file's quantizers that were found.
+        products: numbers of the file's products that were found.
+        weights: names of the weights whose integers were found.
+        silent: names of the weights that multiplied nothing but zeros.
+        unmatched: what each quantizer of torch read that was not found in the file, by number of its call.
+        error: the largest difference of a stretch that was accepted.
+        places: for each call of an activation quantizer of torch the number of the file's.
+        path: what the model called.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    quantizers: set[int] = field(default_factory=set)
+    products: set[int] = field(default_factory=set)
+    weights: set[str] = field(default_factory=set)
+    silent: set[str] = field(default_factory=set)
+    unmatched: dict[int, tuple[Tensor, str]] = field(default_factory=dict)
+    error: float = 0.0
+    places: list[int | None] = field(default_factory=list)
+    path: list[str] = field(default_factory=list)
+
+    def tell(self, problem: str) -> None:
+        """Add a difference, once."""
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+
+Values = Literal["dense", "sparse", "own"]
+
+
+def compare_stretches(watched: Watched, file: File, call: Call, kind: Values) -> Findings:
+    """Compare what file and torch compute between quantizers.
+
+    Args:
+        watched: the torch model.
+        file: the file.
+        call: the arguments of a call.
+        kind: what stands in the place of each quantizer: integers of the whole grid, mostly zeros, or what the file's
+            own quantizers give.
+    """
+    findings, inputs = Findings(), positional(call)
+    values = _values(file, file.run(inputs).quantized, kind)
+    computed = file.stretches(inputs, values)
+
+    def activation(seen: Seen) -> Tensor | None:
+        number = _find_quantizer(file, computed, seen, findings)
+        findings.places.append(number)
+        return None if number is None else values[number].to(seen.x).reshape(seen.x.shape)
+
+    def product(p: Product) -> None:
+        _compare_product(file, computed, p, findings)
+
+    run = watched.run(call, activation=activation, product=product)
+    findings.path = run.path
+    _compare_outputs(run.outputs, computed.outputs, findings)
+    for name, integers in run.weights.items():
+        flat = integers.flatten().to(torch.int64).cpu().numpy()
+        if name not in findings.weights and any(np.array_equal(flat, c) for c in file.constants):
+            findings.weights.add(name)
+    return findings
+
+
+def merged(file: File, findings: Sequence[Findings]) -> Findings:
+    """Put together what several probes found; a quantizer that reads the same numbers in all of them is a constant.
+
+    Args:
+        file: the file.
+        findings: of each probe.
+    """
+    every = Findings(error=max(f.error for f in findings))
+    for found in findings:
+        every.quantizers |= found.quantizers
+        every.products |= found.products
+        every.weights |= found.weights
+        every.silent |= found.silent
+    every.silent -= every.weights
+    for found in findings:
+        for number, (x, problem) in found.unmatched.items():
+            others = [f.unmatched.get(number) for f in findings]
+            if not all(o is not None and x.shape == o[0].shape and torch.equal(x, o[0]) for o in others):
+                every.tell(problem)
+        for problem in found.problems:
+            every.tell(problem)
+    for number, quantizer in enumerate(file.quantizers):
+        if number not in every.quantizers and not any(quantizer.equals(file.quantizers[k]) for k in every.quantizers):
+            every.tell(f"Quantizer {quantizer.name} of the file: no quantizer of the model reads what it reads.")
+    for number, p in enumerate(file.products):
+        if number not in every.products and not every.silent:
+            every.tell(f"Product {p.name} of the file: no layer of the model computes it.")
+    return every
+
+
+def _values(file: File, ran: Sequence[Tensor | None], kind: Values) -> list[Tensor]:
+    """Choose what stands in the place of each quantizer; equal quantizers of one tensor get equal values."""
+    values: list[Tensor] = []
+    for number, (quantizer, own) in enumerate(zip(file.quantizers, ran, strict=True)):
+        assert own is not None
+        twin = next((k for k in range(number) if quantizer.equals(file.quantizers[k])), None)
+        if twin is not None or kind == "own":
+            values.append(own if twin is None else values[twin])
+            continue
+        generator = torch.Generator().manual_seed(number)
+        low, high = torch.from_numpy(quantizer.low), torch.from_numpy(quantizer.high)
+        step = (high - low) / (quantizer.levels - 1)
+        x = low + step * torch.randint(quantizer.levels, tuple(own.shape), generator=generator)
+        if kind == "sparse":
+            x = torch.where(torch.rand(tuple(own.shape), generator=generator) < SPARSE, x, torch.zeros_like(x))
+        values.append(x.to(torch.float32))
+    return values
+
+
+def _find_quantizer(file: File, computed: Stretches, seen: Seen, findings: Findings) -> int | None:
+    """Find the quantizer of the file that reads what torch's reads, and compare their constants."""
+    x = seen.x.detach().double().cpu()
+    if seen.grid.low == float(seen.grid.zero_point.min()):
+        x = x.clamp(min=0)
+    same_shape = [k for k, read in enumerate(computed.read) if read.numel() == x.numel()]
+    errors = {
+        k: _errors(x, _read(file.quantizers[k], computed.read[k].reshape(x.shape), seen.grid)) for k in same_shape
+    }
+    close = [k for k in same_shape if float(errors[k].max()) <= CLOSE]
+    if close:
+        # One tensor may have several quantizers: the one with the same grid, if any.
+        number = min(close, key=lambda k: (_grid_problem(file.quantizers[k], seen.grid) is not None, k))
+        findings.quantizers.add(number)
+        findings.error = max(findings.error, float(errors[number].max()))
+        problem = _grid_problem(file.quantizers[number], seen.grid)
+        if problem is not None:
+            findings.tell(f"{seen.place}: {problem} in {file.quantizers[number].name} of the file.")
+        return number
+    if not same_shape:
+        problem = f"{seen.place}: should be in the file. Found no quantizer of a tensor of shape {list(x.shape)}."
+        findings.unmatched[seen.number] = x, problem
+        return None
+    number = min(same_shape, key=lambda k: (int((errors[k] > CLOSE).sum()), float(errors[k].max())))
+    wrong = (errors[number] > CLOSE).nonzero().flatten().tolist()
+    findings.unmatched[seen.number] = (
+        x,
+        f"{seen.place}: what it reads should be computed in the file. Found that the closest, of "
+        f"{file.quantizers[number].name}, differs in {_some(wrong)} of {errors[number].numel()} channels by up to "
+        f"{float(errors[number].max()):.2g} of the channel's largest value.",
+    )
+    findings.quantizers.add(number)
+    return number
+
+
+def _read(quantizer: FileQuantizer, read: Tensor, grid: Grid) -> Tensor:
+    """Return what a quantizer of the file reads, in the units of the torch model.
+
+    OpenVINO removes a ReLU whose quantizer has no negative values anyway.
+    """
+    low, high, read_low, read_high = (
+        torch.from_numpy(end) for end in (quantizer.low, quantizer.high, quantizer.read_low, quantizer.read_high)
+    )
+    if torch.allclose(low, read_low, rtol=EQUAL) and torch.allclose(high, read_high, rtol=EQUAL):
+        read = read.double()
+    else:
+        read = low + (read.double() - read_low) / (read_high - read_low) * (high - low)
+    return read.clamp(min=0) if grid.low == float(grid.zero_point.min()) else read
+
+
+def _grid_problem(quantizer: FileQuantizer, grid: Grid) -> str | None:
+    """Say how the grids of two quantizers differ, `None` where they are equal."""
+    levels = grid.high - grid.low + 1
+    if quantizer.levels != levels:
+        return f"its values should be {levels} different ones. Found {quantizer.levels}"
+    for what, expected, found in zip(("smallest", "largest"), grid.ends, (quantizer.low, quantizer.high), strict=True):
+        e, f = expected.detach().cpu().flatten(), torch.from_numpy(found).flatten()
+        extent = float((grid.ends[1] - grid.ends[0]).abs().max())
+        if (e.numel() != f.numel() and 1 not in (e.numel(), f.numel())) or not bool(
+            ((e - f).abs() <= EQUAL * extent).all()
+        ):
+            return (
+                f"its {what} value should be {_shown(e)} (scale {_shown(grid.scale.detach().flatten())}, zero point "
+                f"{_shown(grid.zero_point.detach().flatten())}). Found {_shown(f)}"
+            )
+    return None
+
+
+def _compare_product(file: File, computed: Stretches, p: Product, findings: Findings) -> None:
+    """Find the product of the file that computes what a layer computes, and compare integers and scales."""
+    expected = p.result.detach().double().cpu()
+    if not bool(expected.any()):
+        findings.silent.add(p.weight)
+        return
+    integers = p.integers.flatten().to(torch.int64).cpu().numpy()
+    candidates = [
+        k
+        for k, result in enumerate(computed.products)
+        if result.numel() == expected.numel() and file.products[k].integers.size == integers.size
+    ]
+    fits = {k: _fit(expected, computed.products[k].reshape(expected.shape).double(), p.axis) for k in candidates}
+
+    def order(k: int) -> tuple[int, float, int]:
+        residual = fits[k][1]
+        return int((residual > CLOSE).sum()), float(residual.max()), int(k in findings.products)
+
+    number = min(candidates, key=order, default=None)
+    if number is None or float((fits[number][1] > CLOSE).double().mean()) > 0.5:
+        findings.tell(f"Layer {p.weight}: should be in the file as a product with its integers. Found none.")
+        return
+    findings.products.add(number)
+    findings.weights.add(p.weight)
+    problem = _weight_problem(file.products[number], p, integers)
+    if problem is not None:
+        findings.tell(f"Weight {p.weight}: {problem}, in {file.products[number].name} of the file.")
+
+
+def _weight_problem(product: FileProduct, p: Product, integers: np.ndarray) -> str | None:
+    """Say how two quantized weights differ, `None` where they are equal.
+
+    An exporter may merge a factor of each channel into the scales, such as that of a BatchNorm; that it does so in
+    every channel tells it from a scale that is wrong. What the factor is, the stretch has proved.
+    """
+    wrong = product.integers != integers
+    rows = _rows(p)
+    if wrong.any():
+        where = [c for c, row in enumerate(rows) if wrong[row.numpy()].any()]
+        return (
+            f"its integers should be in the file. Found {int(wrong.sum())} of {wrong.size} that differ, in channels "
+            f"{_some(where)}"
+        )
+    values, expected = product.values, p.W_fq.detach().double().flatten().cpu().numpy()
+    ratios = []
+    for c, row in enumerate(rows):
+        mine, its = expected[row.numpy()], values[row.numpy()]
+        k = int(np.abs(its).argmax())
+        if its[k] == 0:
+            continue
+        ratio = mine[k] / its[k]
+        if np.abs(mine - ratio * its).max() > EQUAL * np.abs(mine).max():
+            return f"its scales should be the model's. Found other ones inside channel {c}"
+        ratios.append((c, ratio))
+    off = [c for c, ratio in ratios if abs(ratio - 1) > EQUAL]
+    if off and 2 * len(off) < len(ratios):
+        worst = max((abs(ratio - 1) for c, ratio in ratios if c in off), default=0.0)
+        return f"its scale should be the model's. Found that it differs in channels {_some(off)}, by up to {worst:.2g}"
+    return None
+
+
+def _rows(p: Product) -> Tensor:
+    """Return the places of each output channel in the flat weight, `[out, per channel]`."""
+    places = torch.arange(p.integers.numel()).reshape(p.integers.shape)
+    if p.out_axis == 0:
+        return places.flatten(1)
+    groups = p.result.shape[p.axis] // places.shape[1]
+    return (
+        places.reshape(groups, places.shape[0] // groups, places.shape[1], -1).transpose(1, 2).flatten(0, 1).flatten(1)
+    )
+
+
+def _compare_outputs(expected: Sequence[Tensor], found: Sequence[Tensor], findings: Findings) -> None:
+    if len(expected) != len(found):
+        findings.tell(f"The file should have {len(expected)} outputs. Found {len(found)}.")
+        return
+    for number, (e, f) in enumerate(zip(expected, found, strict=True)):
+        e = e.detach().cpu()
+        if e.numel() != f.numel():
+            findings.tell(f"Output {number}: should have shape {list(e.shape)}. Found {list(f.shape)}.")
+            continue
+        f = f.reshape(e.shape)
+        if not e.is_floating_point():
+            share = float((e.to(torch.int64) != f.to(torch.int64)).double().mean()) if e.numel() else 0.0
+            error = 0.0 if share <= QUIET else share
+        else:
+            error = float(_errors(e.double(), f.double()).max()) if e.numel() else 0.0
+        if error <= CLOSE:
+            findings.error = max(findings.error, error)
+        else:
+            findings.tell(
+                f"Output {number}: should be the model's, from what the last quantizers give. Found a difference of "
+                f"{error:.2g} of the largest value."
+            )
+
+
+def _errors(expected: Tensor, found: Tensor) -> Tensor:
+    """Return the largest difference in each channel, relative to the largest value there, `[channels]`."""
+    both = torch.isfinite(expected) & torch.isfinite(found)
+    same = (expected == found) | (torch.isnan(expected) & torch.isnan(found))
+    gap = torch.where(both, (expected - found).abs(), torch.where(same, 0.0, torch.inf))
+    size = torch.where(torch.isfinite(expected), expected.abs(), 0.0)
+    axis = 1 if expected.dim() in (2, 4, 5) else max(expected.dim() - 1, 0)
+    if expected.dim() > 1:
+        gap = gap.movedim(axis, 0).flatten(1).amax(1)
+        size = size.movedim(axis, 0).flatten(1).amax(1)
+    else:
+        gap, size = gap.amax().reshape(1), size.amax().reshape(1)
+    return gap / (size + QUIET * size.max()).clamp(min=1e-30)
+
+
+def _fit(expected: Tensor, found: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Fit one factor for each channel; returns the factors and the largest relative difference that is left."""
+    e, f = (t.movedim(axis, 0).flatten(1) for t in (expected, found))
+    ratio = (e * f).sum(1) / (f * f).sum(1).clamp(min=1e-30)
+    size = e.abs().amax(1)
+    left = (e - ratio.unsqueeze(1) * f).abs().amax(1) / (size + QUIET * size.max()).clamp(min=1e-30)
+    return ratio, left
+
+
+def _some(channels: Sequence[int]) -> str:
+    """List some numbers."""
+    return ", ".join(str(c) for c in channels[:5]) + (f" and {len(channels) - 5} more" if len(channels) > 5 else "")
+
+
+def _shown(values: Tensor) -> str:
+    shown = ", ".join(f"{float(v):.6g}" for v in values.flatten()[:3])
+    return f"{shown}, ..." if values.numel() > 3 else shown

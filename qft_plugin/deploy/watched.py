@@ -1,0 +1,270 @@
+"""A quantized torch model whose quantizers are seen, and given other values, while it runs."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from qft_plugin.data import Call
+from qft_plugin.model import tensors_in
+from qft_plugin.record import function_name
+from qft_plugin.relations import LAYERS, MULTIPLIES
+
+KEEPS_ORDER: Final = frozenset(
+    ["view", "reshape", "contiguous", "clone", "detach", "to", "float", "flatten", "squeeze"]
+)
+"""A weight that passes through these still holds its integers in the same order."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The integers of a quantizer and what they stand for:  x_fq = (q - zero_point) * scale.
+
+    Attributes:
+        scale: real per step; broadcasts against what is quantized.
+        zero_point: the integer of the real 0, likewise.
+        low: smallest integer.
+        high: largest integer.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    low: int
+    high: int
+
+    def steps(self, x: Tensor) -> Tensor:
+        """Return values in steps, neither rounded nor clipped."""
+        return x.double() / self.scale.double() + self.zero_point.double()
+
+    def integers(self, x_fq: Tensor) -> Tensor:
+        """Return the integers of values that are on the grid."""
+        return self.steps(x_fq).round()
+
+    @property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest real value."""
+        low, high = ((end - self.zero_point.double()) * self.scale.double() for end in (self.low, self.high))
+        return low, high
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """A module of a torch model that returns a fake-quantized tensor.
+
+    Attributes:
+        module: the module.
+        name: what its user calls it.
+        read: from the arguments of a call to what is quantized, and its integers.
+    """
+
+    module: nn.Module
+    name: str
+    read: Callable[[tuple[Any, ...]], tuple[Tensor, Grid]]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One call of an activation quantizer.
+
+    Attributes:
+        number: which call of an activation quantizer of this run it is.
+        name: of the quantizer.
+        layer: name of the weight that was used last before.
+        x: what it quantizes.
+        x_fq: what comes out.
+        grid: its integers.
+    """
+
+    number: int
+    name: str
+    layer: str | None
+    x: Tensor
+    x_fq: Tensor
+    grid: Grid
+
+    @property
+    def place(self) -> str:
+        """Where it is, in words."""
+        return f"Quantizer {self.name}" + (f", after layer {self.layer}" if self.layer else "")
+
+
+@dataclass(frozen=True)
+class Product:
+    """One call of a convolution or linear function whose weight is quantized.
+
+    Attributes:
+        weight: name of the weight.
+        result: what it computes, without its bias.
+        axis: the axis of the output channels.
+        integers: of the weight, in its shape.
+        W_fq: the quantized weight.
+        out_axis: its axis of output channels (of the output channels of one group, for a transposed convolution).
+        bias: what is added to every output channel, `None` where nothing is.
+    """
+
+    weight: str
+    result: Tensor
+    axis: int
+    integers: Tensor
+    W_fq: Tensor
+    out_axis: int
+    bias: Tensor | None
+
+
+@dataclass
+class Run:
+    """What was seen of one run.
+
+    Attributes:
+        outputs: all tensors of the model's output.
+        path: names of the functions that it called, in their order.
+        weights: the quantized weights that a run used, by name.
+    """
+
+    outputs: list[Tensor] = field(default_factory=list)
+    path: list[str] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Watched:
+    """A quantized torch model, and what must be known about its quantizers."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        quantizers: Sequence[Quantizer],
+        outputs: Callable[[Any], Iterable[Tensor]] = tensors_in,
+    ) -> None:
+        """Keep the model; it is not changed.
+
+        Args:
+            model: the model, in eval mode.
+            quantizers: all its quantizers, of weights and of activations.
+            outputs: lists the tensors in what it returns.
+        """
+        self.model, self.quantizers, self.outputs = model, quantizers, outputs
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        self._constants: dict[tuple[int, int], str] = {}
+        for name, t in named:
+            self._constants.setdefault(_memory(t), name)
+
+    @torch.no_grad()
+    def run(
+        self,
+        call: Call,
+        *,
+        activation: Callable[[Seen], Tensor | None] = lambda _: None,
+        product: Callable[[Product], None] = lambda _: None,
+    ) -> Run:
+        """Run the model once.
+
+        Args:
+            call: its arguments.
+            activation: called with each activation that is quantized; where it returns a tensor, the model goes on
+                with that one.
+            product: called with each product with a quantized weight.
+        """
+        run, weights = Run(), _Weights()
+        count, layer = 0, None
+
+        def saw_product(p: Product) -> None:
+            nonlocal layer
+            layer = p.weight
+            product(p)
+
+        def looked(quantizer: Quantizer, args: tuple[Any, ...], result: Tensor) -> Tensor | None:
+            nonlocal count
+            x, grid = quantizer.read(args)
+            name = self._constants.get(_memory(x))
+            if name is not None:
+                run.weights[name] = grid.integers(result)
+                weights.add(result, name, run.weights[name])
+                return None
+            seen = Seen(count, quantizer.name, layer, x, result, grid)
+            count += 1
+            return activation(seen)
+
+        def hook_of(quantizer: Quantizer) -> Callable[..., Any]:
+            def hook(_: nn.Module, args: tuple[Any, ...], result: Tensor) -> Tensor | None:
+                # What is computed here is no part of the model: neither a host's mode nor ours should count it.
+                with torch._C.DisableTorchFunction():
+                    return looked(quantizer, args, result)
+
+            return hook
+
+        args, kwargs = call
+        with contextlib.ExitStack() as stack:
+            for quantizer in self.quantizers:
+                stack.callback(quantizer.module.register_forward_hook(hook_of(quantizer)).remove)
+            stack.enter_context(_Calls(run.path, weights, saw_product))
+            result = self.model(*args, **kwargs)
+        run.outputs = list(self.outputs(result))
+        return run
+
+
+class _Weights:
+    """The quantized weights of a run, and which tensors hold them."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[Tensor, str, Tensor]] = {}  # a tensor that lives keeps its id
+
+    def add(self, t: Tensor, name: str, integers: Tensor) -> None:
+        self._held[id(t)] = t, name, integers
+
+    def find(self, t: Any) -> tuple[str, Tensor] | None:
+        found = self._held.get(id(t))
+        return None if found is None else found[1:]
+
+
+class _Calls(TorchFunctionMode):
+    """Follows quantized weights to the functions that multiply by them."""
+
+    def __init__(self, path: list[str], weights: _Weights, product: Callable[[Product], None]) -> None:
+        super().__init__()
+        self._path, self._weights, self._product = path, weights, product
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = function_name(func)
+        if name.startswith("__") and name.endswith("__") and not isinstance(result, Tensor):
+            return result  # attributes and conversions
+        self._path.append(name)
+        if name in LAYERS:
+            words = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **(kwargs or {})}
+            W_fq, bias, made = (_tensor_of(t) for t in (words.get("weight"), words.get("bias"), result))
+            found = self._weights.find(W_fq)
+            if found is not None:
+                self._product(_product(name, *found, W_fq, bias, made))
+            return result
+        if name in KEEPS_ORDER or name in MULTIPLIES:
+            found = self._weights.find(args[0]) if args else None
+            if found is not None and result.numel() == args[0].numel():
+                self._weights.add(result, *found)
+        return result
+
+
+def _memory(t: Tensor) -> tuple[int, int]:
+    """Tell tensors apart by their memory: a view of a whole weight is that weight."""
+    return t.data_ptr(), t.numel()
+
+
+def _tensor_of(value: Any) -> Any:
+    """Return the tensor of what a host wraps around it."""
+    return value if value is None or isinstance(value, Tensor) else value.value
+
+
+def _product(name: str, weight: str, integers: Tensor, W_fq: Tensor, bias: Tensor | None, result: Tensor) -> Product:
+    linear = name == "linear"
+    axis = result.dim() - 1 if linear else result.dim() - (W_fq.dim() - 2) - 1
+    if bias is not None:
+        result = result - bias.reshape(-1, *(1,) * (result.dim() - 1 - axis))
+    return Product(weight, result, axis, integers, W_fq, int(name.startswith("conv_transpose")), bias)
+
+
+def positional(call: Call) -> list[Tensor]:
+    """List the tensors of a call in the order of a file's inputs."""
+    return list(tensors_in([*call[0], *call[1].values()]))
