@@ -44,6 +44,10 @@ def _child(name: str, host: str, options: Options, pipe: Any) -> None:
     pipe.close()
 
 
+OWN_LIMIT: Final = 90.0
+"""Seconds for the host's own quantization: Brevitas' equalization does not end on some residual networks."""
+
+
 class Measurement:
     """One network that is being measured in a process of its own."""
 
@@ -78,6 +82,8 @@ class Measurement:
                 new = self.pipe.recv()
                 if new.get("outcome", "ok") != "ok":
                     self.facts["at"] = self.facts["stage"]
+                if "outcome" in new:
+                    self._end = min(self._end, time.monotonic() + OWN_LIMIT)
                 self.facts |= new
         except EOFError:
             self._process.join()
@@ -86,7 +92,8 @@ class Measurement:
         if self.left == 0:
             self._process.kill()
             self._process.join()
-            self._conclude(f"time: over {self._limit:g} s")
+            limit = OWN_LIMIT if "outcome" in self.facts else self._limit
+            self._conclude(f"time: over {limit:g} s")
 
     def _conclude(self, ending: str) -> None:
         """Say where it ended, if that was too early."""
