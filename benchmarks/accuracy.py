@@ -163,7 +163,9 @@ def under_brevitas(real: RealNetwork, config: QFTConfig, qonnx_images: Images) -
         if parts:  # the file is for one number of images
             brevitas.save_qonnx(folded, path, example.new_zeros(QONNX_BATCH, *example.shape[1:]))
             saved = qonnx.load(path)
-            ran = torch.cat([qonnx.run(saved, [Images(p, qonnx_images.normalise).tensor()])[0] for p in parts])
+            ran = torch.cat(
+                [qonnx.in_executor(saved)([Images(p, qonnx_images.normalise).tensor()], [])[0] for p in parts]
+            )
             same = ran.argmax(1) == computed[: len(ran)].argmax(1)
             facts |= {"qonnx_agreement": round(real_networks.percent(same), 3), "qonnx_images": len(ran)}
     facts |= {"qcdq_bytes": report.bytes, "int8_convs": report.int8_convolutions, "convs": len(report.convolutions)}

@@ -29,5 +29,5 @@ def test_resnet20_agrees_with_float(rescale, tmp_path):
     ir = real_folder.classes(real_folder.on_openvino(report.path), test)
     assert real_folder.percent(ir == found) > real_folder.LEAST_RUNTIME_AGREEMENT
     save_qonnx(folded, tmp_path / "qonnx.onnx", test[:EXECUTED])
-    executed = qonnx.run(qonnx.load(tmp_path / "qonnx.onnx"), [test[:EXECUTED]])[0].argmax(1)
+    executed = qonnx.in_executor(qonnx.load(tmp_path / "qonnx.onnx"))([test[:EXECUTED]], [])[0].argmax(1)
     assert real_folder.percent(executed == found[:EXECUTED]) > real_folder.LEAST_RUNTIME_AGREEMENT - 0.2
