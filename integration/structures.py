@@ -595,6 +595,67 @@ class ConvNeXt(nn.Module):
         return self.classifier(self.avgpool(self.features(x)))
 
 
+class PoolFormerBlock(nn.Module):
+    """GroupNorms with one group, a pool less its input as the mixer, and a trained scale on each branch."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(1, channels), nn.GroupNorm(1, channels)
+        self.pool = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+        self.fc1, self.act = nn.Conv2d(channels, 2 * channels, 1), nn.GELU()
+        self.fc2 = nn.Conv2d(2 * channels, channels, 1)
+        self.scale1, self.scale2 = (nn.Parameter(0.5 + torch.rand(channels)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        x = x + (self.pool(y) - y) * self.scale1.view(-1, 1, 1)
+        return x + self.fc2(self.act(self.fc1(self.norm2(x)))) * self.scale2.view(-1, 1, 1)
+
+
+class PoolFormer(nn.Module):
+    """Blocks without attention, in two stages, and a GroupNorm of several groups in front of a plain convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block1 = nn.Conv2d(3, 8, 7, 4, 2), PoolFormerBlock(8)
+        self.down, self.block2 = nn.Conv2d(8, 12, 3, 2, 1), PoolFormerBlock(12)
+        self.norm, self.last = nn.GroupNorm(4, 12), nn.Conv2d(12, 12, 3, padding=1)
+        self.head = nn.Linear(12, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block2(self.down(self.block1(self.stem(x))))
+        return self.head(functional.relu(self.last(functional.relu(self.norm(x)))).mean([-2, -1]))
+
+
+class RepBlock(nn.Module):
+    """MobileOne's block while it trains: branches that are added from 0 on, one of them a BatchNorm alone."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.identity = nn.BatchNorm2d(channels)
+        self.branches = nn.ModuleList(ConvNorm(channels, channels, activation=None) for _ in range(2))
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = 0
+        for branch in self.branches:
+            result += branch(x)
+        return self.act(result + self.identity(x))
+
+
+class MobileOne(nn.Module):
+    """Branches side by side that a deployment would merge."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = ConvNorm(3, 8, stride=2)
+        self.body = nn.Sequential(RepBlock(8), nn.Conv2d(8, 12, 3, 2), RepBlock(12))
+        self.head = nn.Linear(12, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.stem(x)).mean((2, 3)))
+
+
 class UNet(nn.Module):
     """An encoder and a decoder with skip connections; one step up by a transposed convolution, one by interpolation."""
 
@@ -902,6 +963,8 @@ STRUCTURES: dict[str, Structure] = {
     "inception_v3": Structure(InceptionV3, IMAGE, free=15),
     "squeezenet": Structure(SqueezeNet, IMAGE, free=10),
     "convnext": Structure(ConvNeXt, IMAGE, free=6),
+    "poolformer": Structure(PoolFormer, IMAGE, free=4),
+    "mobileone": Structure(MobileOne, IMAGE, free=6),
     "unet": Structure(UNet, IMAGE, free=12),
     "ssd": Structure(SSD, IMAGE, free=8),
     "yolo": Structure(YOLO, IMAGE, free=13),

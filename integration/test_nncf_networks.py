@@ -12,6 +12,8 @@ import nncf
 import nncf.torch
 from conftest import few_steps, four_bits, relative_error, weight_quantizers
 from nncf.torch.quantization.layers import SymmetricQuantizer
+from torch import nn
+from torch.nn import functional
 
 import qft_plugin.nncf as host
 from qft_plugin import HardwareSpec, QFTConfig
@@ -172,3 +174,34 @@ def test_channelwise_rescale_gives_each_channel_its_scale(name, quantized):
     """By default the channels of a weight have scales of their own."""
     q = quantized(name)
     assert all(quantizer.scale.unique().numel() > 1 for _, quantizer in weight_quantizers(q.job))
+
+
+class LinearAttention(nn.Module):
+    """Linear attention: queries and keys after a ReLU, values with a column of ones, divided by their sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.project = nn.Conv2d(3, 24, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).flatten(2).transpose(1, 2).chunk(3, -1)
+        y = q.relu() @ (k.relu().transpose(-1, -2) @ functional.pad(v, (0, 1), value=1.0))
+        y = y[..., :-1] / (y[..., -1:] + 1e-15)
+        return self.project(y.transpose(1, 2).unsqueeze(-1)).mean((2, 3))
+
+
+def test_small_divisors_are_not_rounded_to_zero(outputs):
+    """NNCF's own quantizer of a divisor makes NaN of a sum below half a step; here no quantizer is only divided by."""
+    model = LinearAttention().eval()
+    with torch.no_grad():
+        model.qkv.weight.mul_(torch.linspace(0.01, 3, 24).view(-1, 1, 1, 1))
+        model.qkv.bias[:16].sub_(0.7)
+    items = [torch.randn(16, 3, 6, 6) * torch.logspace(-2, 0.5, 16).view(-1, 1, 1, 1) for _ in range(2)]
+    own = nncf.quantize(
+        model,
+        nncf.Dataset(items),
+        advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),
+    )
+    assert not torch.isfinite(outputs(own, items[0])[0]).all()
+    job = host.quantize(model, nncf.Dataset(items), four_bits(weight_bits=8, finetune=None))
+    assert relative_error(outputs(job.model, items[0]), outputs(model, items[0])) < FOUR_BITS

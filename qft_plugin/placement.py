@@ -190,13 +190,14 @@ def _keeps_grid(op: Op) -> bool:
     return op.function in KEEPS_GRID
 
 
-def is_divisor(op: Op, index: int) -> bool:
-    """Whether an operation divides by its input number `index`."""
-    return op.function in DIVIDES and op.argument(1, "other") == Ref(index)
+def is_division(op: Op) -> bool:
+    """Whether an operation divides one activation by another, which no integer kernel does."""
+    operands = [op.argument(0, "input"), op.argument(1, "other")]
+    return op.function in DIVIDES and all(isinstance(operand, Ref) for operand in operands)
 
 
-def only_divides(graph: LayerGraph, tensor: str) -> bool:
-    """Whether the values of a tensor, wherever they are moved, do nothing but divide others."""
+def only_divided(graph: LayerGraph, tensor: str) -> bool:
+    """Whether the values of a tensor, wherever they are moved, only divide others or are divided by others."""
     ahead, known = [tensor], {tensor}
     while ahead:
         name = ahead.pop()
@@ -204,7 +205,7 @@ def only_divides(graph: LayerGraph, tensor: str) -> bool:
         if name in graph.outputs or not readers:
             return False
         for op, index in readers:
-            if is_divisor(op, index):
+            if is_division(op):
                 continue
             if index not in _parts(op):
                 return False

@@ -1,5 +1,6 @@
 """Which quantizer stands on a layer's input and output, and where teacher and student are compared."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from qft_plugin.placement import (
     comparison,
     joined,
     merged,
-    only_divides,
+    only_divided,
     quantizer_after,
     quantizer_before,
     quantizers_before,
@@ -175,24 +176,28 @@ def test_what_moves_elements_keeps_their_grid() -> None:
     assert not KEEPS_GRID & (ADDS | REDUCES - {"amax", "amin"} | {"relu", "avg_pool2d", "interpolate"})
 
 
-def test_what_is_only_divided_by_is_found() -> None:
-    """A divisor is found through what moves its values; one that something else reads, or that leaves, is none."""
+def test_what_only_divisions_read_is_found() -> None:
+    """Operands are found through what moves their values, unless something else reads them, or they leave."""
 
-    def graph(divided: str, outputs: tuple[str, ...]) -> LayerGraph:
+    def graph(*last: Op) -> LayerGraph:
         return chain(
             conv_op("a", "x", shape=(4, 4)),
-            unary_op("part", "__getitem__", "a", (slice(None), slice(0, 1))),
-            Op("div", "__truediv__", ("x", "part"), ("div",), (Ref(0), Ref(1))),
-            Op("again", "div", (divided, "part"), ("again",), (Ref(0), Ref(1))),
-            shapes=dict.fromkeys(["x", "a", "div", "again"], MAP) | {"part": (1, 1, 2, 2)},
-            outputs=outputs,
+            unary_op("sum", "__getitem__", "a", (slice(None), slice(0, 1))),
+            unary_op("rest", "__getitem__", "a", (slice(None), slice(1, 4))),
+            Op("div", "__truediv__", ("rest", "sum"), ("div",), (Ref(0), Ref(1))),
+            unary_op("half", "div", "div", 2.0),
+            *last,
+            shapes=dict.fromkeys(["x", "a", "rest", "div", "half", *(op.name for op in last)], MAP)
+            | {"sum": (1, 1, 2, 2)},
+            outputs=("half", *(op.name for op in last)),
         )
 
-    assert only_divides(graph("x", ("div", "again")), "a")
-    assert only_divides(graph("x", ("div", "again")), "part")
-    assert not only_divides(graph("part", ("div", "again")), "part")
-    assert not only_divides(graph("x", ("div", "again", "part")), "a")
-    assert not only_divides(graph("x", ("div", "again")), "x")
+    assert all(only_divided(graph(), name) for name in ("a", "sum", "rest"))
+    assert not any(only_divided(graph(), name) for name in ("x", "div", "half"))
+    other = graph(unary_op("other", "relu", "sum"))
+    assert [only_divided(other, name) for name in ("a", "sum", "rest")] == [False, False, True]
+    left = replace(graph(), outputs=("half", "rest"))
+    assert [only_divided(left, name) for name in ("a", "sum", "rest")] == [False, True, False]
 
 
 CENTRED, SIGNED = ActivationGrid(0.1, 0, 255), ActivationGrid(0.1, -128, 127)

@@ -20,7 +20,7 @@ from qft_plugin.nncf.read import Source, add_factors, port_of, tensor_name
 from qft_plugin.nncf.replay import Replay, replay
 from qft_plugin.norms import NORMS
 from qft_plugin.offline import Solution
-from qft_plugin.placement import ActivationGrid, Comparison, Placement, WeightPlace, is_divisor, only_divides
+from qft_plugin.placement import ActivationGrid, Comparison, Placement, WeightPlace, is_division, only_divided
 from qft_plugin.quantize import fake_quantize
 from qft_plugin.relations import LAYERS
 from qft_plugin.spec import HardwareSpec
@@ -97,7 +97,7 @@ def place(source: Source, tensors: Mapping[str, Tensor], request: Request, input
                 tensor_of(model, name).copy_(tensor)
     quantized = request.place(model, inputs)
     hardware = request.hardware
-    _drop_quantizers_of_divisors(quantized, source)
+    _drop_quantizers_of_divisions(quantized, source)
     if hardware.activation_bits is None:
         _drop_activation_quantizers(quantized, source)
     elif request.runs_on_cpu and not hardware.quantizes_addends:
@@ -147,25 +147,20 @@ def place(source: Source, tensors: Mapping[str, Tensor], request: Request, input
     return Placed(quantized, placement, held, hooks, weight_hooks, entries, source.in_result)
 
 
-def _drop_quantizers_of_divisors(model: nn.Module, source: Source) -> None:
-    """Remove the quantizers whose values are only divided by.
+def _drop_quantizers_of_divisions(model: nn.Module, source: Source) -> None:
+    """Remove the quantizers whose values are only read by divisions of one activation by another.
 
     NNCF (3.4) quantizes both inputs of a division: a divisor below half a step becomes 0, and the network's outputs NaN
     (linear attention, which divides by a sum plus 1e-15). No integer kernel divides, so nothing is lost.
     """
     storage = get_hook_storage(model)
+    divisions = {op.name for op in source.graph.ops if is_division(op)}
     for name, hook in list(storage.named_hooks(remove_duplicate=False)):
-        if not isinstance(hook, (SymmetricQuantizer, AsymmetricQuantizer)):
-            continue
-        kind, op, port = decode_hook_name(name)
-        what = source.ports.get((op, port))
-        if kind == "post_hooks":
-            divides = only_divides(source.graph, tensor_name(op, port))
-        else:
-            reader = next((o for o in source.graph.ops if o.name == op), None)
-            divides = reader is not None and isinstance(what, Ref) and is_divisor(reader, what.index)
-        if divides:
-            storage.delete_hook(name)
+        if isinstance(hook, (SymmetricQuantizer, AsymmetricQuantizer)):
+            kind, op, port = decode_hook_name(name)
+            divided = only_divided(source.graph, tensor_name(op, port)) if kind == "post_hooks" else op in divisions
+            if divided:
+                storage.delete_hook(name)
 
 
 def _drop_quantizers_of_addends(model: nn.Module, source: Source) -> None:
