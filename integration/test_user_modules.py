@@ -15,7 +15,7 @@ import nncf
 from nncf.torch.function_hook import get_hook_storage
 
 import qft_plugin.nncf as host
-from qft_plugin import ConfigError, EfQAT, QFTConfig
+from qft_plugin import ConfigError, EfQAT, QFTConfig, QFTWarning
 
 EIGHT_BITS = 0.04
 """Relative L2 error of 8-bit weights and activations; a lost activation function shows as 0.3 and more."""
@@ -228,3 +228,63 @@ def test_a_pruned_model_and_a_part_that_trains():
     config = four_bits(finetune=few_steps(train=EfQAT(ratio=0.25)))
     with pytest.raises(ConfigError, match=r"FinetuneConfig\.train.*pruned.*0\.25"):
         nncf.quantize(model, nncf.Dataset(items), algorithm=config)
+
+
+class BatchAsConcatenation(Chain):
+    """Puts two views of every image behind each other, along the axis of the images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x).relu()
+        return self.head(self.conv3(self.conv2(torch.cat([x, x.flip(-1)])).relu()).relu())
+
+
+class FirstTwo(Chain):
+    """Goes on with the first two images of a batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv3(self.conv2(self.conv1(x).relu()[:2]).relu()).relu())
+
+
+class Centered(Chain):
+    """Takes the mean over the batch off every image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x).relu()
+        return self.head(self.conv3(self.conv2(x - x.mean(0, keepdim=True)).relu()).relu())
+
+
+class SequenceFirst(nn.Module):
+    """Attention over sequences whose first axis is the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.attention = nn.Linear(6, 16), nn.MultiheadAttention(16, 4)
+        self.fc = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x.flatten(2))
+        return self.fc((x + self.attention(x, x, x, need_weights=False)[0]).mean(0))
+
+
+class ActiveDropout(Chain):
+    """Drops something in eval mode too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv3(functional.dropout(self.conv2(self.conv1(x).relu()).relu(), 0.05)).relu())
+
+
+@pytest.mark.parametrize(("build", "shape", "words"), [
+    (BatchAsConcatenation, (16, 3, 8, 8), "other images of the batch"),
+    (FirstTwo, (16, 3, 8, 8), "other images of the batch"),
+    (Centered, (16, 3, 8, 8), "other images of the batch"),
+    (SequenceFirst, (12, 8, 2, 3), "other images of the batch"),
+    (ActiveDropout, (16, 3, 8, 8), "something random is still active"),
+])  # fmt: skip
+def test_what_belongs_to_no_single_image_is_compared_by_batch(build, shape, words, outputs):
+    """Where images of a batch meet, or numbers are drawn, the teacher runs along, and a warning says so."""
+    model, items = build().eval(), list(torch.randn(4, *shape))
+    with pytest.warns(QFTWarning, match=words):
+        job = host.quantize(model, nncf.Dataset(items), four_bits())
+    assert 0 < job.result.final_loss <= job.result.start_loss < (0.3 if build is ActiveDropout else START)
+    if build is not ActiveDropout:
+        assert relative_error(outputs(job.model, items[0]), outputs(model, items[0])) < 5 * EIGHT_BITS

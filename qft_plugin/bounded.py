@@ -13,7 +13,7 @@ from torch.overrides import wrap_torch_function
 
 from qft_plugin.data import Call
 from qft_plugin.graph import channel_axis, on_axis
-from qft_plugin.model import largest_change, replace_modules, tensors_in
+from qft_plugin.model import largest_change, repeatable, replace_modules, tensors_in
 from qft_plugin.norms import NORMS
 from qft_plugin.quantize import same_layout
 
@@ -146,9 +146,12 @@ def free_bounds(model: nn.Module, call: Call, *, only: Container[str] | None = N
     for module, (axis, channels) in channels_read(model, call, found).items():
         assert isinstance(module, nn.Hardtanh)
         replaced[module] = ChannelHardtanh(module, channels, axis=axis, like=like)
-    before = list(tensors_in(model(*call[0], **call[1])))
+    with repeatable():
+        before = list(tensors_in(model(*call[0], **call[1])))
     replace_modules(model, replaced)
-    if largest_change(before, list(tensors_in(model(*call[0], **call[1])))) > 0:
+    with repeatable():
+        after = list(tensors_in(model(*call[0], **call[1])))
+    if largest_change(before, after) > 0:
         # Something else has read what was changed in place.
         changers = {new: old for old, new in replaced.items() if getattr(old, "inplace", False)}
         replace_modules(model, changers)

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,11 @@ from qft_plugin.spec import FinetuneConfig
 
 logger = logging.getLogger("qft_plugin")
 
-EVALUATION_IMAGES = 512
+EVALUATION_IMAGES: Final = 512
 """The state to return is chosen by the loss on this many of the finetuning images."""
+
+APART: Final = 1e-3
+"""Relative difference of an image's activations in two batches; sums in another order stay below 1e-5."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,38 @@ class Targets:
     features: tuple[Kept, ...]
     logits: Kept | None
 
+    @property
+    def count(self) -> int:
+        """Return how many activations are compared."""
+        return len(self.features)
+
     def rows(self, index: Tensor | slice, device: torch.device) -> Prediction:
         """Return what the teacher computed for some images, on a device."""
         logits = None if self.logits is None else self.logits.rows(index, device)
         return Prediction(tuple(kept.rows(index, device) for kept in self.features), logits)
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """What the teacher computes for a batch, anew each time: for networks in which images of one batch meet.
+
+    Attributes:
+        teacher: the float network.
+        inputs: what this process trains on.
+        count: how many activations are compared.
+        with_logits: whether the loss has a use for the network's output.
+    """
+
+    teacher: "Network"
+    inputs: Inputs
+    count: int
+    with_logits: bool
+
+    @torch.no_grad()
+    def rows(self, index: Tensor | slice, _: torch.device) -> Prediction:
+        """Return what the teacher computes for some images, on the device of the inputs."""
+        prediction = self.teacher(self.inputs.batch(index))
+        return prediction if self.with_logits else Prediction(prediction.features, None)
 
 
 class Network(Protocol):
@@ -125,7 +156,7 @@ def teacher_predictions(teacher: Network, inputs: Inputs, *, batch_size: int, me
     try:
         for number, call in enumerate(inputs.batches(inputs.at_once(batch_size))):
             prediction = teacher(call)
-            outputs = [*prediction.features, *([] if prediction.logits is None else [prediction.logits])]
+            outputs = _tensors(prediction)
             has_logits = prediction.logits is not None
             if not rows:
                 count = len(prediction.features)
@@ -143,6 +174,46 @@ def teacher_predictions(teacher: Network, inputs: Inputs, *, batch_size: int, me
             row.discard()
         raise
     return Targets(tuple(kept[:-1] if has_logits else kept), kept[-1] if has_logits else None)
+
+
+@torch.no_grad()
+def is_random(teacher: Network, inputs: Inputs) -> bool:
+    """Whether a network computes something else each time that it is called with the same images.
+
+    Args:
+        teacher: the float network.
+        inputs: all images.
+    """
+    first, again = (_tensors(teacher(inputs.batch(slice(0, 2)))) for _ in range(2))
+    return any(_differ(a, b) for a, b in zip(first, again, strict=True))
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    return bool(one.numel()) and float((one - other).abs().max()) > APART * float(one.abs().max())
+
+
+@torch.no_grad()
+def images_meet(teacher: Network, inputs: Inputs) -> bool:
+    """Whether what a network computes for an image depends on the batch that the image is in.
+
+    Args:
+        teacher: the float network.
+        inputs: all images.
+    """
+    count = min(len(inputs), 4)
+    whole = _tensors(teacher(inputs.batch(slice(0, count))))
+    try:
+        halves = [_tensors(teacher(inputs.batch(rows))) for rows in (slice(0, count // 2), slice(count // 2, count))]
+        parts = [torch.cat(pair) for pair in zip(*halves, strict=True)] if count > 1 else whole
+    except RuntimeError:
+        return True  # it takes no batch of another size, or its outputs have another shape then
+    if any(t.shape[:1] != (count,) or t.shape != p.shape for t, p in zip(whole, parts, strict=True)):
+        return True
+    return any(_differ(t, p) for t, p in zip(whole, parts, strict=True))
+
+
+def _tensors(prediction: Prediction) -> list[Tensor]:
+    return [*prediction.features, *([] if prediction.logits is None else [prediction.logits])]
 
 
 def normalised_l2(student: Tensor, teacher: Tensor, *, squares: Tensor | None = None) -> Tensor:
@@ -274,7 +345,7 @@ class Phase:
 
 
 @torch.no_grad()
-def _evaluate(student: Network, inputs: Inputs, targets: Targets, loss: Loss, *, batch_size: int) -> float:
+def _evaluate(student: Network, inputs: Inputs, targets: Targets | Recomputed, loss: Loss, *, batch_size: int) -> float:
     world, share = inputs.world, inputs.share
     size, count = max(batch_size, share.at_once(64)), min(inputs.total, EVALUATION_IMAGES)
     total = 0.0
@@ -421,7 +492,7 @@ def finetune(
     phases: Sequence[Phase],
     *,
     inputs: Inputs,
-    targets: Targets,
+    targets: Targets | Recomputed,
     loss: Loss,
     config: FinetuneConfig,
     callback: Callable[[Step], None] | None = None,

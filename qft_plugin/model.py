@@ -195,6 +195,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextlib.contextmanager
+def repeatable() -> Iterator[None]:
+    """Draw the same random numbers each time, so that two networks with a dropout that is active can be compared."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
 def first_outputs(model: nn.Module, call: Call) -> list[Tensor]:
     """Run a float model for the first time and list the tensors of its output.
 
@@ -206,7 +214,8 @@ def first_outputs(model: nn.Module, call: Call) -> list[Tensor]:
     inputs = (*args, *kwargs.values())
     versions = [version_of(t) for t in inputs]
     try:
-        outputs = list(tensors_in(model(*args, **kwargs)))
+        with repeatable():
+            outputs = list(tensors_in(model(*args, **kwargs)))
     except Exception as error:  # a model may fail in any way on an input that it was not made for
         shapes = [f"{t.dtype} {list(t.shape)}" for t in inputs]
         raise DataError(

@@ -20,9 +20,12 @@ from qft_plugin.finetune import (
     Network,
     Phase,
     Prediction,
+    Recomputed,
     Step,
     Targets,
     finetune,
+    images_meet,
+    is_random,
     teacher_predictions,
 )
 from qft_plugin.graph import DofMap
@@ -54,7 +57,7 @@ class Job:
     result: FinetuneResult | None
 
 
-def targets_of(teacher: Network, problem: Problem, config: QFTConfig) -> Targets | None:
+def targets_of(teacher: Network, problem: Problem, config: QFTConfig) -> Targets | Recomputed | None:
     """Run the teacher once over what this process trains on; without a finetune there is nothing to compare with.
 
     Args:
@@ -65,18 +68,47 @@ def targets_of(teacher: Network, problem: Problem, config: QFTConfig) -> Targets
     settings = config.finetune
     if settings is None:
         return None
+    random = is_random(teacher, problem.inputs)
+    if random or images_meet(teacher, problem.inputs):
+        warnings.warn(
+            (
+                "The model should compute the same for the same images. Found that it does not: in eval mode something "
+                "random is still active, such as functional.dropout without training=self.training, and what the "
+                "student learns from is as noisy."
+            )
+            if random
+            else (
+                "What the model computes for an image should not depend on the other images of the batch. Found that "
+                "it does, so the teacher runs again in every step. Where the first axis is not that of the images (of "
+                "sequences in front of batches, for example), put it first."
+            ),
+            QFTWarning,
+            stacklevel=2,
+        )
+        first = teacher(problem.inputs.batch(slice(0, 2)))
+        _check_logits(settings, first.logits)
+        return Recomputed(teacher, problem.inputs.share, len(first.features), settings.cross_entropy > 0)
     size = max(settings.batch_size, TEACHER_BATCH)
     targets = teacher_predictions(teacher, problem.inputs.share, batch_size=size, memory_limit=settings.memory_limit)
-    if settings.cross_entropy and targets.logits is None:
+    _check_logits(settings, targets.logits)
+    return replace(targets, logits=targets.logits if settings.cross_entropy else None)
+
+
+def _check_logits(settings: FinetuneConfig, logits: object) -> None:
+    if settings.cross_entropy and logits is None:
         raise ConfigError(
             "FinetuneConfig.cross_entropy should be 0 for a model that does not return one tensor [images, classes]. "
             f"Found {settings.cross_entropy}."
         )
-    return replace(targets, logits=targets.logits if settings.cross_entropy else None)
 
 
 def train(
-    start: Start, problem: Problem, targets: Targets | None, config: QFTConfig, *, callback: Callback | None
+    start: Start,
+    problem: Problem,
+    targets: Targets | Recomputed | None,
+    config: QFTConfig,
+    *,
+    callback: Callback | None,
 ) -> FinetuneResult | None:
     """Finetune against the teacher's outputs; leaves the best state in `start.dof`, and warns of what would overflow.
 
@@ -141,14 +173,14 @@ def predicted(start: Start, settings: FinetuneConfig, call: Call, *, copies: boo
 def _finetuned(
     start: Start,
     problem: Problem,
-    targets: Targets,
+    targets: Targets | Recomputed,
     settings: FinetuneConfig,
     callback: Callback | None,
     *,
     copies: bool = False,
 ) -> FinetuneResult:
     dof = start.dof
-    loss = Loss(problem.at.weights(len(targets.features)), settings.cross_entropy)
+    loss = Loss(problem.at.weights(targets.count), settings.cross_entropy)
     part = settings.trains_part
     # What is chosen to train depends on every bit of the state.
     problem.inputs.world.share_state(dof)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qft_plugin.data import Call, Inputs
 from qft_plugin.finetune import Prediction
 from qft_plugin.graph import ADDS, Const, Ref
-from qft_plugin.model import Functional, replace_modules, tensor_of, tensors_in
+from qft_plugin.model import Functional, repeatable, replace_modules, tensor_of, tensors_in
 from qft_plugin.nncf.read import Source, add_factors, port_of, tensor_name
 from qft_plugin.nncf.replay import Replay, replay
 from qft_plugin.norms import NORMS
@@ -374,7 +374,8 @@ class Student:
         call = tuple(t[:FIRST] for t in args), {name: t[:FIRST] for name, t in kwargs.items()}
 
         def run() -> list[Tensor]:
-            prediction = self._run(tensors, call)
+            with repeatable():
+                prediction = self._run(tensors, call)
             return [*prediction.features, *([] if prediction.logits is None else [prediction.logits])]
 
         # In full precision: in a lower one a bound is rounded before values are compared with it, or it is not.

@@ -18,7 +18,7 @@ from qft_plugin.channelwise import Addend, Rescaled, addends_of, channel_affine,
 from qft_plugin.data import Call, Inputs
 from qft_plugin.errors import DataError, ModelError
 from qft_plugin.graph import MADE_INSIDE, Const, LayerGraph, Op, Ref
-from qft_plugin.model import SAME, check_finite, first_outputs, largest_change, tensor_of, tensors_in
+from qft_plugin.model import SAME, check_finite, first_outputs, largest_change, repeatable, tensor_of, tensors_in
 from qft_plugin.model import check_model as check_torch_model
 from qft_plugin.norms import CONVOLUTIONS, can_fold, folded_norm, makes_plain_calls, neutralize
 from qft_plugin.spec import QFTConfig
@@ -201,10 +201,11 @@ def read(model: nn.Module, inputs: Inputs, config: QFTConfig | None = None) -> S
             new = _counterparts(traced, before, copied)
             in_result = {name: in_result[old] for name, old in new.items()}
             in_teacher = {name: in_teacher[old] for name, old in new.items()}
-            same = {old: name for name, old in new.items()}
-            norms = tuple(replace(n, layer_op=same[n.layer_op], norm_op=same[n.norm_op]) for n in norms)
+            now = {old: name for name, old in new.items()}
+            norms = tuple(replace(n, layer_op=now[n.layer_op], norm_op=now[n.norm_op]) for n in norms)
     graph = _layer_graph(traced, norms)
-    change = largest_change(outputs, list(tensors_in(copied(*call[0], **call[1]))))
+    with repeatable():
+        change = largest_change(outputs, list(tensors_in(copied(*call[0], **call[1]))))
     if not change <= SAME:
         raise ModelError(
             f"Folding the BatchNorms should not change the model. Found a relative difference of {change:.3g} in its "
@@ -214,7 +215,9 @@ def read(model: nn.Module, inputs: Inputs, config: QFTConfig | None = None) -> S
     if rescales and config.hardware.elementwise_rescale == "channel":
         wrapped = wrap_model(copy.deepcopy(copied))
         found = add_factors(wrapped, addends_of(graph), ports)
-        if largest_change(outputs, list(tensors_in(wrapped(*call[0], **call[1])))) <= SAME:
+        with repeatable():
+            same = largest_change(outputs, list(tensors_in(wrapped(*call[0], **call[1])))) <= SAME
+        if same:
             rescaled, addends, graph = wrapped, found, with_addend_factors(graph, found)
         else:
             logger.warning(
