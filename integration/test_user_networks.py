@@ -7,7 +7,7 @@ from typing import Any
 import nets
 import pytest
 import torch
-from conftest import four_bits, relative_error
+from conftest import few_steps, four_bits, relative_error
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -124,6 +124,25 @@ def test_a_network_is_quantized_and_saved(name, host, tmp_path):
         expected = list(tensors_in(model(items[0])))
     assert 0 < relative_error(host.outputs(quantized, items[0]), expected) < CLOSE
     host.save(quantized, tmp_path, items[0][:2])
+
+
+class OneImage(Chain):
+    """Takes a single image: it reshapes what it has made to a batch of 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.features(x).mean((2, 3)).reshape(1, 8))
+
+
+def test_a_model_that_takes_a_single_image(host, tmp_path):
+    """Where the dataset has single images and the model takes no more, every image is a call of its own."""
+    model, items = OneImage().eval(), list(torch.randn(24, 1, 3, 8, 8))
+    result, quantized = host.finetuned(model, items, four_bits(finetune=few_steps(images_fed=32)))
+    assert result.steps == 32
+    assert 0 < result.final_loss <= result.start_loss < CLOSE
+    with torch.no_grad():
+        expected = [model(items[0])]
+    assert 0 < relative_error(host.outputs(quantized, items[0]), expected) < 2 * CLOSE
+    host.save(quantized, tmp_path, items[0])
 
 
 class Standardized(nn.Conv2d):

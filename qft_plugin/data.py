@@ -155,6 +155,7 @@ class Inputs:
         world: the processes that train together.
         own: where they are several, every image i with i % size == rank; `None` where there is one process.
         marks: likewise, a number for each item that tells it from others.
+        largest: the largest batch that the model takes; `None` for any.
     """
 
     args: tuple[Tensor, ...]
@@ -165,6 +166,7 @@ class Inputs:
     world: World = ALONE
     own: "Inputs | None" = None
     marks: tuple[float, ...] = ()
+    largest: int | None = None
 
     def __len__(self) -> int:
         """Return the number of images that are held here."""
@@ -187,6 +189,7 @@ class Inputs:
     def batches(self, size: int, *, at_most: int | None = None) -> Iterator[Call]:
         """Iterate over the images in order, in batches of `size`, the last one smaller."""
         count = len(self) if at_most is None else min(len(self), at_most)
+        size = self.fitting(size)
         for start in range(0, count, size):
             yield self.batch(slice(start, min(start + size, count)))
 
@@ -200,6 +203,18 @@ class Inputs:
         while most > 1 and most * image > BATCH_BYTES:
             most //= 2
         return most
+
+    def fitting(self, size: int) -> int:
+        """Return the size of a batch, or of the largest one that the model takes."""
+        return size if self.largest is None else min(size, self.largest)
+
+    def first(self, count: int = 2) -> Call:
+        """Return the first images as arguments of the model."""
+        return self.batch(slice(0, self.fitting(min(count, len(self)))))
+
+    def one_by_one(self) -> "Inputs":
+        """Return the same inputs for a model that takes a single image only."""
+        return replace(self, largest=1, own=None if self.own is None else self.own.one_by_one())
 
     def laid_out(self, *, channels_last: bool) -> "Inputs":
         """Return the same inputs with another memory layout of the batches."""

@@ -184,7 +184,7 @@ def is_random(teacher: Network, inputs: Inputs) -> bool:
         teacher: the float network.
         inputs: all images.
     """
-    first, again = (_tensors(teacher(inputs.batch(slice(0, 2)))) for _ in range(2))
+    first, again = (_tensors(teacher(inputs.first())) for _ in range(2))
     return any(_differ(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -200,11 +200,13 @@ def images_meet(teacher: Network, inputs: Inputs) -> bool:
         teacher: the float network.
         inputs: all images.
     """
-    count = min(len(inputs), 4)
+    count = inputs.fitting(min(len(inputs), 4))
     whole = _tensors(teacher(inputs.batch(slice(0, count))))
+    if count == 1:
+        return any(t.shape[:1] != (1,) for t in whole)
     try:
         halves = [_tensors(teacher(inputs.batch(rows))) for rows in (slice(0, count // 2), slice(count // 2, count))]
-        parts = [torch.cat(pair) for pair in zip(*halves, strict=True)] if count > 1 else whole
+        parts = [torch.cat(pair) for pair in zip(*halves, strict=True)]
     except RuntimeError:
         return True  # it takes no batch of another size, or its outputs have another shape then
     if any(t.shape[:1] != (count,) or t.shape != p.shape for t, p in zip(whole, parts, strict=True)):
@@ -347,7 +349,8 @@ class Phase:
 @torch.no_grad()
 def _evaluate(student: Network, inputs: Inputs, targets: Targets | Recomputed, loss: Loss, *, batch_size: int) -> float:
     world, share = inputs.world, inputs.share
-    size, count = max(batch_size, share.at_once(64)), min(inputs.total, EVALUATION_IMAGES)
+    count = min(inputs.total, EVALUATION_IMAGES)
+    size = max(batch_size, share.at_once(64)) if inputs.largest is None else inputs.largest * world.size
     total = 0.0
     for start in range(0, count, size):
         stop = min(start + size, count)
@@ -527,6 +530,8 @@ def finetune(
     at = schedule or (lambda _: None)
     world, share = inputs.world, inputs.share
     batch_size = min(config.batch_size, inputs.total)
+    if inputs.largest is not None:
+        batch_size = min(batch_size, inputs.largest * world.size)
     strata = strata_of(batch_size, world.size)
     total = max(len(phases), round(config.images_fed / batch_size))
 

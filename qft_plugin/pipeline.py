@@ -85,7 +85,7 @@ def targets_of(teacher: Network, problem: Problem, config: QFTConfig) -> Targets
             QFTWarning,
             stacklevel=2,
         )
-        first = teacher(problem.inputs.batch(slice(0, 2)))
+        first = teacher(problem.inputs.first())
         _check_logits(settings, first.logits)
         return Recomputed(teacher, problem.inputs.share, len(first.features), settings.cross_entropy > 0)
     size = max(settings.batch_size, TEACHER_BATCH)

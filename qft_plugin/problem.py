@@ -15,7 +15,7 @@ from qft_plugin.distributed import agreed, check_alike, strata_of, world_of
 from qft_plugin.dof_map import map_dof
 from qft_plugin.errors import ConfigError, QFTWarning
 from qft_plugin.graph import DofMap
-from qft_plugin.model import SAME, Functional, accepts, largest_change, repeatable, tensors_in
+from qft_plugin.model import SAME, Functional, accepts, evaluating, largest_change, repeatable, tensors_in
 from qft_plugin.offline import (
     fold_network,
     names_of,
@@ -76,10 +76,26 @@ def images(model: nn.Module, items: Iterable[Any], config: QFTConfig, *, head_it
             world=world,
             head_items=head_items,
         )
+    if max(inputs.sizes) == 1 and len(inputs) > 1:
+        with agreed(world), evaluating(model):
+            if not _runs(model, inputs.first()) and _runs(model, inputs.first(1)):
+                logger.info("the model takes a single image only: it is called for each by itself")
+                inputs = inputs.one_by_one()
     check_alike(world, marks=inputs.marks, settings=repr(config), model=model)
     if config.finetune is not None:
         strata_of(min(settings.batch_size, inputs.total), world.size)
     return inputs
+
+
+@torch.no_grad()
+def _runs(model: nn.Module, call: Call) -> bool:
+    """Whether a model takes a batch, of which it may use the size."""
+    args, kwargs = call
+    try:
+        model.forward(*args, **kwargs)  # a call of an fx module prints where it failed
+    except Exception:  # a model may fail in any way on an input that it was not made for
+        return False
+    return True
 
 
 def understand(source: Any, inputs: Inputs, config: QFTConfig) -> Problem:
@@ -90,7 +106,7 @@ def understand(source: Any, inputs: Inputs, config: QFTConfig) -> Problem:
         inputs: the images.
         config: the settings.
     """
-    dof_map = proven_map(source, inputs.batch(slice(0, min(2, len(inputs)))))
+    dof_map = proven_map(source, inputs.first())
     settings = config.finetune or FinetuneConfig()
     part = settings.trains_part
     if source.kept and part is not None and part.ratio > 0:
@@ -149,7 +165,7 @@ def _fastest_layout(model: nn.Module, inputs: Inputs) -> Inputs:
     if inputs.device.type != "cpu" or not images:
         return inputs
     candidate = inputs.laid_out(channels_last=True)
-    args, kwargs = candidate.batch(slice(0, min(2, len(inputs))))
+    args, kwargs = candidate.first()
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     tensors = {name: laid_out(t.detach(), candidate) for name, t in named}
     try:

@@ -323,7 +323,7 @@ def _correct_biases(start: Start, problem: Problem) -> None:
     """Let each layer's mean output be that of the float network, in folded units; changes `start.dof`."""
     dof, student, tensors = start.dof, start.student, start.placed.tensors
     layers = correctable(dof.map.layers, dof.weight_grids)
-    call = problem.inputs.batch(slice(0, BIAS_IMAGES))
+    call = problem.inputs.first(BIAS_IMAGES)
     means = output_means(layers, tensors, lambda: student.watch(tensors, call, {}))
     solution = solve(dof)
     # One run is not worth compiling for, and would use up some of the variants that torch compiles of a function.

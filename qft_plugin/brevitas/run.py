@@ -173,7 +173,7 @@ def _images(model: nn.Module, data: Iterable[Any], config: QFTConfig) -> Inputs:
 
 
 def _first(inputs: Inputs) -> Call:
-    return inputs.batch(slice(0, min(2, len(inputs))))
+    return inputs.first()
 
 
 def _understood(model: nn.Module, inputs: Inputs, config: QFTConfig) -> tuple[Source, Problem]:

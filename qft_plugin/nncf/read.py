@@ -173,7 +173,7 @@ def read(model: nn.Module, inputs: Inputs, config: QFTConfig | None = None) -> S
     """
     config = config or QFTConfig()
     teacher, kept = _without_masks(copy.deepcopy(model).eval())
-    call = inputs.batch(slice(0, min(2, len(inputs))))
+    call = inputs.first()
     outputs = first_outputs(teacher, call)
     copied = copy.deepcopy(teacher)
     for parameter in copied.parameters():
