@@ -196,9 +196,12 @@ class Inputs:
     def at_once(self, most: int) -> int:
         """Return how many images should be in a batch where nothing trains: `most`, or a half, a quarter, ... of it.
 
+        A model that takes fewer gets no more.
+
         Args:
             most: where images are small.
         """
+        most = self.fitting(most)
         image = sum(t[:1].numel() * t.element_size() for t in (*self.args, *self.kwargs.values()))
         while most > 1 and most * image > BATCH_BYTES:
             most //= 2

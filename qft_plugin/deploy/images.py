@@ -23,7 +23,7 @@ def keep_images(model: nn.Module, inputs: Inputs) -> None:
         model: the model; it gets an attribute.
         inputs: what it was quantized with.
     """
-    args, kwargs = inputs.batch(slice(0, min(COUNT, len(inputs))))
+    args, kwargs = inputs.first(COUNT)
     call = tuple(t.detach().clone() for t in args), {name: t.detach().clone() for name, t in kwargs.items()}
     model.__dict__[KEPT] = call
 
