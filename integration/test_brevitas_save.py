@@ -245,3 +245,36 @@ def test_qonnx_moves_integer_biases(rescale, tmp_path):
     assert all(len(node.input) == 2 for node in convolutions)
     found, expected = (qonnx.in_executor(model)([items[0]], []) for model in (moved, file))
     torch.testing.assert_close(found, expected, rtol=EXACT, atol=EXACT)
+
+
+class SharedConvolution(nn.Module):
+    """A convolution that an operation with a slice and a concatenation read, as in edgenext's split attention."""
+
+    def __init__(self, joins, bias):
+        super().__init__()
+        self.joins = joins
+        self.stem = nn.Conv2d(3, 16, 1)
+        self.shortcut = nn.Conv2d(16, 16, 3, padding=1)
+        self.shared = nn.Conv2d(8, 8, 3, padding=1, bias=bias)
+        self.next = nn.Conv2d(8, 8, 3, padding=1)
+        self.last = nn.Conv2d(16, 8, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        left, right = (x + self.shortcut(x)).chunk(2, 1)
+        left = self.shared(left)
+        return self.last(torch.cat([left, self.next(self.joins(left, right))], 1))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("joins", [torch.add, torch.sub, torch.mul])
+def test_openvino_keeps_a_convolution_that_several_operations_read(joins, bias, tmp_path):
+    """OpenVINO computes what torch computes where a convolution, with a bias or without, has several readers."""
+    model = SharedConvolution(joins, bias).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    data = [torch.randn(16, 3, 8, 8)]
+    folded = fold(quantize(model, data, config=four_bits(finetune=None)))
+    report = save_qcdq(folded, tmp_path / "model.onnx", data[0])
+    assert report.openvino_error < ROUNDED
+    assert report.int8_convolutions == 5

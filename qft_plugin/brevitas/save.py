@@ -69,8 +69,9 @@ def save_qcdq(
 ) -> qcdq.QCDQReport:
     """Save a Brevitas model as QCDQ in standard ONNX, and prove that ONNX Runtime and OpenVINO compute the same.
 
-    The clips behind the weights, which Brevitas exports and which keep OpenVINO from int8, are removed, and signed
-    quantizers behind a concatenation, whose scale OpenVINO loses, become unsigned ones with a zero point.
+    The clips behind the weights, which Brevitas exports and which keep OpenVINO from int8, are removed. Signed
+    quantizers behind a concatenation, whose scale OpenVINO loses, become unsigned ones with a zero point, and some
+    convolutions that several operations read, whose scale it uses twice, get bounds that nothing reaches.
 
     Args:
         model: any Brevitas model whose weights have scales per tensor or per output channel, such as `fold` returns.
@@ -99,6 +100,7 @@ def save_qcdq(
         file = onnx.load(made.draft)
         qcdq.strip_weight_clips(file)
         qcdq.shift_behind_concatenations(file)
+        qcdq.bound_shared_convolutions(file)
         onnx.save(file, made.draft)
         others = kept_images(model) if images is None else calls_of(model, images)
         report = qcdq.inspect_file(made.draft, watched=made.watched, example=made.example, images=others)
