@@ -68,7 +68,7 @@ def called_layers(model: nn.Module, graph: LayerGraph) -> dict[str, tuple[str, .
         name = module_of(op)
         if op.function in LAYERS and _is_its_own(model, name, op):
             found.setdefault(name, []).append(op.inputs[0])
-    shared = {name for name in found for op in graph.ops if module_of(op) != name and _reads(op, f"{name}.weight")}
+    shared = {name for name in found for op in graph.ops if module_of(op) != name and reads(op, f"{name}.weight")}
     return {name: tuple(dict.fromkeys(read)) for name, read in found.items() if name not in shared}
 
 
@@ -89,7 +89,7 @@ def _is_its_own(model: nn.Module, name: str, op: Op) -> bool:
     return type(module) in QUANTIZED and weight.name == f"{name}.weight"
 
 
-def _reads(op: Op, weight: str) -> bool:
+def reads(op: Op, weight: str) -> bool:
     """Whether an operation reads a parameter."""
     values = [*op.args, *(op.kwargs or {}).values()]
     values += [v for value in values if isinstance(value, (list, tuple)) for v in value]

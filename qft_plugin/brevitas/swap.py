@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qft_plugin.bounded import replace_by_relu
-from qft_plugin.brevitas.by_module import called_layers, module_of, swap_modules
+from qft_plugin.brevitas.by_module import called_layers, module_of, reads, swap_modules
 from qft_plugin.brevitas.layers import RANGE_BATCH, RANGE_IMAGES, activation_quantizer, quantize_layers
 from qft_plugin.brevitas.plain import make_plain
 from qft_plugin.brevitas.read import check_repeatable
@@ -231,19 +231,19 @@ def _insert_factors(model: fx.GraphModule, channels: Mapping[Place, tuple[int, i
 def _kept_in_float(graph: LayerGraph, names: Container[str]) -> list[str]:
     """Describe the convolutions and linear layers that are not among those that are quantized."""
     kept = dict.fromkeys(
-        f"{module_of(op) or op.name} ({_why_kept(op)})"
+        f"{module_of(op) or op.name} ({_why_kept(graph, op)})"
         for op in graph.ops
         if op.function in LAYERS and module_of(op) not in names
     )
     return list(kept)
 
 
-def _why_kept(op: Op) -> str:
+def _why_kept(graph: LayerGraph, op: Op) -> str:
     weight = op.argument(1, "weight")
     if not isinstance(weight, Const):
-        return f"{op.function}, whose weight is computed in the forward"
-    if module_of(op) and weight.name == f"{module_of(op)}.weight":
-        return f"its {weight.name} is used elsewhere too"
+        return f"{op.function} with a weight that is computed in the forward"
+    if any(reads(other, weight.name) and module_of(other) != module_of(op) for other in graph.ops):
+        return f"its weight, {weight.name}, is used elsewhere too"
     return f"{op.function} is called as a function"
 
 
