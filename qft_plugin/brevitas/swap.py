@@ -96,7 +96,9 @@ def swap(model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig) -> nn.
         )
     if kept:
         logger.warning("left in floating point: %s", ", ".join(kept))
-    return swapped.eval()
+    # Brevitas makes its parameters in torch's default dtype.
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return swapped.to(dtype).eval()
 
 
 def _swapped_in_graph(
