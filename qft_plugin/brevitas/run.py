@@ -107,12 +107,17 @@ def quantize(
 ) -> nn.Module:
     """Turn a float model into a finetuned, linked Brevitas model: preprocess, swap, link, initialize, finetune.
 
-    Every call of one of torch's own convolution and linear modules gets a weight quantizer and its input an 8-bit
-    activation quantizer; others (functional calls, subclasses) stay in floating point, and a log line names them.
-    ReLU6 and all other functions stay exact.
+    Every convolution and linear module gets a weight quantizer and its input an 8-bit activation quantizer. So does a
+    subclass that calls its function once, whatever it computes around it or its weight from. Others (functions that
+    are called with a parameter, weights that depend on the image or that something else reads) stay in floating point,
+    and a log line names them with the reason. ReLU6 and all other functions stay exact.
+
+    What reads a quantized activation is taken from the graph of `torch.fx`. A model that `torch.fx` cannot trace, or
+    of which it makes another one, keeps its own forward: each layer in it gets a quantizer of its input, layers that
+    read one activation share it, and additions read what they have read.
 
     Args:
-        model: float torch model that `torch.fx` can trace; it is never changed.
+        model: float torch model; it is never changed.
         data: batches of unlabeled inputs: tensors, tuples of tensors, or dicts of tensors.
         example_input: one input to trace the model with; `None` takes the first images.
         config: the settings.
@@ -122,7 +127,7 @@ def quantize(
         A linked model; `fold` makes it an ordinary one.
 
     Raises:
-        ModelError: the model cannot be traced or holds nothing to quantize.
+        ModelError: the model holds nothing to quantize, is random in eval mode, or needs a graph for the hardware.
         DataError: the data cannot be used.
         HostError: Brevitas is missing, too old, or runs in its TorchScript mode.
     """
