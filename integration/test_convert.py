@@ -7,6 +7,7 @@ from torch import nn
 pytest.importorskip("nncf", reason="these tests are about NNCF")
 
 import nncf
+import openvino
 from conftest import four_bits, relative_error
 
 import qft_plugin.nncf as host
@@ -82,6 +83,23 @@ class Traced(Residual):
         return super().forward(x + x if torch.jit.is_tracing() else x)
 
 
+class Normalised(nn.Module):
+    """Normalises what varies little, by a layer or a group normalisation."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 16, 4, 4), norm, nn.Linear(16, 10)
+        with torch.no_grad():
+            self.first.weight.mul_(0.01)
+            self.first.bias.mul_(0.01)
+
+    def forward(self, x):
+        x = self.first(x).flatten(2)
+        if isinstance(self.norm, nn.GroupNorm):
+            return self.last(self.norm(x).transpose(1, 2))
+        return self.last(self.norm(x.transpose(1, 2)))
+
+
 def quantized(network):
     """Quantize a network without a finetune."""
     torch.manual_seed(0)
@@ -133,3 +151,13 @@ def test_what_cannot_be_traced():
     with host.without_compiler(), pytest.raises(DeployabilityError, match=r"torch\.jit\.trace.*__round__"):
         converted(model, images)
     assert model.forward is forward
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(16), nn.GroupNorm(4, 16)])
+def test_normalisations_keep_their_epsilon(norm, tmp_path):
+    """Where the variance is as small as the epsilon, the file is run as torch runs: neither is scaled alone."""
+    model, images = quantized(lambda: Normalised(norm))
+    path = host.save_openvino(model, tmp_path / "model.xml", images, check=False).path
+    found = run_on_cpu(openvino.Core().read_model(path), [images]).outputs
+    with torch.no_grad(), host.without_compiler():
+        assert relative_error(found, [model(images)]) < SAME

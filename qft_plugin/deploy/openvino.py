@@ -12,6 +12,7 @@ import numpy as np
 from qft_plugin.data import Call
 from qft_plugin.deploy.files import checked_path, draft_of
 from qft_plugin.deploy.ir_view import F32, IRFile, constant_integers
+from qft_plugin.deploy.normalisation import keep_epsilon
 from qft_plugin.deploy.proof import Proof, prove
 from qft_plugin.deploy.watched import Watched
 from qft_plugin.errors import DeployabilityError
@@ -115,6 +116,7 @@ def save(
         raise DeployabilityError(f"weights should be one of {STORAGES}. Found {storage!r}.")
     target = checked_path(path, ".xml")
     set_weight_storage(model, storage)
+    keep_epsilon(model)
     with draft_of(target) as draft:
         # Half-precision constants would round the scales, and the integers would mean something else.
         openvino.save_model(model, draft, compress_to_fp16=False)
