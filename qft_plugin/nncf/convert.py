@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 
 from qft_plugin.errors import DeployabilityError, QFTWarning
-from qft_plugin.model import tensors_in
+from qft_plugin.model import tensors_in, traceable
 from qft_plugin.record import function_name
 
 SIZES: Final = frozenset(["size", "numel", "__len__"])
@@ -98,8 +98,9 @@ class _Runs:
                 result = mode.process_model_outputs(wrapped.orig_forward(*args, **kwargs))
             runs = self._traced if torch._C._is_tracing() else self._calls
             runs.append(Counter(mode.op_calls))
-            if not torch._C._is_tracing():
-                self._sizes.append(mode.sizes)
+            if torch._C._is_tracing():
+                return traceable(result)
+            self._sizes.append(mode.sizes)
             return result
 
         before = self.model.__dict__["forward"]
