@@ -107,6 +107,12 @@ class Kept:
         largest = self.largest[index].to(device)
         return values.to(largest.dtype).mul_(largest)
 
+    def peaks(self) -> Tensor:
+        """Return the largest magnitude of each image, `[images]`."""
+        if self.largest is not None:
+            return self.largest.flatten()
+        return self.values.flatten(1).abs().amax(1) if self.values.dim() > 1 else self.values.abs()
+
 
 class KeptRows:
     """Collects an activation batch by batch, as `Rows` do."""
@@ -223,6 +229,26 @@ class Inputs:
         """Return the same inputs with another memory layout of the batches."""
         own = None if self.own is None else self.own.laid_out(channels_last=channels_last)
         return replace(self, channels_last=channels_last, own=own)
+
+    def item_of(self, image: int) -> str:
+        """Say where in the dataset an image is.
+
+        Args:
+            image: its number, over all processes.
+        """
+        for number, size in enumerate(self.sizes):
+            if image < size:
+                return f"Dataset item {number}" if size == 1 else f"Dataset item {number}, image {image} of it,"
+            image -= size
+        raise IndexError(image)
+
+    def own_image(self, row: int) -> int:
+        """Return the number, over all processes, of an image that this process trains on.
+
+        Args:
+            row: where its share has it.
+        """
+        return row if self.own is None else row * self.world.size + self.world.rank
 
     def _cut(self, rows: Tensor, index: Tensor | slice) -> Tensor:
         # Mixed layouts are the slowest of all, so the layout is always made explicit.

@@ -27,6 +27,14 @@ EVALUATION_IMAGES: Final = 512
 APART: Final = 1e-3
 """Relative difference of an image's activations in two batches; sums in another order stay below 1e-5."""
 
+ENOUGH_STEPS: Final = 100
+"""From so many steps on a finetune that gains nothing is worth a warning. A start of compensated weights is so good
+that some ten steps often do not reach it again."""
+
+RUINED: Final = (2.0, 0.02)
+"""Above so many times the loss at the start, and so much more, training has not only gained nothing but done harm.
+Healthy networks stayed below a difference of 0.005 after 8 steps."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -368,13 +376,32 @@ class _Best:
     def __init__(self, state: nn.Module, evaluate: Callable[[], float]) -> None:
         self._evaluate, self._module = evaluate, state
         self.loss = evaluate()
+        self.later: list[float] = []
         self.state = copy.deepcopy(state.state_dict())
 
     def look(self) -> None:
         """Keep the state as it is now if it is better."""
         now = self._evaluate()
+        self.later.append(now)
         if now < self.loss:
             self.loss, self.state = now, copy.deepcopy(self._module.state_dict())
+
+
+def _warn_of_no_gain(start_loss: float, best: _Best, losses: Sequence[float], config: FinetuneConfig) -> None:
+    """Warn where the start is returned after a training that should have changed it."""
+    if best.loss < start_loss or not best.later or not math.isfinite(losses[-1]):
+        return  # where a loss is not finite, that was said
+    factor, more = RUINED
+    ruined = not any(later <= factor * start_loss + more for later in best.later)
+    if ruined or len(losses) >= ENOUGH_STEPS:
+        warnings.warn(
+            f"Finetune: training should lower the loss. Found {start_loss:.3g} at the start and "
+            f"{min(best.later):.3g} after {len(losses)} steps: the start is returned. Lower "
+            f"FinetuneConfig.learning_rate ({config.learning_rate:g}) and scale_learning_rate "
+            f"({config.scale_learning_rate:g}), or return the start at once with finetune=None.",
+            QFTWarning,
+            stacklevel=3,
+        )
 
 
 @contextlib.contextmanager
@@ -502,6 +529,7 @@ def finetune(
     schedule: Callable[[float], None] | None = None,
     penalty: Callable[[], Tensor | None] | None = None,
     partial: PartialTraining | None = None,
+    not_finite: Callable[[], Exception] | None = None,
 ) -> FinetuneResult:
     """Train the student to compute what the teacher computed, and leave the best state in it.
 
@@ -526,6 +554,10 @@ def finetune(
         penalty: added to the loss of each step with `config.rounding_weight`, but not to what is compared or reported.
         partial: chooses which rows of the kernels train, where not all do; the rows are in the first group of the one
             phase that there is then.
+        not_finite: says where, if the student computes something at the start that is not finite.
+
+    Raises:
+        ModelError: the loss at the start is not finite.
     """
     at = schedule or (lambda _: None)
     world, share = inputs.world, inputs.share
@@ -559,6 +591,12 @@ def finetune(
     world.share_state(state)
     best = _Best(state, evaluate)
     start_loss = best.loss
+    if not math.isfinite(start_loss):
+        reason = ModelError(
+            f"The loss should be finite before the first step. Found {start_loss}. Look for what is not finite in the "
+            "student, or too large to be squared."
+        )
+        raise reason if not_finite is None else not_finite()
     losses: list[float] = []
     logger.info("finetune: %d steps of %d images, loss %.5f at the start", total, batch_size, start_loss)
     steps = _all_steps(
@@ -578,6 +616,8 @@ def finetune(
             with agreed(world):  # the first process alone may have a callback
                 if callback is not None:
                     callback(Step(number, total, found, rate))
+    if config.learning_rate or config.scale_learning_rate:
+        _warn_of_no_gain(start_loss, best, losses, config)
     at(1.0)
     state.load_state_dict(best.state)
     world.share_state(state)

@@ -13,8 +13,9 @@ from torch import nn
 from qft_plugin.blocks import split
 from qft_plugin.data import Call
 from qft_plugin.deployed import accumulator_bits
-from qft_plugin.errors import ConfigError, QFTWarning
+from qft_plugin.errors import ConfigError, QFTError, QFTWarning
 from qft_plugin.finetune import (
+    EVALUATION_IMAGES,
     FinetuneResult,
     Loss,
     Network,
@@ -29,6 +30,7 @@ from qft_plugin.finetune import (
     teacher_predictions,
 )
 from qft_plugin.graph import DofMap
+from qft_plugin.health import check_squares, is_finite, not_finite, warn_of_targets
 from qft_plugin.offline import Dof, solve
 from qft_plugin.partial import PartialTraining
 from qft_plugin.partial_backward import PartialBackward
@@ -40,6 +42,13 @@ from qft_plugin.student import copies_for_gradients
 Callback = Callable[[Step], None]
 
 TEACHER_BATCH: Final = 64
+
+USELESS: Final = 0.3
+"""Normalised L2 from which on a result is of little use. ResNet-20 agreed with float on 93 % of test images at 0.02, 89
+at 0.08, 85 at 0.10, 81 at 0.14, 79 at 0.25, 71 at 0.30, 48 to 66 at 0.33, and on 10 % and less above 0.70."""
+
+USELESS_DIVERGENCE: Final = 1.0
+"""Likewise of the divergence of class probabilities: 93 % at 0.02, 68 % and less above 2."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,7 @@ def targets_of(teacher: Network, problem: Problem, config: QFTConfig) -> Targets
         return Recomputed(teacher, problem.inputs.share, len(first.features), settings.cross_entropy > 0)
     size = max(settings.batch_size, TEACHER_BATCH)
     targets = teacher_predictions(teacher, problem.inputs.share, batch_size=size, memory_limit=settings.memory_limit)
+    check_squares(targets, problem.at.weights(len(targets.features)), problem.inputs)
     _check_logits(settings, targets.logits)
     return replace(targets, logits=targets.logits if settings.cross_entropy else None)
 
@@ -129,8 +139,41 @@ def train(
                 raise
             # `a += 1` after a layer has read `a` is nothing wrong where nothing trains. The first step has found it.
             result = _finetuned(start, problem, targets, settings, callback, copies=True)
+        _warn_of_loss(result, settings)
+    else:
+        check_start(start, problem)
     check_accumulators(dof)
     return result
+
+
+@torch.no_grad()
+def check_start(start: Start, problem: Problem) -> None:
+    """Refuse a start that computes NaN or infinity, where no finetune follows that would look at its loss.
+
+    Raises:
+        ModelError: it names where the first number that is not finite is computed.
+    """
+    call, solution = problem.inputs.first(TEACHER_BATCH), solve(start.dof)
+    # One run is not worth compiling for.
+    with torch.compiler.set_stance("force_eager"):
+        prediction = start.student(solution, call)
+    if not is_finite(prediction):
+        raise not_finite(start.student, problem.source.graph, start.placed.placement, solution, [call])
+
+
+def _warn_of_loss(result: FinetuneResult, settings: FinetuneConfig) -> None:
+    """Warn of a result that agrees with the float network too little to be of use."""
+    p = settings.cross_entropy
+    limit = (1 - p) * USELESS + p * USELESS_DIVERGENCE
+    if result.final_loss > limit:
+        warnings.warn(
+            f"Finetune: the loss should end below {limit:.2g}. Found {result.final_loss:.3g} (of the float network: 0, "
+            "of activations that are all 0: 1), with which a classifier names another class than the float network on "
+            "a quarter to all of the images. Use more bits (weight_bits, layer_bits, HardwareSpec.bias_bits, "
+            "activation_bits), less sparsity, or feed more images (FinetuneConfig.images_fed).",
+            QFTWarning,
+            stacklevel=3,
+        )
 
 
 def check_accumulators(dof: Dof) -> None:
@@ -182,6 +225,8 @@ def _finetuned(
     dof = start.dof
     loss = Loss(problem.at.weights(targets.count), settings.cross_entropy)
     part = settings.trains_part
+    if isinstance(targets, Targets):  # else the teacher runs along
+        warn_of_targets(targets, loss.weights, problem.inputs)
     # What is chosen to train depends on every bit of the state.
     problem.inputs.world.share_state(dof)
 
@@ -199,9 +244,16 @@ def _finetuned(
             schedule=dof.set_progress,
             penalty=dof.penalty,
             partial=partial,
+            not_finite=functools.partial(_not_finite, start, problem),
         )
     finally:
         dof.release()
+
+
+def _not_finite(start: Start, problem: Problem) -> QFTError:
+    share = problem.inputs.share
+    calls = share.batches(share.at_once(TEACHER_BATCH), at_most=EVALUATION_IMAGES)
+    return not_finite(start.student, problem.source.graph, start.placed.placement, solve(start.dof), calls)
 
 
 def _phases(start: Start, problem: Problem, loss: Loss, settings: FinetuneConfig) -> list[Phase]:

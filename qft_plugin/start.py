@@ -16,6 +16,7 @@ from qft_plugin.compensate import can_compensate, compensated_kernel, input_rows
 from qft_plugin.data import Inputs
 from qft_plugin.errors import ModelError, QFTWarning
 from qft_plugin.graph import MADE_INSIDE, PINNED, Const, DofMap, Layer, LayerGraph
+from qft_plugin.health import Ranges, warn_of_images, warn_of_ranges
 from qft_plugin.initialize import doubly_scales, equalize, nearest_factor, weight_scale
 from qft_plugin.offline import (
     Dof,
@@ -83,14 +84,23 @@ def initialize(host: ModuleType, problem: Problem, request: Any, config: QFTConf
         config: the settings.
     """
     log_c = _equalization(problem, config)
-    begin = start(host, problem, request, config, log_c=log_c, compensate=config.compensate)
+    ranges = Ranges()
+    begin = start(host, problem, request, config, log_c=log_c, compensate=config.compensate, ranges=ranges)
+    _look(begin, problem, ranges)
     if config.bias_correction:
         _correct_biases(begin, problem)
     return begin
 
 
 def start(
-    host: ModuleType, problem: Problem, request: Any, config: QFTConfig, *, log_c: Tensor, compensate: bool
+    host: ModuleType,
+    problem: Problem,
+    request: Any,
+    config: QFTConfig,
+    *,
+    log_c: Tensor,
+    compensate: bool,
+    ranges: Ranges | None = None,
 ) -> Start:
     """Fold the network, let the host place its quantizers, and make the degrees of freedom.
 
@@ -101,6 +111,7 @@ def start(
         config: the settings.
         log_c: logarithm of the initial factor of every variable, `[dof_map.size]`.
         compensate: move weights so that their rounding errors compensate each other.
+        ranges: notes what the network computes while compensation runs it.
     """
     source, dof_map, inputs = problem.source, problem.dof_map, problem.inputs
     tensors = {name: source.tensors[name] for name in names_of(dof_map.layers)}
@@ -127,7 +138,7 @@ def start(
     if compensate:
         # A weight that stays 0 cannot compensate anything.
         dense = {name: grid for name, grid in weights.items() if name not in source.kept}
-        values |= _compensated(student, source.graph, dof_map, dense, values, inputs)
+        values |= _compensated(student, source.graph, dof_map, dense, values, inputs, ranges or Ranges())
     dof = Dof(
         dof_map,
         {name: laid_out(t, inputs) for name, t in values.items()},
@@ -285,6 +296,7 @@ def _compensated(
     grids: Mapping[str, WeightGrid],
     tensors: Mapping[str, Tensor],
     inputs: Inputs,
+    ranges: Ranges,
 ) -> dict[str, Tensor]:
     """Let the rounding errors of each layer compensate each other on the images; returns the weights that change."""
     layers = [layer for layer in dof_map.layers if layer.weight in grids and can_compensate(layer)]
@@ -305,7 +317,7 @@ def _compensated(
 
     watchers = {layer.calls[0]: watcher(layer) for layer in layers}
     for call in inputs.batches(inputs.at_once(BATCH), at_most=COMPENSATION_IMAGES):
-        student.watch(tensors, call, watchers)
+        ranges.run(student, tensors, call, watchers)
     result = {}
     for layer in layers:
         W, grid = tensors[layer.weight], grids[layer.weight]
@@ -316,6 +328,19 @@ def _compensated(
         except RuntimeError as error:  # the moment matrix is not positive definite
             logger.warning("%s starts from rounding to nearest: %s", layer.weight, error)
     return result
+
+
+@torch.no_grad()
+def _look(start: Start, problem: Problem, ranges: Ranges) -> None:
+    """Warn of what is constant and of what dominates among the first images, which compensation has seen, if it ran."""
+    inputs, placed = problem.inputs, start.placed
+    warn_of_images(inputs)
+    if not placed.placement.activations:
+        return
+    if not ranges.images:
+        for call in inputs.batches(inputs.at_once(BATCH), at_most=COMPENSATION_IMAGES):
+            ranges.run(start.student, placed.tensors, call, {})
+    warn_of_ranges(ranges, start.student, placed.tensors, problem.source.graph, placed.placement, inputs)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Final
@@ -44,6 +44,7 @@ class FakeQuantizer(nn.Module):
         scale: real per step; without one, values pass unchanged.
         zero_point: the integer of the real 0.
         seen: collects what is quantized while there is no scale.
+        look: is shown it.
         starts_at_zero: whether the smallest number of the grid is 0, so that its clip is a ReLU.
     """
 
@@ -149,6 +150,23 @@ def observe(quantizers: Mapping[str, FakeQuantizer], run: Callable[[], object], 
         module.scale, module.watcher = None, functools.partial(watcher, name)
     try:
         run()
+    finally:
+        for module in quantizers.values():
+            module.watcher = None
+
+
+@contextlib.contextmanager
+def looked_at(quantizers: Mapping[str, FakeQuantizer], look: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Show a function what each quantizer would have had as its input, in runs with float activations.
+
+    Args:
+        quantizers: those of the network, by name.
+        look: called with the name and the activation.
+    """
+    for name, module in quantizers.items():
+        module.watcher = functools.partial(look, name)
+    try:
+        yield
     finally:
         for module in quantizers.values():
             module.watcher = None

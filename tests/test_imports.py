@@ -22,6 +22,7 @@ LEVELS = [
     {"bounded", "dof_map", "offline", "finetune", "record", "blocks"},
     {"channelwise", "deployed"},
     {"report", "student", "bias_correction"},
+    {"health"},
     {"problem", "ranges"},
     {"start"},
     {"pipeline"},

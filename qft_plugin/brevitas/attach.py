@@ -4,6 +4,7 @@ import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,7 @@ from qft_plugin.student import (
     Unfold,
     Watcher,
     compiled_fake_quantize,
+    looked_at,
     observe,
     prediction_of,
     set_grids,
@@ -220,6 +222,21 @@ class Student:
         for module in self._quantizers.values():
             module.scale = None
         self._run(tensors, call, watchers)
+
+    def trace(self, solution: Solution, call: Call, watchers: Mapping[str, Callable[[Tensor], None]]) -> None:
+        """Run with quantized activations and show each watcher the input of its operation.
+
+        Args:
+            solution: weights, biases and scales.
+            call: the batch.
+            watchers: called with the first activation input, by name of the operation.
+        """
+        set_grids(self._quantizers, solution)
+        self._run(solution.tensors, call, watchers)
+
+    def looked_at(self, look: Callable[[str, Tensor], None]) -> AbstractContextManager[None]:
+        """Show a function what each activation quantizer reads in runs with float activations, with its name."""
+        return looked_at(self._quantizers, look)
 
     def _run(
         self,

@@ -22,7 +22,7 @@ from qft_plugin.distributed import agreed, joined
 from qft_plugin.errors import ConfigError
 from qft_plugin.finetune import FinetuneResult
 from qft_plugin.model import accepts, check_finite, check_model
-from qft_plugin.pipeline import Callback, check_accumulators, targets_of, train
+from qft_plugin.pipeline import Callback, check_accumulators, check_start, targets_of, train
 from qft_plugin.problem import Problem, images, understand
 from qft_plugin.spec import QFTConfig
 from qft_plugin.start import initialize as initialized
@@ -191,6 +191,7 @@ def _initialize(model: nn.Module, inputs: Inputs, config: QFTConfig) -> None:
     request = Request(calibrate=True)
     begin = initialized(sys.modules["qft_plugin.brevitas"], problem, request, config)
     if config.finetune is None:
+        check_start(begin, problem)
         check_accumulators(begin.dof)
     write(model, source, begin)
     keep_images(model, inputs)

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -29,6 +29,7 @@ from qft_plugin.student import (
     Unfold,
     Watcher,
     compiled_fake_quantize,
+    looked_at,
     observe,
     prediction_of,
     set_grids,
@@ -398,13 +399,35 @@ class Student:
         """
         for module in self._quantizers.values():
             module.scale = None
+        with self._watched(watchers):
+            self._run(tensors, call)
+
+    def trace(self, solution: Solution, call: Call, watchers: Mapping[str, Callable[[Tensor], None]]) -> None:
+        """Run with quantized activations and show each watcher the input of its operation.
+
+        Args:
+            solution: weights, biases and scales.
+            call: the batch.
+            watchers: called with the first activation input, by name of the operation; one that NNCF does not run
+                itself, such as a factor in front of an addition, is left out.
+        """
+        set_grids(self._quantizers, solution)
+        with self._watched({op: watcher for op, watcher in watchers.items() if op in self._first_port}):
+            self._run(solution.tensors, call)
+
+    def looked_at(self, look: Callable[[str, Tensor], None]) -> contextlib.AbstractContextManager[None]:
+        """Show a function what each activation quantizer reads in runs with float activations, with its name."""
+        return looked_at(self._quantizers, look)
+
+    @contextlib.contextmanager
+    def _watched(self, watchers: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
         storage = get_hook_storage(self._observed.model)
         handles = [
             storage.register_pre_function_hook(self._ops[op], self._first_port[op], _Watch(watcher))
             for op, watcher in watchers.items()
         ]
         try:
-            self._run(tensors, call)
+            yield
         finally:
             for handle in handles:
                 handle.remove()
