@@ -204,6 +204,17 @@ def failure(run: Callable[[], Any]) -> tuple[str, str]:
     return "", ""
 
 
+def shared() -> dict[str, Tensor]:
+    """Start from other weights in each process, and share those of the first one."""
+    torch.manual_seed(world_of(CPU).rank)
+    layer = nn.BatchNorm1d(3).double()
+    for tensor in layer.state_dict().values():
+        tensor.copy_(torch.randint(1, 2**31, tensor.shape))
+    layer.register_buffer("turned", torch.randn(4, 3).T, persistent=True)  # not in the order of its memory
+    world_of(CPU).share_state(layer)
+    return dict(layer.state_dict())
+
+
 def told_by(folder: Path) -> Iterator[tuple[str, Any]]:
     """Do everything, and say how it ended."""
     with joined(nn.Linear(1, 1)) as world:
@@ -212,6 +223,7 @@ def told_by(folder: Path) -> Iterator[tuple[str, Any]]:
             yield name, train()
         for name, fail in FAILING.items():
             yield name, failure(fail)
+        yield "shared", shared()
         yield "written", str(_write(folder))
         yield "not written", failure(lambda: _write(folder, fails=True))
         logging.getLogger("qft_plugin").warning("said by all")

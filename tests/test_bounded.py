@@ -134,6 +134,18 @@ def test_bounds_absorb_a_factor(power: int, seed: int) -> None:
     assert torch.equal(hardtanh(k * x, k * low, k * high, -3, False), k * hardtanh(x, low, high, -3, False))
 
 
+@pytest.mark.parametrize("original", [nn.ReLU6(), nn.Hardtanh(-2.0, 3.0), nn.Hardtanh(-4.0, 0.0)])
+def test_the_factor_is_what_bounds_were_divided_by(original: nn.Hardtanh) -> None:
+    """Scaled by the factor of its channel in front, and back behind, the original does the same with values beyond."""
+    module = ChannelHardtanh(original, 3, axis=-1, like=torch.zeros((), dtype=torch.float64))
+    c = torch.tensor([0.25, 1.0, 4.0], dtype=torch.float64)
+    module.low.div_(c)
+    module.high.div_(c)
+    assert torch.equal(module.factor(), c)
+    x = 100 * torch.randn(50, 3, dtype=torch.float64)
+    torch.testing.assert_close(original(x * module.factor()) / module.factor(), module(x), rtol=EXACT, atol=0)
+
+
 def strong(*modules: nn.Module) -> nn.Module:
     """Return a float64 chain whose activations reach beyond the bounds of a ReLU6."""
     model = nn.Sequential(*modules).double().eval()

@@ -234,6 +234,15 @@ def test_an_error_of_one_process_is_one_of_both(told: Any, name: str, kinds: tup
     assert re.search(message, found[0][name][1], re.DOTALL)
 
 
+def test_the_state_of_the_first_process_is_shared(told: Any) -> None:
+    """Parameters and buffers of any dtype and layout are those of the first process afterwards, bit for bit."""
+    _, (first, second), _ = told
+    expected = processes.shared()  # one process is the first one, and shares nothing
+    for found in (first["shared"], second["shared"]):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(t, expected[name]) for name, t in found.items())
+
+
 def test_files_are_written_by_the_first_process(told: Any) -> None:
     """It writes once; both return what it returned."""
     folder, found, _ = told

@@ -1,6 +1,7 @@
 """Folding a BatchNorm: the folded layer computes what layer and norm compute together."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -120,6 +121,44 @@ def test_kind_is_the_function_that_is_called(transposed: bool, dim: int) -> None
     """The name of the kind is that of the torch function that the layer's forward calls."""
     layer, x = layer_and_input("plain", dim, transposed=transposed, bias=True)
     assert [op.function for op in record(layer, x).ops] == [kind_of(layer)]
+
+
+class Around(nn.Module):
+    """A convolution and a BatchNorm of which something else uses a part."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__()
+        self.use, self.conv, self.norm = use, nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x)
+        z = self.norm(y)
+        if self.use == "between":
+            return z + y
+        if self.use == "output":
+            return z, y
+        if self.use == "layer":
+            return self.conv(z.relu())
+        if self.use == "weight":
+            return torch.nn.functional.conv2d(z.relu(), self.conv.weight)
+        if self.use == "norm":
+            return self.norm(z.relu())
+        return z.relu()
+
+
+@pytest.mark.parametrize(
+    ("use", "merged"),
+    [("none", 1), ("between", 0), ("output", 0), ("layer", 0), ("weight", 0), ("norm", 0)],
+)
+def test_a_norm_is_merged_where_nothing_else_uses_a_part_of_the_pair(use: str, merged: int) -> None:
+    """Not where the activation between has other readers or is an output, nor where weight or norm are used again."""
+    model, x = Around(use).double().eval(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    with torch.no_grad():
+        for tensor in (model.norm.running_mean, model.norm.running_var, model.norm.weight, model.norm.bias):
+            tensor.uniform_(0.3, 2)
+    expected = model(x)
+    assert len(merge_norms(model, model, record(model, x))) == merged
+    torch.testing.assert_close(model(x), expected, rtol=EXACT, atol=10 * EXACT)
 
 
 def test_kind_of_a_linear_layer() -> None:

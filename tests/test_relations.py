@@ -243,6 +243,13 @@ def test_add_of_one_channel_to_all_ties_them_together() -> None:
     assert dof.size == 1
 
 
+@pytest.mark.parametrize("name", ["mean", "sum", "amax", "amin"])
+def test_a_reduction_over_channels_ties_them(name: str) -> None:
+    """What a number is made of in all channels has one scale in them."""
+    dof = checked(between(lambda x: getattr(x.relu(), name)(1, keepdim=True), channels=1), image())
+    assert through(dof) == ([1] * 8, [1])
+
+
 class TwoInputs(nn.Module):
     """Two branches that meet in a given function."""
 
