@@ -205,3 +205,46 @@ def test_small_divisors_are_not_rounded_to_zero(outputs):
     assert not torch.isfinite(outputs(own, items[0])[0]).all()
     job = host.quantize(model, nncf.Dataset(items), four_bits(weight_bits=8, finetune=None))
     assert relative_error(outputs(job.model, items[0]), outputs(model, items[0])) < FOUR_BITS
+
+
+class Around(nn.Module):
+    """A convolution and a BatchNorm of which something else uses a part."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.use, self.conv, self.norm, self.fc = use, nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Linear(3, 4)
+
+    def forward(self, x):
+        between = self.conv(x)
+        y = self.norm(between)
+        if self.use == "reader":
+            y = y + between
+        elif self.use == "weight":
+            y = self.conv(y.relu())
+        elif self.use == "norm":
+            y = self.norm(y.relu())
+        y = self.fc(y.relu().mean((2, 3)))
+        return (y, between) if self.use == "output" else y
+
+
+@pytest.mark.parametrize("use", ["nothing", "reader", "output", "weight", "norm"])
+def test_a_norm_folds_where_nothing_else_uses_a_part_of_the_pair(use):
+    """Not where the activation between has other readers or is an output, nor where weight or norm are used again."""
+    model, items = nets.settled(Around(use)), [torch.randn(4, 3, 8, 8)]
+    like = next(model.parameters())
+    inputs = read_inputs(items, accepts=accepts(model), like=like, max_images=4, memory_limit=10**9)
+    assert len(host.read(model, inputs).norms) == (use == "nothing")
+
+
+def test_bounds_that_are_reached(outputs):
+    """Where activations saturate at the bounds of ReLU6 in channels of other scales, they do so in the result."""
+    model, items = nets.build("inverted"), [20 * item for item in nets.items("inverted")]
+    job = host.quantize(model, nncf.Dataset(items), four_bits(weight_bits=8, finetune=None))
+    reached = []
+    hooks = [m.register_forward_hook(lambda _, __, y: reached.append(bool((y == 6).any())))
+             for m in model.modules() if isinstance(m, nn.ReLU6)]  # fmt: skip
+    expected = outputs(model, items[0])
+    for hook in hooks:
+        hook.remove()
+    assert reached == [True] * 3
+    assert relative_error(outputs(job.model, items[0]), expected) < EIGHT_BITS

@@ -60,6 +60,29 @@ def test_ignored_scope(outputs):
     assert relative_error(outputs(job.model, items[0]), outputs(model, items[0])) < CLOSE
 
 
+@pytest.mark.parametrize(("trained", "rates"), [
+    ("weights", {"scale_learning_rate": 0}),
+    ("scales", {"learning_rate": 0, "scale_learning_rate": 0.01}),
+])  # fmt: skip
+def test_values_and_scales_train_at_rates_of_their_own(trained, rates):
+    """At a rate of 0 what it is the rate of stays where it started, while the rest gains something."""
+    config = {"weight_bits": 3, "compensate": False}  # so that there is something to gain
+    jobs = []
+    for finetune in (None, few_steps(images_fed=512, **rates)):
+        torch.manual_seed(0)
+        jobs.append(quantize(config=four_bits(finetune=finetune, **config))[2])
+    start, end = jobs
+    assert end.result.final_loss < end.result.start_loss
+    before, after = (
+        {name: (hook.scale if hasattr(hook, "scale") else hook.input_range).detach().clone()
+         for name, hook in activation_quantizers(job).items()}
+        for job in (start, end)
+    )  # fmt: skip
+    assert before.keys() == after.keys()
+    same = [torch.equal(scale, after[name]) for name, scale in before.items()]
+    assert all(same) == (trained == "weights")
+
+
 def test_everything_ignored():
     """Where NNCF is told to leave every layer alone, that is an error and not a float model."""
     scope = nncf.IgnoredScope(types=["conv2d", "linear"])

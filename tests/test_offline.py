@@ -331,6 +331,12 @@ def test_the_left_scale_is_trained_with_the_other_scales() -> None:
     assert all(module.log_L is None and module.scale_in is None for module in make_dof(model, x).layers)
 
 
+def test_values_and_scales_train_at_rates_of_their_own() -> None:
+    """The first group, of weights and biases, has the one rate, the second one, of all logarithms, the other."""
+    values, scales = make_dof(*two_layers("grouped")).parameter_groups(learning_rate=1, scale_learning_rate=2)
+    assert (values["lr"], scales["lr"]) == (1, 2)
+
+
 def test_a_part_of_the_degrees_of_freedom_trains() -> None:
     """Only the named layers with all that is theirs, the named quantizers, and the factors if asked."""
     dof = make_dof(*two_layers("grouped"), doubly=True)
