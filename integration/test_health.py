@@ -50,6 +50,30 @@ def test_constant_images(change, words, compensate, host):
     assert f"Found {words} in all of the first 64 images in what 'stem/conv2d/0' reads" in said(caught)
 
 
+class Dead(nets.Residual):
+    """A residual network in which a ReLU is never awake, and a constant is added."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.last, self.value = nn.Conv2d(8, 4, 1), value
+
+    def forward(self, x):
+        dead = (self.stem(x) - 100).relu() + self.value
+        return super().forward(x) + self.last(dead).mean((2, 3))
+
+
+def test_a_dead_part_of_a_network(host, caplog):
+    """An activation that is always 0 is named in the log only: its images are as they should be."""
+    host.quantize(nets.settled(Dead(0)), images(lambda x: x), four_bits(finetune=None))
+    assert "0 in all of the first 64 images, so that no range could be chosen: what 'last/conv2d/" in caplog.text
+
+
+def test_an_activation_that_is_always_the_same(host):
+    """One that always has another value is warned of."""
+    with pytest.warns(QFTWarning, match=r"Found 2 everywhere in all of the first 64 images in what 'last/conv2d/\d"):
+        host.quantize(nets.settled(Dead(2)), images(lambda x: x), four_bits(finetune=None))
+
+
 def test_one_image_many_times(host):
     """Where all images are the same, that is said."""
     with pytest.warns(QFTWarning, match=r"images should differ\. Found 64 times the same one"):
