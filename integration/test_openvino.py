@@ -12,12 +12,14 @@ pytest.importorskip("nncf", reason="these tests are about NNCF")
 import nets
 import nncf
 import nncf.torch
-from conftest import four_bits, quantized_once, weight_quantizers
+from conftest import four_bits, quantized_once, relative_error, weight_quantizers
+from nncf.torch.function_hook import get_hook_storage
 from nncf.torch.quantization.extensions import QuantizedFunctionsCPU
+from nncf.torch.quantization.layers import SymmetricQuantizer
 
 import qft_plugin.nncf as host
 from qft_plugin import DeployabilityError, ParityError
-from qft_plugin.deploy.openvino import INT8, inspect_file, save, set_weight_storage
+from qft_plugin.deploy.openvino import INT8, inspect_file, run_on_cpu, save, set_weight_storage
 from qft_plugin.graph import is_kernel
 from qft_plugin.nncf.save import watched
 from qft_plugin.nncf.write import without_compiler
@@ -252,3 +254,51 @@ def test_eight_bit_weights_are_not_touched(converted):
         set_weight_storage(model, storage)
     after = [op.get_element_type().get_type_name() for op in model.get_ops() if op.get_type_name() == "Constant"]
     assert after == kinds
+
+
+def saved_plainly(model, path):
+    """Save a converted model with OpenVINO's own function and return how it runs when it is read back."""
+    openvino.save_model(model, path, compress_to_fp16=False)
+    return run_on_cpu(openvino.Core().read_model(path), ())
+
+
+def test_plain_conversion_runs_in_int8(quantized, tmp_path):
+    """From memory as it is; saved with OpenVINO's own function after the storage of its weights was chosen."""
+    q = quantized("residual")
+    with torch.no_grad(), without_compiler():
+        model = openvino.convert_model(q.job.model, example_input=q.items[0])
+    assert set(run_on_cpu(model, ()).convolutions.values()) <= INT8
+    set_weight_storage(model, "i4")
+    assert set(saved_plainly(model, tmp_path / "net.xml").convolutions.values()) <= INT8
+    assert constants(tmp_path / "net.xml")["i4"] == 5
+
+
+def test_widened_weights_keep_their_integers(quantized, outputs, tmp_path):
+    """The copy computes the same in 8-bit quantizers, and its plain conversion runs in int8 after it was saved."""
+    q = quantized("residual")
+    wide = host.widened(q.job.model)
+    bits = {hook.num_bits for hook in get_hook_storage(q.job.model).modules() if isinstance(hook, SymmetricQuantizer)}
+    assert bits == {4, 8}
+    assert {h.num_bits for h in get_hook_storage(wide).modules() if isinstance(h, SymmetricQuantizer)} == {8}
+    with without_compiler():
+        before, after = (weight_integers(model, q.items[0]) for model in (q.job.model, wide))
+        assert all(torch.equal(integers, after[name]) for name, integers in before.items())
+        assert max(int(integers.abs().max()) for integers in after.values()) == 7
+        with torch.no_grad():
+            model = openvino.convert_model(wide, example_input=q.items[0])
+    assert relative_error(outputs(wide, q.items[0]), outputs(q.job.model, q.items[0])) < FLOAT_SUMS
+    assert set(saved_plainly(model, tmp_path / "net.xml").convolutions.values()) <= INT8
+    loaded = nncf.torch.load_from_config(nets.build("residual"), nncf.torch.get_config(wide))
+    loaded.load_state_dict(wide.state_dict())
+    assert relative_error(outputs(loaded.eval(), q.items[0]), outputs(wide, q.items[0])) == 0
+
+
+def test_strip_takes_widened_weights(quantized, outputs):
+    """NNCF turns them, and not weights of 4 bits, into torch's own quantizers."""
+    pytest.importorskip("torchao", reason="NNCF strips with it")
+    q = quantized("residual")
+    with without_compiler():
+        with pytest.raises(nncf.InternalError, match="8"):
+            nncf.strip(q.job.model, example_input=q.items[0])
+        stripped = nncf.strip(host.widened(q.job.model), example_input=q.items[0])
+    assert relative_error(outputs(stripped, q.items[0]), outputs(q.job.model, q.items[0])) < FLOAT_SUMS

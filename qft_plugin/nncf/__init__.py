@@ -12,7 +12,7 @@ from qft_plugin.nncf.attach import Student, place, teacher  # noqa: E402  (only 
 from qft_plugin.nncf.read import check_model, read  # noqa: E402
 from qft_plugin.nncf.register import quantize, register, unregister  # noqa: E402
 from qft_plugin.nncf.save import save_openvino  # noqa: E402
-from qft_plugin.nncf.write import without_compiler, write  # noqa: E402
+from qft_plugin.nncf.write import widened, without_compiler, write  # noqa: E402
 
 register()
 
@@ -27,6 +27,7 @@ __all__ = [
     "save_openvino",
     "teacher",
     "unregister",
+    "widened",
     "without_compiler",
     "write",
 ]
