@@ -21,7 +21,7 @@ import qft_plugin.nncf as host
 from qft_plugin import DeployabilityError, ParityError
 from qft_plugin.deploy.openvino import INT8, inspect_file, run_on_cpu, save, set_weight_storage
 from qft_plugin.graph import is_kernel
-from qft_plugin.nncf.save import watched
+from qft_plugin.nncf.save import watched, weight_integers
 from qft_plugin.nncf.write import without_compiler
 
 FLOAT_SUMS = 3e-3
