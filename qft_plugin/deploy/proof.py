@@ -29,7 +29,7 @@ from torch import Tensor
 from qft_plugin.data import Call
 from qft_plugin.deploy.file_view import File
 from qft_plugin.deploy.roundings import Rounding, compare_roundings
-from qft_plugin.deploy.stretches import compare_stretches, merged
+from qft_plugin.deploy.stretches import Values, compare_stretches, merged
 from qft_plugin.deploy.watched import Watched, positional
 from qft_plugin.errors import ParityError, QFTWarning
 
@@ -110,8 +110,13 @@ def prove(
     watched.run(example)  # what a model makes once and keeps is made here
     path = watched.run(example).path
     calls = [example, *(call for call in _others(file, example, images) if _both_run(watched, file, call, path))]
-    probes = [_map(calls[0], _noisy), _map(calls[-1], _noisy)]
-    seen = [compare_stretches(watched, file, probes[0], "dense"), compare_stretches(watched, file, probes[1], "sparse")]
+    probes: list[tuple[Call, Values]] = [
+        (_map(calls[0], _noisy), "dense"),
+        (_map(calls[-1], _noisy), "sparse"),
+        (_map(calls[-1], _noisy), "extreme"),
+        (calls[-1], "own"),
+    ]
+    seen = [compare_stretches(watched, file, call, kind) for call, kind in probes]
     if any(s.path != path for s in seen):
         # It branches on values, and random ones take it elsewhere: the file's own ones must do.
         logger.info("the model branches on its values: the file is compared on images alone")

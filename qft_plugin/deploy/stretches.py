@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qft_plugin.data import Call
 from qft_plugin.deploy.file_view import File, FileProduct, FileQuantizer, Stretches
-from qft_plugin.deploy.watched import Grid, Product, Seen, Watched, positional
+from qft_plugin.deploy.watched import Grid, Product, Run, Seen, Watched, positional
 
 CLOSE: Final = 1e-3
 """Largest difference of what a stretch computes, relative to the largest value of the channel: sums of float32 stay
@@ -36,7 +36,8 @@ class Findings:
         products: numbers of the file's products that were found.
         weights: names of the weights whose integers were found.
         silent: names of the weights that multiplied nothing but zeros.
-        unmatched: what each quantizer of torch read that was not found in the file, by number of its call.
+        unmatched: what each quantizer of torch read that was not found in the file, by number of its call; with the
+            problem in words, and how many other problems came before it.
         error: the largest difference of a stretch that was accepted.
         places: for each call of an activation quantizer of torch the number of the file's.
         path: what the model called.
@@ -47,7 +48,7 @@ class Findings:
     products: set[int] = field(default_factory=set)
     weights: set[str] = field(default_factory=set)
     silent: set[str] = field(default_factory=set)
-    unmatched: dict[int, tuple[Tensor, str]] = field(default_factory=dict)
+    unmatched: dict[int, tuple[Tensor, str, int]] = field(default_factory=dict)
     error: float = 0.0
     places: list[int | None] = field(default_factory=list)
     path: list[str] = field(default_factory=list)
@@ -58,7 +59,7 @@ class Findings:
             self.problems.append(problem)
 
 
-Values = Literal["dense", "sparse", "own"]
+Values = Literal["dense", "sparse", "extreme", "own"]
 
 
 def compare_stretches(watched: Watched, file: File, call: Call, kind: Values) -> Findings:
@@ -68,8 +69,9 @@ def compare_stretches(watched: Watched, file: File, call: Call, kind: Values) ->
         watched: the torch model.
         file: the file.
         call: the arguments of a call.
-        kind: what stands in the place of each quantizer: integers of the whole grid, mostly zeros, or what the file's
-            own quantizers give.
+        kind: what stands in the place of each quantizer: integers of the whole grid, mostly zeros, the ends of the grid
+            in whole channels, so that bounds such as that of a ReLU6 are reached, or what the file's own quantizers
+            give.
     """
     findings, inputs = Findings(), positional(call)
     values = _values(file, file.run(inputs).quantized, kind)
@@ -85,7 +87,7 @@ def compare_stretches(watched: Watched, file: File, call: Call, kind: Values) ->
 
     run = watched.run(call, activation=activation, product=product)
     findings.path = run.path
-    _compare_outputs(run.outputs, computed.outputs, findings)
+    _compare_outputs(run, computed.outputs, findings)
     for name, integers in run.weights.items():
         flat = integers.flatten().to(torch.int64).cpu().numpy()
         if name not in findings.weights and any(np.array_equal(flat, c) for c in file.constants):
@@ -108,11 +110,13 @@ def merged(file: File, findings: Sequence[Findings]) -> Findings:
         every.silent |= found.silent
     every.silent -= every.weights
     for found in findings:
-        for number, (x, problem) in found.unmatched.items():
+        # In the order of the run: what comes first is next to the cause.
+        told = [(float(place), problem) for place, problem in enumerate(found.problems)]
+        for number, (x, problem, before) in found.unmatched.items():
             others = [f.unmatched.get(number) for f in findings]
             if not all(o is not None and x.shape == o[0].shape and torch.equal(x, o[0]) for o in others):
-                every.tell(problem)
-        for problem in found.problems:
+                told.append((before - 0.5, problem))
+        for _, problem in sorted(told, key=lambda pair: pair[0]):
             every.tell(problem)
     for number, quantizer in enumerate(file.quantizers):
         if number not in every.quantizers and not any(quantizer.equals(file.quantizers[k]) for k in every.quantizers):
@@ -135,7 +139,13 @@ def _values(file: File, ran: Sequence[Tensor | None], kind: Values) -> list[Tens
         generator = torch.Generator().manual_seed(number)
         low, high = torch.from_numpy(quantizer.low), torch.from_numpy(quantizer.high)
         step = (high - low) / (quantizer.levels - 1)
-        x = low + step * torch.randint(quantizer.levels, tuple(own.shape), generator=generator)
+        if kind == "extreme":
+            axis = channel_axis(own)
+            shape = [size if k in (0, axis) else 1 for k, size in enumerate(own.shape)]
+            steps = (quantizer.levels - 1) * torch.randint(2, shape, generator=generator).expand(own.shape)
+        else:
+            steps = torch.randint(quantizer.levels, tuple(own.shape), generator=generator)
+        x = low + step * steps
         if kind == "sparse":
             x = torch.where(torch.rand(tuple(own.shape), generator=generator) < SPARSE, x, torch.zeros_like(x))
         values.append(x.to(torch.float32))
@@ -163,7 +173,7 @@ def _find_quantizer(file: File, computed: Stretches, seen: Seen, findings: Findi
         return number
     if not same_shape:
         problem = f"{seen.place}: should be in the file. Found no quantizer of a tensor of shape {list(x.shape)}."
-        findings.unmatched[seen.number] = x, problem
+        findings.unmatched[seen.number] = x, problem, len(findings.problems)
         return None
     number = min(same_shape, key=lambda k: (int((errors[k] > CLOSE).sum()), float(errors[k].max())))
     wrong = (errors[number] > CLOSE).nonzero().flatten().tolist()
@@ -172,6 +182,7 @@ def _find_quantizer(file: File, computed: Stretches, seen: Seen, findings: Findi
         f"{seen.place}: what it reads should be computed in the file. Found that the closest, of "
         f"{file.quantizers[number].name}, differs in {_some(wrong)} of {errors[number].numel()} channels by up to "
         f"{float(errors[number].max()):.2g} of the channel's largest value.",
+        len(findings.problems),
     )
     findings.quantizers.add(number)
     return number
@@ -223,10 +234,12 @@ def _compare_product(file: File, computed: Stretches, p: Product, findings: Find
         if result.numel() == expected.numel() and file.products[k].integers.size == integers.size
     ]
     fits = {k: _fit(expected, computed.products[k].reshape(expected.shape).double(), p.axis) for k in candidates}
+    problems = {k: _weight_problem(file.products[k], p, integers) for k in candidates}
 
-    def order(k: int) -> tuple[int, float, int]:
+    def order(k: int) -> tuple[int, bool, float, bool]:
+        # What reads the same in all places fits several products: the one with the same integers, if any.
         residual = fits[k][1]
-        return int((residual > CLOSE).sum()), float(residual.max()), int(k in findings.products)
+        return int((residual > CLOSE).sum()), problems[k] is not None, float(residual.max()), k in findings.products
 
     number = min(candidates, key=order, default=None)
     if number is None or float((fits[number][1] > CLOSE).double().mean()) > 0.5:
@@ -234,7 +247,7 @@ def _compare_product(file: File, computed: Stretches, p: Product, findings: Find
         return
     findings.products.add(number)
     findings.weights.add(p.weight)
-    problem = _weight_problem(file.products[number], p, integers)
+    problem = problems[number]
     if problem is not None:
         findings.tell(f"Weight {p.weight}: {problem}, in {file.products[number].name} of the file.")
 
@@ -282,14 +295,15 @@ def _rows(p: Product) -> Tensor:
     )
 
 
-def _compare_outputs(expected: Sequence[Tensor], found: Sequence[Tensor], findings: Findings) -> None:
-    if len(expected) != len(found):
-        findings.tell(f"The file should have {len(expected)} outputs. Found {len(found)}.")
+def _compare_outputs(run: Run, found: Sequence[Tensor], findings: Findings) -> None:
+    if len(run.outputs) != len(found):
+        findings.tell(f"The file should have {len(run.outputs)} outputs. Found {len(found)}.")
         return
-    for number, (e, f) in enumerate(zip(expected, found, strict=True)):
+    for number, (e, f, layer) in enumerate(zip(run.outputs, found, run.layers, strict=True)):
         e = e.detach().cpu()
+        place = f"Output {number}" + (f", after layer {layer}" if layer else "")
         if e.numel() != f.numel():
-            findings.tell(f"Output {number}: should have shape {list(e.shape)}. Found {list(f.shape)}.")
+            findings.tell(f"{place}: should have shape {list(e.shape)}. Found {list(f.shape)}.")
             continue
         f = f.reshape(e.shape)
         if not e.is_floating_point():
@@ -301,9 +315,14 @@ def _compare_outputs(expected: Sequence[Tensor], found: Sequence[Tensor], findin
             findings.error = max(findings.error, error)
         else:
             findings.tell(
-                f"Output {number}: should be the model's, from what the last quantizers give. Found a difference of "
+                f"{place}: should be the model's, from what the last quantizers give. Found a difference of "
                 f"{error:.2g} of the largest value."
             )
+
+
+def channel_axis(t: Tensor) -> int:
+    """Return the axis of the channels: the first after the images, the last one of tokens."""
+    return 1 if t.dim() in (2, 4, 5) else max(t.dim() - 1, 0)
 
 
 def _errors(expected: Tensor, found: Tensor) -> Tensor:
@@ -312,7 +331,7 @@ def _errors(expected: Tensor, found: Tensor) -> Tensor:
     same = (expected == found) | (torch.isnan(expected) & torch.isnan(found))
     gap = torch.where(both, (expected - found).abs(), torch.where(same, 0.0, torch.inf))
     size = torch.where(torch.isfinite(expected), expected.abs(), 0.0)
-    axis = 1 if expected.dim() in (2, 4, 5) else max(expected.dim() - 1, 0)
+    axis = channel_axis(expected)
     if expected.dim() > 1:
         gap = gap.movedim(axis, 0).flatten(1).amax(1)
         size = size.movedim(axis, 0).flatten(1).amax(1)

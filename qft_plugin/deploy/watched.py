@@ -1,7 +1,8 @@
 """A quantized torch model whose quantizers are seen, and given other values, while it runs."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -73,7 +74,7 @@ class Seen:
     Attributes:
         number: which call of an activation quantizer of this run it is.
         name: of the quantizer.
-        layer: name of the weight that was used last before.
+        layer: name of the weight that was used last on the way to it.
         x: what it quantizes.
         x_fq: what comes out.
         grid: its integers.
@@ -123,11 +124,13 @@ class Run:
         outputs: all tensors of the model's output.
         path: names of the functions that it called, in their order.
         weights: the quantized weights that a run used, by name.
+        layers: for each output the name of the weight that was used last on the way to it.
     """
 
     outputs: list[Tensor] = field(default_factory=list)
     path: list[str] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    layers: list[str | None] = field(default_factory=list)
 
 
 class Watched:
@@ -168,13 +171,8 @@ class Watched:
                 with that one.
             product: called with each product with a quantized weight.
         """
-        run, weights = Run(), _Weights()
-        count, layer = 0, None
-
-        def saw_product(p: Product) -> None:
-            nonlocal layer
-            layer = p.weight
-            product(p)
+        run, weights, origins = Run(), _Weights(), _Origins()
+        count = 0
 
         def looked(quantizer: Quantizer, args: tuple[Any, ...], result: Tensor) -> Tensor | None:
             nonlocal count
@@ -184,9 +182,11 @@ class Watched:
                 run.weights[name] = grid.integers(result)
                 weights.add(result, name, run.weights[name])
                 return None
-            seen = Seen(count, quantizer.name, layer, x, result, grid)
+            seen = Seen(count, quantizer.name, origins.of(x), x, result, grid)
             count += 1
-            return activation(seen)
+            given = activation(seen)
+            origins.pass_on(x, result if given is None else given)
+            return given
 
         def hook_of(quantizer: Quantizer) -> Callable[..., Any]:
             def hook(_: nn.Module, args: tuple[Any, ...], result: Tensor) -> Tensor | None:
@@ -197,12 +197,14 @@ class Watched:
             return hook
 
         args, kwargs = call
+        origins.start([args, list(kwargs.values())])
         with contextlib.ExitStack() as stack:
             for quantizer in self.quantizers:
                 stack.callback(quantizer.module.register_forward_hook(hook_of(quantizer)).remove)
-            stack.enter_context(_Calls(run.path, weights, saw_product))
+            stack.enter_context(_Calls(run.path, weights, origins, product))
             result = self.model(*args, **kwargs)
         run.outputs = list(self.outputs(result))
+        run.layers = [origins.of(t) for t in run.outputs]
         return run
 
 
@@ -220,12 +222,56 @@ class _Weights:
         return None if found is None else found[1:]
 
 
-class _Calls(TorchFunctionMode):
-    """Follows quantized weights to the functions that multiply by them."""
+class _Origins:
+    """Which weight was used last on the way to each tensor of a run."""
 
-    def __init__(self, path: list[str], weights: _Weights, product: Callable[[Product], None]) -> None:
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # an id is unique only while its tensor lives
+        self._names: list[str] = []
+
+    def of(self, value: Any) -> str | None:
+        """Name the weight for a tensor, `None` if there is none; where it is not known, the last one of all."""
+        place = self._place(value)
+        place = len(self._names) - 1 if place is None else place
+        return self._names[place] if place >= 0 else None
+
+    def start(self, inputs: Any) -> None:
+        """Note what no weight was used for."""
+        self._put(inputs, -1)
+
+    def pass_on(self, read: Any, made: Any) -> None:
+        """Note that something was made of something else."""
+        place = self._place(read)
+        if place is not None:
+            self._put(made, place)
+
+    def use(self, name: str, made: Any) -> None:
+        """Note that a weight was used to make something."""
+        self._names.append(name)
+        self._put(made, len(self._names) - 1)
+
+    def _place(self, value: Any) -> int | None:
+        """Return the last of the weights that a value comes from, `None` where all of it is unknown: parameters."""
+        places = []
+        for t in _wrapped_in(value):
+            held = self._held.get(id(t))
+            if held is not None and held[0]() is t:
+                places.append(held[1])
+        return max(places, default=None)
+
+    def _put(self, value: Any, place: int) -> None:
+        for t in _wrapped_in(value):
+            self._held[id(t)] = weakref.ref(t), place
+
+
+class _Calls(TorchFunctionMode):
+    """Follows quantized weights to the functions that multiply by them, and what is made of the products."""
+
+    def __init__(
+        self, path: list[str], weights: _Weights, origins: _Origins, product: Callable[[Product], None]
+    ) -> None:
         super().__init__()
-        self._path, self._weights, self._product = path, weights, product
+        self._path, self._weights, self._origins, self._product = path, weights, origins, product
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -233,11 +279,13 @@ class _Calls(TorchFunctionMode):
         if name.startswith("__") and name.endswith("__") and not isinstance(result, Tensor):
             return result  # attributes and conversions
         self._path.append(name)
+        self._origins.pass_on([args, list((kwargs or {}).values())], result)
         if name in LAYERS:
             words = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **(kwargs or {})}
             W_fq, bias, made = (_tensor_of(t) for t in (words.get("weight"), words.get("bias"), result))
             found = self._weights.find(W_fq)
             if found is not None:
+                self._origins.use(found[0], result)
                 self._product(_product(name, *found, W_fq, bias, made))
             return result
         if name in KEEPS_ORDER or name in MULTIPLIES:
@@ -250,6 +298,18 @@ class _Calls(TorchFunctionMode):
 def _memory(t: Tensor) -> tuple[int, int]:
     """Tell tensors apart by their memory: a view of a whole weight is that weight."""
     return t.data_ptr(), t.numel()
+
+
+def _wrapped_in(value: Any) -> Iterator[Tensor]:
+    """Iterate over the tensors in arguments; what a host wraps around one, its scale for instance, is left out."""
+    inner = getattr(value, "value", None)
+    if isinstance(inner, Tensor):
+        yield inner
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from _wrapped_in(v)
+    else:
+        yield from tensors_in(value)
 
 
 def _tensor_of(value: Any) -> Any:
