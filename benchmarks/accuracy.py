@@ -173,17 +173,17 @@ def under_brevitas(real: RealNetwork, config: QFTConfig, qonnx_images: Images) -
 
 
 def brevitas_8_bit(real: RealNetwork) -> tuple[Tensor, dict[str, float]]:
-    """Quantize by Brevitas' own defaults, with bias correction; returns the classes that its QCDQ file names."""
+    """Quantize layer by layer with Brevitas' defaults and bias correction; returns the classes that its QCDQ names."""
     from brevitas.graph.calibrate import bias_correction_mode, calibration_mode
-    from brevitas.graph.quantize import preprocess_for_quantize, quantize
-    from torch import fx
+    from brevitas.graph.quantize import layerwise_quantize, preprocess_for_quantize
+    from brevitas_peers import traceable
 
     from qft_plugin.brevitas import save_qcdq
 
     @torch.no_grad()
     def quantized() -> Any:
         batches = real.calibration.split(DATASET_BATCH)
-        model = quantize(preprocess_for_quantize(fx.symbolic_trace(real.net), trace_model=False))
+        model = layerwise_quantize(preprocess_for_quantize(traceable(real.net), trace_model=False))
         for mode in (calibration_mode, bias_correction_mode):
             with mode(model):
                 for part in batches:
