@@ -12,7 +12,8 @@ from conftest import four_bits, relative_error
 
 import qft_plugin.nncf as host
 from qft_plugin import DeployabilityError, QFTWarning
-from qft_plugin.deploy.openvino import run_on_cpu, set_weight_storage
+from qft_plugin.deploy.ir_view import Compiled
+from qft_plugin.deploy.openvino import set_weight_storage
 from qft_plugin.nncf.convert import converted
 
 SAME = 1e-5
@@ -112,7 +113,7 @@ def differences(model, file, images):
     set_weight_storage(file, "i4")
     parts = images[:1], images
     with torch.no_grad(), host.without_compiler():
-        return [relative_error(run_on_cpu(file, [x]).outputs[0], model(x)) for x in parts]
+        return [relative_error(Compiled(file, [])([x]), [model(x)]) for x in parts]
 
 
 @pytest.mark.parametrize("network", [Residual, Sums, InPlace, ManyNames, Checked])
@@ -158,6 +159,6 @@ def test_normalisations_keep_their_epsilon(norm, tmp_path):
     """Where the variance is as small as the epsilon, the file is run as torch runs: neither is scaled alone."""
     model, images = quantized(lambda: Normalised(norm))
     path = host.save_openvino(model, tmp_path / "model.xml", images, check=False).path
-    found = run_on_cpu(openvino.Core().read_model(path), [images]).outputs
+    found = Compiled(openvino.Core().read_model(path), [])([images])
     with torch.no_grad(), host.without_compiler():
         assert relative_error(found, [model(images)]) < SAME

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from qft_plugin.data import Call
 from qft_plugin.deploy.file_view import File
-from qft_plugin.deploy.roundings import Rounding, compare_roundings
+from qft_plugin.deploy.roundings import Rounding, compare_roundings, hidden_in
 from qft_plugin.deploy.stretches import Values, compare_stretches, merged
 from qft_plugin.deploy.watched import Watched, positional
 from qft_plugin.errors import ParityError, QFTWarning
@@ -108,29 +108,38 @@ def prove(
         ParityError: a constant or a layer differs, or the model takes another path for other images; it names them.
     """
     watched.run(example)  # what a model makes once and keeps is made here
-    path = watched.run(example).path
-    calls = [example, *(call for call in _others(file, example, images) if _both_run(watched, file, call, path))]
+    first = watched.run(example)
+    calls = {id(example): (example, first.outputs)}
+    few = example
+    for call in _others(file, example, images):
+        small = _few(call, example)
+        for part in (small, call):
+            outputs = _outputs_of_both(watched, file, part, first.path)
+            if outputs is not None:
+                few = small if few is example else few
+                calls[id(part)] = (part, outputs)
     probes: list[tuple[Call, Values]] = [
-        (_map(calls[0], _noisy), "dense"),
-        (_map(calls[-1], _noisy), "sparse"),
-        (_map(calls[-1], _noisy), "extreme"),
-        (calls[-1], "own"),
+        (_map(example, _noisy), "dense"),
+        (_map(few, _noisy), "sparse"),
+        (_map(few, _noisy), "extreme"),
+        (few, "own"),
     ]
     seen = [compare_stretches(watched, file, call, kind) for call, kind in probes]
-    if any(s.path != path for s in seen):
+    if any(s.path != first.path for s in seen):
         # It branches on values, and random ones take it elsewhere: the file's own ones must do.
         logger.info("the model branches on its values: the file is compared on images alone")
-        seen = [compare_stretches(watched, file, call, "own") for call in calls]
+        seen = [compare_stretches(watched, file, call, "own") for call, _ in calls.values()]
     every = merged(file, seen)
     _refuse(every.problems)
-    plain = [watched.run(call).outputs for call in calls]
-    itself = difference(plain, _in_double(watched, calls))
+    whole = [pair for pair in calls.values() if pair[0] is not few or few is example]
+    plain = [outputs for _, outputs in whole]
+    itself = difference(plain, _in_double(watched, [call for call, _ in whole]))
     proofs = []
     for runtime in (file, *others):
-        ran = [compare_roundings(watched, runtime, call, seen[0].places) for call in calls]
-        roundings = [r for found, _ in ran for r in found]
+        roundings = [r for call in (example, few) for r in compare_roundings(watched, runtime, call, seen[0].places)]
         _judge(roundings, runtime.runtime)
         differ, values = (sum(getattr(r, name) for r in roundings) for name in ("differ", "values"))
+        ran = [runtime.run(positional(call), hidden=hidden_in(runtime)).outputs for call, _ in whole]
         proofs.append(
             Proof(
                 weights=len(every.weights),
@@ -138,7 +147,7 @@ def prove(
                 stretch_error=every.error,
                 ties=differ / max(values, 1),
                 roundings=_unexplained(roundings),
-                from_torch=difference(plain, [outputs for _, outputs in ran]),
+                from_torch=difference(plain, ran),
                 torch_from_itself=itself,
             )
         )
@@ -152,18 +161,29 @@ def _others(file: File, example: Call, images: Sequence[Call]) -> Sequence[Call]
     return images or (_map(example, _one_more),)
 
 
-def _both_run(watched: Watched, file: File, call: Call, path: Sequence[str]) -> bool:
-    """Whether model and file run on a call; a model that takes another path for it than for the example is refused."""
+def _few(call: Call, example: Call) -> Call:
+    """Return the first images of a call: two, or three where the example has two."""
+    sizes = {t.shape[0] for t in positional(example) if t.dim()}
+    count = 3 if sizes == {2} else 2
+    return _map(call, lambda t: t[:count] if t.dim() else t)
+
+
+def _outputs_of_both(watched: Watched, file: File, call: Call, path: Sequence[str]) -> list[Tensor] | None:
+    """Return what the model computes, `None` where it or the file does not take this number of images.
+
+    Raises:
+        ParityError: the model takes another path for this call than for the example.
+    """
     shapes = ", ".join(str(list(t.shape)) for t in positional(call))
     try:
-        found = watched.run(call).path
+        run = watched.run(call)
     except Exception as error:  # a model may fail in any way on a number of images that it was not made for
         logger.info("not proved for inputs of shape %s, which the model does not take: %s", shapes, error)
-        return False
-    if found != path:
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(path, found, strict=False))
+        return None
+    if run.path != path:
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(path, run.path, strict=False))
         place = len(list(same))
-        there, here = (names[place] if place < len(names) else "nothing more" for names in (path, found))
+        there, here = (names[place] if place < len(names) else "nothing more" for names in (path, run.path))
         raise ParityError(
             f"The forward should take one path: a file is a trace of one. Found that for inputs of shape {shapes} it "
             f"calls {here} where it calls {there} for the example (call {place}): it branches on the number of images "
@@ -179,8 +199,8 @@ def _both_run(watched: Watched, file: File, call: Call, path: Sequence[str]) -> 
             QFTWarning,
             stacklevel=2,
         )
-        return False
-    return True
+        return None
+    return run.outputs
 
 
 def _refuse(problems: Sequence[str]) -> None:

@@ -43,9 +43,7 @@ class Rounding:
         return self.unexplained / max(self.values, 1)
 
 
-def compare_roundings(
-    watched: Watched, file: File, call: Call, places: Sequence[int | None]
-) -> tuple[list[Rounding], Sequence[Tensor]]:
+def compare_roundings(watched: Watched, file: File, call: Call, places: Sequence[int | None]) -> list[Rounding]:
     """Run a file in its runtime, and let torch's quantizers return what those of the runtime did.
 
     Args:
@@ -55,10 +53,9 @@ def compare_roundings(
         places: for each call of an activation quantizer of torch the number of the file's.
 
     Returns:
-        What differs at each quantizer that was looked at, and the outputs of the runtime.
+        What differs at each quantizer that was looked at.
     """
-    hidden = frozenset(k for k, quantizer in enumerate(file.quantizers) if quantizer.added)
-    ran = file.run(positional(call), hidden=hidden)
+    ran = file.run(positional(call), hidden=hidden_in(file))
     found: list[Rounding] = []
 
     def activation(seen: Seen) -> Tensor | None:
@@ -71,7 +68,12 @@ def compare_roundings(
         return value
 
     watched.run(call, activation=activation)
-    return found, ran.outputs
+    return found
+
+
+def hidden_in(file: File) -> frozenset[int]:
+    """Return the quantizers that must not be looked at, so that a runtime fuses the additions that read them."""
+    return frozenset(k for k, quantizer in enumerate(file.quantizers) if quantizer.added)
 
 
 def _rounding(seen: Seen, value: Tensor) -> Rounding:

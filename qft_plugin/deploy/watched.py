@@ -39,7 +39,7 @@ class Grid:
 
     def steps(self, x: Tensor) -> Tensor:
         """Return values in steps, neither rounded nor clipped."""
-        return x.double() / self.scale.double() + self.zero_point.double()
+        return x / self.scale + self.zero_point
 
     def integers(self, x_fq: Tensor) -> Tensor:
         """Return the integers of values that are on the grid."""
