@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -100,25 +99,6 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(value):
         for f in dataclasses.fields(value):
             yield from tensors_in(getattr(value, f.name, None))
-
-
-@contextlib.contextmanager
-def returning_tensors(model: nn.Module) -> Iterator[None]:
-    """Let a model return nothing but tensors for a while, where torch could not trace what it returns."""
-    forward, own = model.forward, "forward" in model.__dict__
-
-    @functools.wraps(forward)  # the names of the inputs are read from the signature
-    def plain(*args: Any, **kwargs: Any) -> Any:
-        return traceable(forward(*args, **kwargs))
-
-    model.__dict__["forward"] = plain
-    try:
-        yield
-    finally:
-        if own:
-            model.__dict__["forward"] = forward
-        else:
-            del model.__dict__["forward"]
 
 
 def traceable(output: Any) -> Any:
