@@ -16,7 +16,7 @@ from brevitas.quant_tensor import QuantTensor
 from torch import Tensor, nn
 
 from qft_plugin.data import Call
-from qft_plugin.deploy import qcdq, qonnx
+from qft_plugin.deploy import qcdq, qcdq_defects, qonnx
 from qft_plugin.deploy.files import checked_path, draft_of
 from qft_plugin.deploy.images import call_of, calls_of, kept_images
 from qft_plugin.deploy.watched import Grid, Quantizer, Watched
@@ -70,8 +70,8 @@ def save_qcdq(
     """Save a Brevitas model as QCDQ in standard ONNX, and prove that ONNX Runtime and OpenVINO compute the same.
 
     The clips behind the weights, which Brevitas exports and which keep OpenVINO from int8, are removed. Signed
-    quantizers behind a concatenation, whose scale OpenVINO loses, become unsigned ones with a zero point, and some
-    convolutions that several operations read, whose scale it uses twice, get bounds that nothing reaches.
+    quantizers behind a concatenation, whose scale OpenVINO loses, become unsigned ones with a zero point. Other
+    constructs that it computes wrong values from are said in other words (`qft_plugin.deploy.qcdq_defects`).
 
     Args:
         model: any Brevitas model whose weights have scales per tensor or per output channel, such as `fold` returns.
@@ -100,7 +100,8 @@ def save_qcdq(
         file = onnx.load(made.draft)
         qcdq.strip_weight_clips(file)
         qcdq.shift_behind_concatenations(file)
-        qcdq.bound_shared_convolutions(file)
+        qcdq_defects.bias_shared_products(file)
+        qcdq_defects.widen_reductions(file)
         onnx.save(file, made.draft)
         others = kept_images(model) if images is None else calls_of(model, images)
         report = qcdq.inspect_file(made.draft, watched=made.watched, example=made.example, images=others)

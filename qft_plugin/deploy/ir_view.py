@@ -83,7 +83,7 @@ class IRFile:
                 self._fakes.append(op)
             if kind in PRODUCTS:
                 place = next((k for k, node in enumerate(inputs[:2]) if node.get_friendly_name() not in moving), None)
-                used = set() if place is None else _integer_constants(inputs[place])
+                used = set() if place is None else integer_constants(inputs[place])
                 if place is not None and used:
                     self._products.append((op, place))
                     in_products |= used
@@ -154,12 +154,12 @@ def _copied(model: Any) -> tuple[Any, dict[str, Any]]:
     return copied, {op.get_friendly_name(): op for op in copied.get_ops()}
 
 
-def _integer_constants(node: Any) -> set[str]:
+def integer_constants(node: Any) -> set[str]:
     """Return the names of the integer constants that a constant expression is made of."""
     if node.get_type_name() == "Constant":
         name: str = node.get_friendly_name()
         return {name} if node.get_element_type().get_type_name() in INTEGER_TYPES else set()
-    return {name for i in node.inputs() for name in _integer_constants(i.get_source_output().get_node())}
+    return {name for i in node.inputs() for name in integer_constants(i.get_source_output().get_node())}
 
 
 def _value(node: Any) -> Array:
@@ -192,7 +192,7 @@ def _integers_in(node: Any) -> Integers:
             # A zero point: the integers count from it.
             zero_point = np.broadcast_to(_value(inputs[1]), inputs[0].get_output_shape(0))
             return np.asarray(_integers_in(inputs[0]) - zero_point.astype(np.int64))
-        before = next(n for n in inputs if _integer_constants(n))
+        before = next(n for n in inputs if integer_constants(n))
         if node.get_type_name() == "Reshape":
             return _integers_in(before).reshape(tuple(node.get_output_shape(0)))
         node = before

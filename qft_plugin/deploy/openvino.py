@@ -13,6 +13,7 @@ from qft_plugin.data import Call
 from qft_plugin.deploy.files import checked_path, draft_of
 from qft_plugin.deploy.ir_view import F32, IRFile, constant_integers
 from qft_plugin.deploy.normalisation import keep_epsilon
+from qft_plugin.deploy.openvino_defects import bias_shared_products, widen_reductions
 from qft_plugin.deploy.proof import Proof, prove
 from qft_plugin.deploy.watched import Watched
 from qft_plugin.errors import DeployabilityError
@@ -115,6 +116,8 @@ def save(
     if storage not in STORAGES:
         raise DeployabilityError(f"weights should be one of {STORAGES}. Found {storage!r}.")
     target = checked_path(path, ".xml")
+    bias_shared_products(model)
+    widen_reductions(model)
     set_weight_storage(model, storage)
     keep_epsilon(model)
     with draft_of(target) as draft:

@@ -1,6 +1,5 @@
 """QCDQ (quantize, clip, dequantize in standard ONNX): making it run in int8, and the proof of what it computes."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,6 @@ from qft_plugin.errors import ParityError
 
 BETWEEN: Final = frozenset(["Relu", "MaxPool", "Identity", "Reshape", "Flatten", "Transpose", "Slice", "Split", "Clip"])
 """What may stand between a concatenation and its quantizer."""
-
-
-UNREACHED: Final = 1e30
-"""No activation is as large, and a runtime does not know it."""
 
 
 @dataclass(frozen=True)
@@ -150,43 +145,6 @@ def shift_behind_concatenations(model: Any) -> int:
     for value in [v for v in graph.value_info if v.name in shifted]:
         graph.value_info.remove(value)
     return len(shifted)
-
-
-def bound_shared_convolutions(model: Any) -> int:
-    """Put bounds that nothing reaches behind convolutions without a bias that several operations read, in place.
-
-    OpenVINO's CPU plugin gives such a convolution the scale of its accumulator twice, once for each reader, where one
-    of these also reads a slice of a quantized activation: what it adds is then lost (2026.4). A bound is computed in
-    the convolution's own kernel, and keeps the scales in front of it.
-
-    Args:
-        model: an `onnx.ModelProto`.
-
-    Returns:
-        How many convolutions got bounds.
-    """
-    from onnx import helper, numpy_helper
-
-    graph = model.graph
-    constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
-    constants |= {n.output[0]: numpy_helper.to_array(n.attribute[0].t) for n in graph.node if n.op_type == "Constant"}
-    readers = Counter(name for node in graph.node for name in node.input)
-    readers.update(output.name for output in graph.output)
-    nodes, bounded = [], 0
-    for node in graph.node:
-        nodes.append(node)
-        bias = constants.get(node.input[2], np.ones(1)) if len(node.input) > 2 else np.zeros(1)
-        if node.op_type not in ("Conv", "ConvTranspose") or bias.any() or readers[node.output[0]] < 2:
-            continue
-        made, name = node.output[0], f"{node.output[0]}_bounded"
-        for sign in (-1, 1):
-            graph.initializer.append(numpy_helper.from_array(np.float32(sign * UNREACHED), f"{name}_{sign}"))
-        node.output[0] = name
-        nodes.append(helper.make_node("Clip", [name, f"{name}_-1", f"{name}_1"], [made], name=name))
-        bounded += 1
-    del graph.node[:]
-    graph.node.extend(nodes)
-    return bounded
 
 
 def inspect_file(path: Path, *, watched: Watched | None, example: Call, images: Sequence[Call] = ()) -> QCDQReport:

@@ -1,0 +1,251 @@
+"""Right files that OpenVINO's CPU plugin computes wrong values from, and what is done about them."""
+
+import numpy as np
+import openvino
+import pytest
+import torch
+from conftest import four_bits
+from hosts import host_of
+from openvino import opset13
+from torch import nn
+
+from qft_plugin import ParityError
+from qft_plugin.deploy import openvino as ir
+from qft_plugin.deploy import openvino_defects, qcdq_defects
+
+
+class Shared(nn.Module):
+    """Several operations read a convolution without a bias."""
+
+    def __init__(self, second):
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.branch = nn.Conv2d(16, 16, 3, padding=1)
+        self.second = second
+
+    def forward(self, x):
+        return self.second(self.branch, self.first(x))
+
+
+class Up(Shared):
+    """Likewise of a transposed convolution."""
+
+    def __init__(self, second):
+        super().__init__(second)
+        self.first = nn.ConvTranspose2d(3, 16, 2, stride=2, bias=False)
+
+
+class ZeroBias(Shared):
+    """A bias of zeros is optimized away."""
+
+    def __init__(self, second):
+        super().__init__(second)
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        nn.init.zeros_(self.first.bias)
+
+
+FLOAT_SUMS = 3e-3
+"""Relative L2 difference with a few activations rounded the other way."""
+
+
+def activated(branch, y):
+    return branch(torch.relu(y)) + y
+
+
+SHARED = {
+    "addition": lambda: Shared(activated),
+    "product": lambda: Shared(lambda branch, y: torch.sigmoid(branch(torch.relu(y))) * y),
+    "pooled": lambda: Shared(lambda branch, y: branch(torch.relu(nn.functional.max_pool2d(y, 3, 1, 1))) + y),
+    "output": lambda: Shared(lambda branch, y: (branch(y), y)),
+    "transposed": lambda: Up(activated),
+    "zero_bias": lambda: ZeroBias(activated),
+}
+
+
+class Reduced(nn.Module):
+    """A convolution or a concatenation, and a reduction."""
+
+    def __init__(self, end, *, branches=1, dims=2):
+        super().__init__()
+        kind = (nn.Conv1d, nn.Conv2d)[dims - 1]
+        # Branches of different sizes, so that their quantizers have different scales.
+        self.branches = nn.ModuleList(kind(3, 16, 3, padding=1) for _ in range(branches))
+        self.head = nn.Linear(16 * branches, 4)
+        with torch.no_grad():
+            for k, branch in enumerate(self.branches):
+                branch.weight *= 4.0**k
+        self.dims, self.end = dims, end
+
+    def forward(self, x):
+        x = x.flatten(2) if self.dims == 1 else x
+        ys = [branch(x) for branch in self.branches]
+        y = torch.cat([torch.relu(y) for y in ys], 1) if len(ys) > 1 else ys[0]
+        return self.head(self.end(y))
+
+
+REDUCED = {
+    "concatenation": lambda: Reduced(lambda y: y.flatten(2).mean(2), branches=2),
+    "kept": lambda: Reduced(lambda y: y.flatten(2).mean(-1, keepdim=True).flatten(1), branches=2),
+    "maximum": lambda: Reduced(lambda y: y.amax((2, 3)), branches=2),
+    "maximum_kept": lambda: Reduced(lambda y: y.amax((2, 3), keepdim=True).flatten(1), branches=2),
+    "maximum_flat": lambda: Reduced(lambda y: y.flatten(2).amax(2), branches=2),
+    "maximum_pooled": lambda: Reduced(lambda y: nn.functional.adaptive_max_pool2d(y, 1).flatten(1), branches=2),
+    "maximum_relu": lambda: Reduced(lambda y: torch.relu(y).amax((2, 3))),
+    "minimum": lambda: Reduced(lambda y: y.amin((2, 3))),
+    "sum": lambda: Reduced(lambda y: y.flatten(2).sum(2), branches=2),
+    "tokens": lambda: Reduced(lambda y: y.flatten(2).transpose(1, 2).mean(1), branches=2),
+    "one_d": lambda: Reduced(lambda y: y.mean(2), branches=2, dims=1),
+    "one_d_pooled": lambda: Reduced(lambda y: nn.functional.adaptive_avg_pool1d(y, 1).flatten(1), branches=2, dims=1),
+    "one_d_maximum": lambda: Reduced(lambda y: nn.functional.adaptive_max_pool1d(y, 1).flatten(1), branches=2, dims=1),
+}
+
+
+def saved(host, build, folder):
+    """Quantize and save a network; returns the report."""
+    items = [torch.randn(8, 3, 8, 8) for _ in range(2)]
+    _, model = host.finetuned(build(), items, four_bits(finetune=None))
+    return host.save(model, folder, items[0])
+
+
+@pytest.mark.parametrize("name", [*SHARED, *REDUCED])
+def test_the_file_is_right_and_runs_in_int8(name, host, tmp_path):
+    """The proof holds, OpenVINO computes what torch computes, and every convolution runs in int8."""
+    report = saved(host, {**SHARED, **REDUCED}[name], tmp_path)
+    assert getattr(report, "openvino_error", report.relative_error) < FLOAT_SUMS
+    assert report.int8_convolutions == len(report.convolutions) >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "host"),
+    [(name, host) for host in ("nncf", "brevitas") for name in ("addition", "pooled", "transposed", "zero_bias")]
+    + [("product", "brevitas"), ("output", "nncf")]
+    + [(name, "nncf") for name in REDUCED],
+)
+def test_without_the_remedies_the_proof_refuses_the_file(name, host, tmp_path, monkeypatch):
+    """OpenVINO still has the defects, and the proof finds them."""
+    for module in (ir, qcdq_defects):
+        for remedy in ("bias_shared_products", "widen_reductions"):
+            monkeypatch.setattr(module, remedy, lambda _: 0)
+    with pytest.raises(ParityError, match="differ by more than one step"):
+        saved(host_of(host), {**SHARED, **REDUCED}[name], tmp_path)
+
+
+RANDOM = np.random.default_rng(0)
+X = RANDOM.normal(size=(2, 32, 20)).astype(np.float32) + 1
+FACTORS = RANDOM.uniform(0.5, 2, (1, 32)).astype(np.float32)
+NODES = {
+    "ReduceMean<axes = [2], keepdims = 0>(x)": (np.mean, False),
+    "ReduceMax<axes = [-1], keepdims = 0>(x)": (np.max, False),
+    "ReduceSum<keepdims = 0>(x, two)": (np.sum, False),
+    "ReduceMean<axes = [2]>(x)": (np.mean, True),
+    "GlobalAveragePool(x)": (np.mean, True),
+    "GlobalMaxPool(x)": (np.max, True),
+}
+
+
+def onnx_model(body, rank=3):
+    onnx = pytest.importorskip("onnx")
+    axes = ", ".join("abc"[:rank])
+    return onnx.parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["" : 14]> g (float[batch, 32, 20] x) => (float[{axes}] out)
+        <int64[1] two = {{2}}> {{ {body} }}"""
+    )
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_wide_reductions_of_onnx(node):
+    """OpenVINO multiplies a mean over the last of three axes by the first factor alone; a wide one by its own."""
+    onnx = pytest.importorskip("onnx")
+    compute, keep = NODES[node]
+    factors = FACTORS[:, :, None] if keep else FACTORS
+    expected = compute(X, axis=2, keepdims=keep) * factors
+    file = onnx_model(f"y = {node} out = Mul(y, factors)", rank=3 if keep else 2)
+    file.graph.initializer.append(onnx.numpy_helper.from_array(factors, "factors"))
+
+    def run():
+        model = openvino.Core().read_model(file.SerializeToString())
+        return openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([X])[0]
+
+    assert not np.allclose(run(), expected, rtol=0.1)
+    assert qcdq_defects.widen_reductions(file) == 1
+    onnx.checker.check_model(file, full_check=True)
+    np.testing.assert_allclose(run(), expected, rtol=1e-5)
+
+
+def product_in_onnx(integers):
+    onnx = pytest.importorskip("onnx")
+    file = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 14]> g (float[batch, 3, 8, 8] x) => (float[batch, 3, 8, 8] out)
+        <float s = {0.02}, float t = {0.05}, int8 zero = {0}> {
+            q = QuantizeLinear(x, s, zero) a = DequantizeLinear(q, s, zero) at = Transpose<perm = [0, 1, 3, 2]>(a)
+            y = MatMul(a, at)
+            yq = QuantizeLinear(y, t, zero) yd = DequantizeLinear(yq, t, zero)
+            w = DequantizeLinear(integers, s, zero) z = Conv<kernel_shape = [1, 1]>(yd, w)
+            out = Add(z, y)
+        }"""
+    )
+    file.graph.initializer.append(onnx.numpy_helper.from_array(integers, "integers"))
+    return file, qcdq_defects.bias_shared_products, lambda: openvino.Core().read_model(file.SerializeToString())
+
+
+def product_in_ir(integers):
+    def quantized(x, step):
+        ends = [opset13.constant(np.full((1, 1, 1, 1), k * step, np.float32)) for k in (-128, 127, -128, 127)]
+        return opset13.fake_quantize(x, *ends, 256)
+
+    x = opset13.parameter([-1, 3, 8, 8], np.float32)
+    a = quantized(x, 0.02)
+    y = opset13.matmul(a, opset13.transpose(a, np.array([0, 1, 3, 2])), False, False)
+    w = opset13.multiply(opset13.convert(opset13.constant(integers), "f32"), opset13.constant(np.float32(0.02)))
+    z = opset13.convolution(quantized(y, 0.05), w, [1, 1], [0, 0], [0, 0], [1, 1])
+    model = openvino.Model([opset13.add(z, y)], [x])
+    return model, openvino_defects.bias_shared_products, lambda: model
+
+
+@pytest.mark.parametrize("form", [product_in_onnx, product_in_ir])
+def test_products_of_two_quantized_tensors(form):
+    """OpenVINO multiplies one by its scale once too often where a quantizer and an addition read it."""
+    file, remedy, read = form(RANDOM.integers(-7, 8, (3, 3, 1, 1)).astype(np.int8))
+    x = RANDOM.normal(size=(4, 3, 8, 8)).astype(np.float32)
+
+    def run(**settings):
+        settings = {"INFERENCE_PRECISION_HINT": "f32", **settings}
+        return openvino.Core().compile_model(read(), "CPU", settings)([x])[0]
+
+    expected = run(LP_TRANSFORMS_MODE="OFF")
+    assert relative(run(), expected) > 0.05
+    assert remedy(file) == 1
+    assert remedy(file) == 0
+    assert relative(run(), expected) < FLOAT_SUMS
+
+
+def relative(found, expected):
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "m = ReduceMean<axes = [-1]>(x) out = Sub(x, m)",
+        "xx = Mul(x, x) m = ReduceMean<axes = [-1]>(xx) r = Sqrt(m) out = Div(x, r)",
+        "m = ReduceMax<axes = [-1]>(x) d = Sub(x, m) out = Exp(d)",
+        "out = ReduceMean<axes = [1]>(x)",
+    ],
+)
+def test_reductions_that_stay(body):
+    """Norms, softmax and means over a middle axis are as before, in ONNX and in IR."""
+    file = onnx_model(body)
+    assert qcdq_defects.widen_reductions(file) == 0
+    assert openvino_defects.widen_reductions(openvino.Core().read_model(file.SerializeToString())) == 0
+
+
+def test_convolutions_that_stay():
+    """A convolution with a bias, one with a single reader, and one in float get no bias."""
+    x = opset13.parameter([-1, 3, 8, 8], np.float32)
+    integers = opset13.convert(opset13.constant(np.ones((4, 3, 1, 1), np.int8)), "f32")
+    places = [1, 1], [0, 0], [0, 0], [1, 1]
+    plain, alone = (opset13.convolution(x, integers, *places) for _ in range(2))
+    biased = opset13.add(plain, opset13.constant(np.ones((1, 4, 1, 1), np.float32)))
+    in_float = opset13.convolution(x, opset13.constant(np.ones((4, 3, 1, 1), np.float32)), *places)
+    outputs = [opset13.add(opset13.relu(y), y) for y in (biased, in_float)]
+    assert openvino_defects.bias_shared_products(openvino.Model([*outputs, alone], [x])) == 0

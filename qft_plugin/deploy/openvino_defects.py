@@ -1,0 +1,164 @@
+"""What makes right files compute wrong values in OpenVINO's CPU plugin (2026.4), and the same maths in other words.
+
+Both remedies are for an `openvino.Model` before it is saved; `qcdq_defects` has them for ONNX.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from qft_plugin.deploy.ir_view import integer_constants
+
+CONVOLUTIONS: Final = frozenset(
+    ["Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData"]
+)
+
+MOVES: Final = frozenset(["Reshape", "Squeeze", "Unsqueeze", "Transpose"])
+
+TINY: Final = 1e-30
+"""A bias that no float32 sum notices, but that is not 0: additions of 0 are optimized away."""
+
+
+def bias_shared_products(model: Any) -> int:
+    """Give a tiny bias to each convolution or product in integers that has none and several readers, in place.
+
+    OpenVINO's CPU plugin computes a convolution in integers and multiplies by its scale afterwards. It merges this
+    multiplication into the convolution, or into a product of two quantized tensors, without a look at whether others
+    read the integers too, who multiply by the scale once more (2026.4, FuseConvMatmulFCDeconvAndDQScales). A bias
+    stands between the two and prevents it.
+
+    Args:
+        model: an `openvino.Model`.
+
+    Returns:
+        How many were changed.
+    """
+    from openvino import opset13
+
+    changed = 0
+    for op in model.get_ordered_ops():
+        if not _computes_in_integers(op):
+            continue
+        made, readers = op.output(0), _readers(op)
+        bias = _zeros(readers)
+        if bias is not None:
+            made, readers = bias.output(0), _readers(bias)
+        # Quantizers read the scale as a part of their own.
+        if len(readers) < 2 or all(r.get_type_name() == "FakeQuantize" for r in readers):
+            continue
+        # An addition to a convolution becomes its bias where it has a number for each channel.
+        shape = [1] * len(made.get_partial_shape())
+        if op.get_type_name() in CONVOLUTIONS:
+            shape[1] = made.get_partial_shape()[1].get_length()
+        tiny = opset13.constant(np.full(shape, TINY, np.float32))
+        _replace(made, opset13.add(op.output(0), tiny).output(0))
+        changed += 1
+    return changed
+
+
+def widen_reductions(model: Any) -> int:
+    """Let means, maxima and other reductions go over one axis more, of length 1, in place.
+
+    OpenVINO's CPU plugin merges the operations after a reduction into it, with wrong results in two cases (2026.4):
+
+    - it reduces the last of three axes, and the operations have a number for each channel, such as the scale of an
+      integer tensor: all channels get that of the first. A reduction over the middle axis becomes one of these where a
+      transposition stands before it.
+    - a maximum or minimum is quantized to 8 bits.
+
+    Nothing is merged where the additional axis is removed in between. Reductions in layer norms, RMS norms and softmax
+    stay: OpenVINO knows these by their shape.
+
+    Args:
+        model: an `openvino.Model`.
+
+    Returns:
+        How many reductions were changed.
+    """
+    from openvino import opset13
+
+    make = {
+        "ReduceMean": opset13.reduce_mean,
+        "ReduceSum": opset13.reduce_sum,
+        "ReduceMax": opset13.reduce_max,
+        "ReduceMin": opset13.reduce_min,
+        "ReduceProd": opset13.reduce_prod,
+        "ReduceL1": opset13.reduce_l1,
+        "ReduceL2": opset13.reduce_l2,
+    }
+    changed = 0
+    for op in model.get_ordered_ops():
+        kind = op.get_type_name()
+        if kind not in make or op.get_input_partial_shape(0).rank.is_dynamic or _of_a_norm(op):
+            continue
+        axes, rank = op.input_value(1).get_node(), op.get_input_partial_shape(0).rank.get_length()
+        if axes.get_type_name() != "Constant":
+            continue
+        places = sorted(int(axis) % rank for axis in np.ravel(axes.data))
+        transposed = op.input_value(0).get_node().get_type_name() == "Transpose"
+        if not is_merged_wrongly(kind, rank, places, transposed=transposed):
+            continue
+        added = places[-1] + 1
+        removed = [added] if op.get_attributes()["keep_dims"] else [*places, added]
+        wide = opset13.unsqueeze(op.input_value(0), opset13.constant(np.int64(added)))
+        reduced = make[kind](wide, opset13.constant(np.array([*places, added], np.int64)), True)
+        _replace(op.output(0), opset13.squeeze(reduced, opset13.constant(np.array(removed, np.int64))).output(0))
+        changed += 1
+    return changed
+
+
+def is_merged_wrongly(kind: str, rank: int, places: Sequence[int], *, transposed: bool) -> bool:
+    """Whether the CPU plugin may compute wrong values from what stands after a reduction.
+
+    Args:
+        kind: of the reduction, such as `"ReduceMean"`.
+        rank: how many axes it reads.
+        places: the axes that it reduces.
+        transposed: whether a transposition stands before it.
+    """
+    if kind in ("ReduceMax", "ReduceMin"):
+        return bool(places)
+    return rank == 3 and (list(places) == [2] or (list(places) == [1] and transposed))
+
+
+def _readers(op: Any) -> Sequence[Any]:
+    return [target.get_node() for target in op.output(0).get_target_inputs()]
+
+
+def _computes_in_integers(op: Any) -> bool:
+    """Whether an operation is a convolution with integers, or a product of two quantized tensors."""
+    if op.get_type_name() in CONVOLUTIONS:
+        return bool(integer_constants(op.input_value(1).get_node()))
+    return op.get_type_name() == "MatMul" and all(_is_quantized(v.get_node()) for v in op.input_values())
+
+
+def _is_quantized(node: Any) -> bool:
+    while node.get_type_name() in MOVES:
+        node = node.input_value(0).get_node()
+    return bool(node.get_type_name() == "FakeQuantize")
+
+
+def _zeros(readers: Sequence[Any]) -> Any | None:
+    """Return the addition of a bias that is 0 everywhere, which is as good as none."""
+    if len(readers) != 1 or readers[0].get_type_name() != "Add":
+        return None
+    constants = [v.get_node() for v in readers[0].input_values() if v.get_node().get_type_name() == "Constant"]
+    return readers[0] if constants and not np.any(constants[0].data) else None
+
+
+def _of_a_norm(op: Any) -> bool:
+    """Whether a reduction is the mean that a norm subtracts, or the mean of squares."""
+    before = op.input_value(0).get_node()
+    squared = before.get_type_name() == "Multiply" and before.input_value(0) == before.input_value(1)
+    return squared or before.get_type_name() == "Power" or any(r.get_type_name() == "Subtract" for r in _readers(op))
+
+
+def _replace(old: Any, new: Any) -> None:
+    """Let everything that reads one tensor read another, which takes its names: those of the model's outputs too."""
+    for target in list(old.get_target_inputs()):
+        if target.get_node().get_friendly_name() != new.get_node().get_friendly_name():
+            target.replace_source_output(new)
+    names = old.get_names()
+    old.set_names(set())
+    new.set_names(names)

@@ -1,0 +1,170 @@
+"""What makes right QCDQ files compute wrong values in OpenVINO's CPU plugin (2026.4), and the same maths otherwise.
+
+The remedies are those of `openvino_defects`, which says more about each, for an `onnx.ModelProto`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from qft_plugin.deploy.openvino_defects import TINY, is_merged_wrongly
+
+REDUCTIONS: Final = frozenset(
+    ["ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2"]
+)
+MOVES: Final = frozenset(["Reshape", "Squeeze", "Unsqueeze", "Transpose", "Flatten"])
+POOLS: Final = {"GlobalAveragePool": "ReduceMean", "GlobalMaxPool": "ReduceMax"}
+"""What OpenVINO makes of them."""
+
+
+def bias_shared_products(model: Any) -> int:
+    """Give a tiny bias to each convolution or product in integers that has none and several readers, in place.
+
+    OpenVINO's CPU plugin multiplies by their scale once too often for some of the readers (2026.4).
+
+    Args:
+        model: an `onnx.ModelProto`.
+
+    Returns:
+        How many were changed.
+    """
+    from onnx import helper, numpy_helper
+
+    graph = model.graph
+    makers = {name: node for node in graph.node for name in node.output}
+    constants = _constants(graph)
+    changed = 0
+    for node in list(graph.node):
+        convolves = node.op_type in ("Conv", "ConvTranspose")
+        if not convolves and node.op_type != "MatMul":
+            continue
+        quantized = [_dequantizer(name, makers) for name in node.input[:2]]
+        if quantized[1] is None or (not convolves and any(q is None or q.input[0] in constants for q in quantized)):
+            continue
+        if len(node.input) > 2 and not _is_zero(node.input[2], makers, constants):
+            continue
+        made = node.output[0]
+        readers = _readers(graph, made)
+        ends = sum(o.name == made for o in graph.output)
+        # Quantizers read the scale as a part of their own.
+        if len(readers) + ends < 2 or (not ends and all(r.op_type == "QuantizeLinear" for r in readers)):
+            continue
+        tiny = f"{made}_tiny_bias"
+        if convolves:
+            shape = constants[quantized[1].input[0]].shape
+            groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+            value = np.full(shape[0] if node.op_type == "Conv" else shape[1] * groups, TINY, np.float32)
+            del node.input[2:]
+            node.input.append(tiny)
+        else:
+            value = np.float32(TINY)
+            node.output[0] = f"{made}_product"
+            add = helper.make_node("Add", [node.output[0], tiny], [made], name=f"{made}_biased")
+            graph.node.insert(list(graph.node).index(node) + 1, add)
+        graph.initializer.append(numpy_helper.from_array(np.asarray(value), tiny))
+        changed += 1
+    return changed
+
+
+def widen_reductions(model: Any) -> int:
+    """Let means, maxima and other reductions go over one axis more, of length 1, in place.
+
+    OpenVINO's CPU plugin merges the operations after some of them into them, with wrong results (2026.4).
+
+    Args:
+        model: an `onnx.ModelProto` with opset 13 or later.
+
+    Returns:
+        How many reductions were changed.
+    """
+    import onnx
+    from onnx import helper, numpy_helper
+
+    graph = model.graph
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    ranks = {
+        v.name: len(v.type.tensor_type.shape.dim)
+        for v in [*inferred.value_info, *inferred.input]
+        if v.type.tensor_type.HasField("shape")
+    }
+    makers = {name: node for node in graph.node for name in node.output}
+    constants = _constants(graph)
+    changed = 0
+    for node in list(graph.node):
+        kind, rank = POOLS.get(node.op_type, node.op_type), ranks.get(node.input[0]) if node.input else None
+        if kind not in REDUCTIONS or rank is None:
+            continue
+        pool, before = node.op_type in POOLS, makers.get(node.input[0])
+        places = list(range(2, rank)) if pool else _axes(node, constants, rank)
+        transposed = before is not None and before.op_type == "Transpose"
+        if not is_merged_wrongly(kind, rank, places, transposed=transposed) or _of_a_norm(graph, node, before):
+            continue
+        made, added = node.output[0], places[-1] + 1
+        keep = pool or next((a.i for a in node.attribute if a.name == "keepdims"), 1)
+        numbers = {"added": [added], "axes": [*places, added], "removed": [added] if keep else [*places, added]}
+        names = {key: f"{made}_{key}" for key in numbers}
+        graph.initializer.extend(numpy_helper.from_array(np.array(v, np.int64), names[k]) for k, v in numbers.items())
+        wide, reduced = f"{made}_wide", f"{made}_reduced"
+        unsqueeze = helper.make_node("Unsqueeze", [node.input[0], names["added"]], [wide], name=f"{made}_unsqueeze")
+        squeeze = helper.make_node("Squeeze", [reduced, names["removed"]], [made], name=f"{made}_squeeze")
+        node.input[0], node.output[0] = wide, reduced
+        if not pool:
+            by_input = len(node.input) > 1
+            kept = [a for a in node.attribute if a.name not in ("axes", "keepdims")]
+            del node.attribute[:]
+            node.attribute.extend([*kept, helper.make_attribute("keepdims", 1)])
+            if by_input:
+                node.input[1] = names["axes"]
+            else:
+                node.attribute.append(helper.make_attribute("axes", numbers["axes"]))
+        position = list(graph.node).index(node)
+        graph.node.insert(position + 1, squeeze)
+        graph.node.insert(position, unsqueeze)
+        changed += 1
+    return changed
+
+
+def _constants(graph: Any) -> dict[str, Any]:
+    from onnx import numpy_helper
+
+    constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    return constants | {
+        n.output[0]: numpy_helper.to_array(n.attribute[0].t) for n in graph.node if n.op_type == "Constant"
+    }
+
+
+def _dequantizer(name: str, makers: Mapping[str, Any]) -> Any | None:
+    """Return the DequantizeLinear that makes a tensor, before operations that only move it."""
+    node = makers.get(name)
+    while node is not None and node.op_type in MOVES:
+        node = makers.get(node.input[0])
+    return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+def _readers(graph: Any, name: str) -> Sequence[Any]:
+    return [node for node in graph.node for read in node.input if read == name]
+
+
+def _is_zero(name: str, makers: Mapping[str, Any], constants: Mapping[str, Any]) -> bool:
+    """Whether a bias is 0 everywhere, which is as good as none."""
+    maker = makers.get(name)
+    if maker is not None and maker.op_type == "DequantizeLinear":
+        name = maker.input[0]
+    return name in constants and not np.any(constants[name])
+
+
+def _axes(node: Any, constants: Mapping[str, Any], rank: int) -> list[int]:
+    """Return the axes that a reduction goes over; none where these are not known."""
+    if len(node.input) > 1:
+        found = constants.get(node.input[1])
+        return [] if found is None else sorted(int(axis) % rank for axis in np.ravel(found))
+    return sorted(axis % rank for a in node.attribute if a.name == "axes" for axis in a.ints)
+
+
+def _of_a_norm(graph: Any, node: Any, before: Any | None) -> bool:
+    """Whether a reduction is the mean that a norm subtracts, or the mean of squares."""
+    squared = before is not None and (
+        before.op_type == "Pow" or (before.op_type == "Mul" and before.input[0] == before.input[1])
+    )
+    return squared or any(reader.op_type == "Sub" for reader in _readers(graph, node.output[0]))
