@@ -30,6 +30,10 @@ class UnderNNCF:
         job = self._host.quantize(model, self._nncf.Dataset(items), config)
         return job.result, job.model
 
+    def run(self, model, items, config, *, callback):
+        """Quantize a model and follow the finetune."""
+        self._host.quantize(model, self._nncf.Dataset(items), config, callback=callback)
+
     def outputs(self, model, item):
         """Run a quantized model."""
         with torch.no_grad(), self._host.without_compiler():
@@ -66,6 +70,10 @@ class UnderBrevitas:
             return None, quantized
         linked = four_bits(small_layer_share=0.01, train_cross_layer=config.train_cross_layer, finetune=config.finetune)
         return self._host.finetune(quantized, model, items, linked), quantized
+
+    def run(self, model, items, config, *, callback):
+        """Quantize a model and follow the finetune."""
+        self._host.quantize(model, items, config=config, callback=callback)
 
     def outputs(self, model, item):
         """Run a quantized model."""

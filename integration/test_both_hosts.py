@@ -1,5 +1,7 @@
 """One contract for all hosts: the same tests under each of them, and the same result where both are installed."""
 
+import gc
+
 import nets
 import pytest
 import torch
@@ -48,6 +50,26 @@ def test_batches_of_the_dataset_do_not_matter(host):
         for size in (1, 24, len(images))
     ]
     assert relative_error(starts[0], starts[2]) == relative_error(starts[1], starts[2]) == 0
+
+
+def test_a_step_leaves_nothing_to_the_garbage_collector(host):
+    """Between steps no tensor stays alive in a circle of references: at 224x224 that would be gigabytes."""
+    model, items = nets.build("inverted"), nets.items("inverted")
+    alive = []
+
+    def count(step):
+        if step.number == 2:
+            gc.collect()
+            gc.disable()
+        # By their type: a look at an attribute may call deprecated code of another package.
+        alive.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
+
+    try:
+        host.run(model, items, four_bits(finetune=few_steps(images_fed=96)), callback=count)
+    finally:
+        gc.enable()
+    assert len(alive) == 6
+    assert len(set(alive[2:])) == 1
 
 
 def equal_share(one, other):

@@ -201,7 +201,7 @@ class Student:
         """Run the student on one batch, with gradients to everything in `solution`."""
         set_grids(self._quantizers, solution)
         kept = _Kept(self._at.inputs)
-        outputs = self._run(solution.tensors, call, kept.watchers, self._left_to_quantizers)
+        outputs = self._run(solution.tensors, call, kept.watchers(), self._left_to_quantizers)
         prediction = prediction_of(outputs, kept.values(), with_outputs=self._at.outputs)
         return unfolded(prediction, self._unfolds, solution.factors)
 
@@ -263,7 +263,14 @@ class _Kept:
     def __init__(self, places: Sequence[ComparedInput]) -> None:
         self._places = places
         self._values: dict[str, Tensor] = {}
-        self.watchers = {place.op: functools.partial(self._keep, place.op) for place in places}
+
+    def watchers(self) -> dict[str, Callable[[Tensor], None]]:
+        """Return what keeps them, by name of the operation.
+
+        It is not kept here: in a circle of references the activations of a step, and all that their gradients needed,
+        would live until Python looks for circles, gigabytes later.
+        """
+        return {place.op: functools.partial(self._keep, place.op) for place in self._places}
 
     def _keep(self, op: str, x: Tensor) -> None:
         self._values[op] = x.clone()
@@ -293,7 +300,7 @@ def teacher(model: nn.Module, source: Source, at: Comparison, call: Call) -> Cal
     def run(call: Call) -> Prediction:
         args, kwargs = call
         kept = _Kept(places)
-        with torch.no_grad(), Tap(kept.watchers, graph):
+        with torch.no_grad(), Tap(kept.watchers(), graph):
             outputs = list(tensors_in(copied(*args, **kwargs)))
         return prediction_of(outputs, kept.values(), with_outputs=at.outputs)
 
