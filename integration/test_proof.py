@@ -15,14 +15,19 @@ from qft_plugin import HardwareSpec, ParityError, QFTWarning
 SHORT = [("ir", "residual", "zeros"), ("ir", "inverted", "eight images"), ("qcdq", "inverted", "ones")]
 """Formats, networks and examples of the default run."""
 
+TABLE = [pytest.mark.table, pytest.mark.wide]
+
 LONG = [
-    pytest.param(style, network, example, marks=pytest.mark.wide)
+    pytest.param(style, network, example, marks=TABLE)
     for style in ("ir", "qcdq", "qonnx")
     for network in corruptions.NETWORKS
     for example in corruptions.EXAMPLES
     if (style, network, example) not in SHORT and not (style == "qonnx" and network in ("deep", "mobile", "wide"))
 ]
 """All others; the executor of QONNX is too slow for large networks."""
+
+RIGHT = [("ir", "transformer"), ("qonnx", "residual"), ("ir", "deep"), ("qcdq", "wide")]
+"""Formats and networks whose right files are proved in the default run."""
 
 HOST = {"ir": "nncf", "qcdq": "brevitas", "qonnx": "brevitas"}
 
@@ -47,12 +52,12 @@ def test_corruptions_are_noticed_by_name(style, network, example):
 @pytest.mark.parametrize(
     ("style", "network"),
     [
-        *[("ir", "transformer"), ("qonnx", "residual")],
+        *RIGHT,
         *[
-            pytest.param(style, network, marks=pytest.mark.wide)
+            pytest.param(style, network, marks=TABLE)
             for style in HOST
             for network in corruptions.NETWORKS
-            if (style, network) not in [("ir", "transformer"), ("qonnx", "residual")]
+            if (style, network) not in RIGHT
         ],
     ],
 )
