@@ -239,6 +239,7 @@ class _Constants:
             return
         if node.domain:
             return
+        given = [t.astype(np.float32) if t.dtype == np.float64 else t for t in given]
         evaluate = _single(node, model)
         for output, value in zip(node.output, evaluate(given), strict=True):
             self.values[output] = np.asarray(value)

@@ -42,6 +42,8 @@ class Findings:
         products: numbers of the file's products that were found.
         weights: names of the weights whose integers were found.
         silent: names of the weights that multiplied nothing but zeros.
+        absent: what each layer computes that was not found in the file, with the problem in words, and how many other
+            problems came before it.
         unmatched: what each quantizer of torch read that was not found in the file, by number of its call; with the
             problem in words, and how many other problems came before it.
         error: the largest difference of a stretch that was accepted.
@@ -54,6 +56,7 @@ class Findings:
     products: set[int] = field(default_factory=set)
     weights: set[str] = field(default_factory=set)
     silent: set[str] = field(default_factory=set)
+    absent: dict[str, tuple[Tensor, str, int]] = field(default_factory=dict)
     unmatched: dict[int, tuple[Tensor, str, int]] = field(default_factory=dict)
     error: float = 0.0
     places: list[int | None] = field(default_factory=list)
@@ -102,7 +105,7 @@ def compare_stretches(watched: Watched, file: File, call: Call, kind: Values) ->
 
 
 def merged(file: File, findings: Sequence[Findings]) -> Findings:
-    """Put together what several probes found; a quantizer that reads the same numbers in all of them is a constant.
+    """Put together what several probes found; what is the same in all of them is a constant, and may be missing.
 
     Args:
         file: the file.
@@ -119,8 +122,10 @@ def merged(file: File, findings: Sequence[Findings]) -> Findings:
         # In the order of the run: what comes first is next to the cause.
         told = [(float(place), problem) for place, problem in enumerate(found.problems)]
         for number, (x, problem, before) in found.unmatched.items():
-            others = [f.unmatched.get(number) for f in findings]
-            if not all(o is not None and x.shape == o[0].shape and torch.equal(x, o[0]) for o in others):
+            if not _is_constant(x, [f.unmatched.get(number) for f in findings]):
+                told.append((before - 0.5, problem))
+        for name, (x, problem, before) in found.absent.items():
+            if not _is_constant(x, [f.absent.get(name) for f in findings]):
                 told.append((before - 0.5, problem))
         for _, problem in sorted(told, key=lambda pair: pair[0]):
             every.tell(problem)
@@ -131,6 +136,11 @@ def merged(file: File, findings: Sequence[Findings]) -> Findings:
         if number not in every.products and not every.silent:
             every.tell(f"Product {p.name} of the file: no layer of the model computes it.")
     return every
+
+
+def _is_constant(x: Tensor, others: Sequence[tuple[Tensor, str, int] | None]) -> bool:
+    """Whether a tensor was the same in all probes, so that an exporter may have computed it: it depends on no input."""
+    return all(o is not None and x.shape == o[0].shape and torch.equal(x, o[0]) for o in others)
 
 
 def _values(file: File, ran: Sequence[Tensor | None], kind: Values) -> list[Tensor]:
@@ -162,7 +172,7 @@ def _find_quantizer(file: File, computed: Stretches, seen: Seen, findings: Findi
     """Find the quantizer of the file that reads what torch's reads, and compare their constants."""
     x = seen.x.detach().float().cpu()
     same_shape = [k for k, read in enumerate(computed.read) if read.numel() == x.numel()]
-    sample = _sampled(x)
+    sample = _sampled(x, seen.grid.scale)
 
     def errors_of(k: int, part: tuple[slice, ...] = ()) -> Tensor:
         return _read_errors(x[part], file.quantizers[k], computed.read[k].reshape(x.shape)[part], seen.grid)
@@ -204,7 +214,7 @@ def _read_errors(x: Tensor, quantizer: FileQuantizer, read: Tensor, grid: Grid) 
     what the quantizer reads. So a channel may be equal as it is, or inside the range.
     """
     low, high, read_low, read_high = (
-        torch.from_numpy(end).float()
+        torch.from_numpy(end if end.size > 1 else end.reshape(())).float()
         for end in (quantizer.low, quantizer.high, quantizer.read_low, quantizer.read_high)
     )
     read = read.float()
@@ -264,13 +274,14 @@ def _compare_product(file: File, computed: Stretches, p: Product, findings: Find
 
     number = min(candidates, key=order, default=None)
     if number is None or float((fits[number][1] > CLOSE).double().mean()) > 0.5:
-        findings.tell(f"Layer {p.weight}: should be in the file as a product with its integers. Found none.")
+        problem = f"Layer {p.weight}: should be in the file as a product with its integers. Found none."
+        findings.absent[p.weight] = expected, problem, len(findings.problems)
         return
     findings.products.add(number)
     findings.weights.add(p.weight)
-    problem = problems[number]
-    if problem is not None:
-        findings.tell(f"Weight {p.weight}: {problem}, in {file.products[number].name} of the file.")
+    difference = problems[number]
+    if difference is not None:
+        findings.tell(f"Weight {p.weight}: {difference}, in {file.products[number].name} of the file.")
 
 
 def _weight_problem(product: FileProduct, p: Product, integers: np.ndarray) -> str | None:
@@ -346,10 +357,12 @@ def channel_axis(t: Tensor) -> int:
     return 1 if t.dim() in (2, 4, 5) else max(t.dim() - 1, 0)
 
 
-def _sampled(t: Tensor) -> tuple[slice, ...]:
-    """Return an index of a few places of all channels."""
-    axis = channel_axis(t)
-    steps = [1 if k == axis else max(1, -(-size // SAMPLED)) for k, size in enumerate(t.shape)]
+def _sampled(t: Tensor, scale: Tensor | None = None) -> tuple[slice, ...]:
+    """Return an index of a few places of all channels, and of all that have scales of their own."""
+    kept = {channel_axis(t)}
+    if scale is not None:
+        kept |= {t.dim() - scale.dim() + k for k, size in enumerate(scale.shape) if size > 1}
+    steps = [1 if k in kept else max(1, -(-size // SAMPLED)) for k, size in enumerate(t.shape)]
     return tuple(slice(None, None, step) for step in steps)
 
 

@@ -21,6 +21,13 @@ KEEPS_ORDER: Final = frozenset(
 """A weight that passes through these still holds its integers in the same order."""
 
 
+MATRIX_PRODUCTS: Final = frozenset(["addmm", "mm", "matmul", "__matmul__"])
+"""Multiply by a weight that is stored as `[in, out]`."""
+
+WORDS: Final = {"addmm": ("bias", "input", "weight"), "mm": ("input", "weight"), "matmul": ("input", "weight")}
+"""The arguments of functions that do not take them as layers do."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """The integers of a quantizer and what they stand for:  x_fq = (q - zero_point) * scale.
@@ -280,8 +287,8 @@ class _Calls(TorchFunctionMode):
             return result  # attributes and conversions
         self._path.append(name)
         self._origins.pass_on([args, list((kwargs or {}).values())], result)
-        if name in LAYERS:
-            words = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **(kwargs or {})}
+        if name in LAYERS or name in MATRIX_PRODUCTS:
+            words = {**dict(zip(WORDS.get(name, ("input", "weight", "bias")), args, strict=False)), **(kwargs or {})}
             W_fq, bias, made = (_tensor_of(t) for t in (words.get("weight"), words.get("bias"), result))
             found = self._weights.find(W_fq)
             if found is not None:
@@ -318,7 +325,9 @@ def _tensor_of(value: Any) -> Any:
 
 
 def _product(name: str, weight: str, integers: Tensor, W_fq: Tensor, bias: Tensor | None, result: Tensor) -> Product:
-    linear = name == "linear"
+    linear = name == "linear" or name in MATRIX_PRODUCTS
+    if name in MATRIX_PRODUCTS:
+        integers, W_fq = integers.transpose(-1, -2), W_fq.transpose(-1, -2)
     axis = result.dim() - 1 if linear else result.dim() - (W_fq.dim() - 2) - 1
     if bias is not None:
         result = result - bias.reshape(-1, *(1,) * (result.dim() - 1 - axis))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qft_plugin.data import Call, Inputs
 from qft_plugin.finetune import Prediction
-from qft_plugin.graph import ADDS, Const, Ref
+from qft_plugin.graph import ADDS, MADE_INSIDE, Const, Ref
 from qft_plugin.model import Functional, repeatable, replace_modules, tensor_of, tensors_in
 from qft_plugin.nncf.read import Source, add_factors, port_of, tensor_name
 from qft_plugin.nncf.replay import Replay, replay
@@ -50,6 +50,7 @@ class Placed:
         tensors: its weights and biases by name, and the factors in front of additions, which are 1 and not in it yet.
         hooks: names of the hooks of each activation quantizer, by name of the quantizer.
         weight_hooks: names of the hooks of each weight quantizer, by name of the weight.
+        other_hooks: likewise of constants that the offline subgraph does not know, such as embeddings.
         factors: the operation and the port that each factor in front of an addition belongs to, by name of the factor.
         in_result: the name of each operation where every module is the user's again.
     """
@@ -59,6 +60,7 @@ class Placed:
     tensors: Mapping[str, Tensor]
     hooks: Mapping[str, tuple[str, ...]]
     weight_hooks: Mapping[str, tuple[str, ...]]
+    other_hooks: Mapping[str, tuple[str, ...]]
     factors: Mapping[str, tuple[str, int]]
     in_result: Mapping[str, str]
 
@@ -111,6 +113,7 @@ def place(source: Source, tensors: Mapping[str, Tensor], request: Request, input
     hooks: dict[str, tuple[str, ...]] = {}
     weights: dict[str, WeightPlace] = {}
     weight_hooks: dict[str, tuple[str, ...]] = {}
+    other_hooks: dict[str, tuple[str, ...]] = {}
     on_tensor: dict[str, str] = {}
     on_input: dict[tuple[str, int], str] = {}
     factors = {(addend.addition, addend.index): (addend.factor, 0) for addend in source.addends}
@@ -126,6 +129,8 @@ def place(source: Source, tensors: Mapping[str, Tensor], request: Request, input
                 each = channels == _out_channels(tensors, source, what)
                 doubly = hardware.doubly_per_channel and before and each and is_kernel_weight(source, what)
                 weights[what.name] = WeightPlace(before and each, doubly=doubly)
+            elif what.name != MADE_INSIDE:
+                other_hooks[what.name] = (*other_hooks.get(what.name, ()), *names)
             continue
         grid = _activation_grid(hook)
         if grid is None:
@@ -145,7 +150,7 @@ def place(source: Source, tensors: Mapping[str, Tensor], request: Request, input
         for name, tensor in tensors.items()
     }
     entries = {name: (a.addition, port_of(source.ports, a)) for a, name in source.addends.items()}
-    return Placed(quantized, placement, held, hooks, weight_hooks, entries, source.in_result)
+    return Placed(quantized, placement, held, hooks, weight_hooks, other_hooks, entries, source.in_result)
 
 
 def _drop_quantizers_of_divisions(model: nn.Module, source: Source) -> None:

@@ -87,8 +87,7 @@ def _reader(hook: Any) -> Any:
         x = args[0] if isinstance(args[0], Tensor) else args[0][0]  # values and indices of a pool
         low, high, scale, zero_point = hook.get_parameters_for_torch_fq()
         # NNCF flattens the scales; they stand on the axes that they were made for.
-        shape = tuple(hook.scale_shape) if len(hook.scale_shape) == x.dim() else (-1, *(1,) * (x.dim() - 1))
-        shape = shape if scale.numel() > 1 else ()
+        shape = tuple(hook.scale_shape) if scale.numel() > 1 else ()
         scale, zero_point = scale.detach().reshape(shape), zero_point.detach().to(scale).reshape(shape)
         return x, Grid(scale, zero_point, int(low), int(high))
 

@@ -63,6 +63,10 @@ def write(placed: Placed, dof: Dof) -> nn.Module:
             if left is not None:
                 _, op, port = decode_hook_name(name)
                 storage.register_pre_function_hook(op, port, _multiply(left))
+    with without_compiler():
+        for constant, names in placed.other_hooks.items():
+            W = tensor_of(model, constant)
+            W.copy_(storage.get_submodule(names[0])(W))
     for quantizer, names in placed.hooks.items():
         grid, scale = placed.placement.activations[quantizer], solution.activation_scales[quantizer]
         zero_point = solution.zero_points.get(quantizer, grid.zero_point)
