@@ -201,3 +201,31 @@ def test_outputs_are_named_by_their_own_layer(nncf_host):
     model = quantized(nncf_host, Heads(), [x])
     with without_compiler(), warnings.catch_warnings():
         assert watched(model).run(((x,), {})).layers == ["second.weight", "first.weight"]
+
+
+class Words(nn.Module):
+    """An embedding in front of a linear layer, and a product with a weight that is stored as `[in, out]`."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.first = nn.Embedding(16, 8), nn.Linear(8, 12)
+        self.weight, self.bias = nn.Parameter(torch.randn(12, 8)), nn.Parameter(torch.randn(8))
+        self.last = nn.Linear(8, 4)
+        with torch.no_grad():
+            # On ties between two of 255 integers, which runtimes round to either side.
+            self.embedding.weight.copy_(torch.randint(-127, 127, (16, 8)) + 0.5)
+            self.embedding.weight[0, 0] = 127
+
+    def forward(self, words):
+        x = self.first(self.embedding(words) / 64).relu().flatten(0, 1)
+        x = torch.addmm(self.bias, x, self.weight).relu()
+        return self.last(x.unflatten(0, (-1, words.shape[1]))).mean(1)
+
+
+def test_embeddings_and_transposed_weights_are_in_the_file(nncf_host, tmp_path):
+    """Their integers are compared too, and those of an embedding are on its grid already when it is exported."""
+    items = [torch.randint(16, (16, 6)) for _ in range(4)]
+    model = quantized(nncf_host, Words(), items)
+    report = nncf_host[1].save_openvino(model, tmp_path / "net.xml", items[0])
+    assert report.weights == 4
+    assert report.relative_error < 1e-5
