@@ -29,7 +29,8 @@ def test_steps_in_bfloat16_train_the_same_network(name, train, host):
     assert low.losses[0] != wide.losses[0]
     assert low.losses[0] == pytest.approx(wide.losses[0], rel=CLOSE)
     assert low.final_loss == pytest.approx(wide.final_loss, rel=CLOSE)
-    assert (low.final_loss < low.start_loss) == (wide.final_loss < wide.start_loss)
+    # Eight steps may gain something in one precision and nothing in the other: the start is given back then.
+    assert max(low.final_loss - low.start_loss, wide.final_loss - wide.start_loss) <= 0
     assert {t.dtype for t in quantized.state_dict().values() if t.is_floating_point()} == {torch.float32}
     assert all(t.dtype == torch.float32 for t in host.outputs(quantized, items[0]))
 
