@@ -14,7 +14,7 @@ from qft_plugin.deploy.files import checked_path, draft_of
 from qft_plugin.deploy.ir_view import F32, IRFile, constant_integers
 from qft_plugin.deploy.normalisation import keep_epsilon
 from qft_plugin.deploy.openvino_defects import bias_shared_products, widen_reductions
-from qft_plugin.deploy.proof import Proof, prove
+from qft_plugin.deploy.proof import Proof, Proved, prove
 from qft_plugin.deploy.watched import Watched
 from qft_plugin.errors import DeployabilityError
 
@@ -27,8 +27,19 @@ INT8: Final = frozenset(["i8", "u8"])
 COUNTED: Final = frozenset(["Convolution", "GroupConvolution", "Deconvolution"])
 
 
+class RunInInt8:
+    """Of the report of a file that OpenVINO's CPU plugin has compiled: what runs in int8."""
+
+    convolutions: Mapping[str, str]
+
+    @property
+    def int8_convolutions(self) -> int:
+        """How many convolutions run in int8."""
+        return sum(precision in INT8 for precision in self.convolutions.values())
+
+
 @dataclass(frozen=True)
-class OpenVINOReport:
+class OpenVINOReport(Proved, RunInInt8):
     """What is in a saved IR and how it runs on this machine's CPU.
 
     Attributes:
@@ -44,21 +55,6 @@ class OpenVINOReport:
     proof: Proof
     convolutions: Mapping[str, str]
     linear: Mapping[str, str]
-
-    @property
-    def weights(self) -> int:
-        """How many quantized weights were compared, each equal in every integer."""
-        return self.proof.weights
-
-    @property
-    def relative_error(self) -> float:
-        """Largest relative L2 difference of an output from torch; NaN where it was not checked."""
-        return self.proof.from_torch.relative
-
-    @property
-    def int8_convolutions(self) -> int:
-        """How many convolutions run in int8."""
-        return sum(precision in INT8 for precision in self.convolutions.values())
 
 
 def set_weight_storage(model: Any, storage: Storage) -> None:

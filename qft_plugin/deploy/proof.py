@@ -88,6 +88,22 @@ class Proof:
         )
 
 
+class Proved:
+    """Of the report of a file: what its proof found."""
+
+    proof: Proof
+
+    @property
+    def weights(self) -> int:
+        """How many quantized weights were compared, each equal in every integer; 0 where nothing was checked."""
+        return self.proof.weights
+
+    @property
+    def relative_error(self) -> float:
+        """Largest relative L2 difference of an output from torch; NaN where nothing was checked."""
+        return self.proof.from_torch.relative
+
+
 @torch.no_grad()
 def prove(
     watched: Watched, file: File, example: Call, images: Sequence[Call] = (), *, others: Sequence[File] = ()

@@ -9,8 +9,8 @@ import numpy as np
 
 from qft_plugin.data import Call
 from qft_plugin.deploy.onnx_view import ONNXFile, in_onnx_runtime, in_openvino
-from qft_plugin.deploy.openvino import INT8, precisions
-from qft_plugin.deploy.proof import Proof, prove
+from qft_plugin.deploy.openvino import RunInInt8, precisions
+from qft_plugin.deploy.proof import Proof, Proved, prove
 from qft_plugin.deploy.watched import Watched
 from qft_plugin.errors import ParityError
 
@@ -19,7 +19,7 @@ BETWEEN: Final = frozenset(["Relu", "MaxPool", "Identity", "Reshape", "Flatten",
 
 
 @dataclass(frozen=True)
-class QCDQReport:
+class QCDQReport(Proved, RunInInt8):
     """What is in a QCDQ file and how it runs on this machine's CPU.
 
     Attributes:
@@ -39,24 +39,9 @@ class QCDQReport:
     linear: Mapping[str, str]
 
     @property
-    def weights(self) -> int:
-        """How many quantized weights were compared, each equal in every integer."""
-        return self.proof.weights
-
-    @property
-    def relative_error(self) -> float:
-        """Largest relative L2 difference of an output of ONNX Runtime from torch; NaN where it was not checked."""
-        return self.proof.from_torch.relative
-
-    @property
     def openvino_error(self) -> float:
-        """Likewise of OpenVINO."""
+        """Largest relative L2 difference of an output of OpenVINO from torch; NaN where nothing was checked."""
         return self.openvino.from_torch.relative
-
-    @property
-    def int8_convolutions(self) -> int:
-        """How many convolutions run in int8."""
-        return sum(precision in INT8 for precision in self.convolutions.values())
 
 
 def strip_weight_clips(model: Any) -> int:

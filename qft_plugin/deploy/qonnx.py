@@ -12,12 +12,12 @@ from torch import Tensor
 
 from qft_plugin.data import Call
 from qft_plugin.deploy.onnx_view import ONNXFile
-from qft_plugin.deploy.proof import Proof, prove
+from qft_plugin.deploy.proof import Proof, Proved, prove
 from qft_plugin.deploy.watched import Watched
 
 
 @dataclass(frozen=True)
-class QONNXReport:
+class QONNXReport(Proved):
     """What is in a QONNX file.
 
     Attributes:
@@ -31,16 +31,6 @@ class QONNXReport:
     bytes: int
     quantizers: Mapping[int, int]
     proof: Proof
-
-    @property
-    def weights(self) -> int:
-        """How many quantized weights were compared, each equal in every integer."""
-        return self.proof.weights
-
-    @property
-    def relative_error(self) -> float:
-        """Largest relative L2 difference of an output from torch; NaN where it was not checked."""
-        return self.proof.from_torch.relative
 
 
 def widen_bias_constants(model: Any) -> int:
