@@ -45,11 +45,22 @@ class Compiled:
         added = {_key(o): o for o in looked_at if _key(o) not in keys}
         self._order = [*range(len(keys)), *([*keys, *added].index(_key(o)) for o in looked_at)]
         results += [opset13.result(o) for o in added.values()]
-        whole = openvino.Model(results, [*model.get_parameters(), *parameters])
-        self._model = openvino.Core().compile_model(whole, "CPU", dict(EXACT))
+        self._whole = openvino.Model(results, [*model.get_parameters(), *parameters])
+        self._model: Any = None
+        self._largest = 0
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Run it on inputs in the order of its parameters; returns its outputs, and then what is looked at."""
+        """Run it on inputs in the order of its parameters; returns its outputs, and then what is looked at.
+
+        A model with a free batch that has run many images may compute fewer of them wrong afterwards: networks of one
+        dimension with a pool do (2026.4). That is no property of the file, so it is compiled anew.
+        """
+        import openvino
+
+        size = sum(t.numel() for t in inputs)
+        if self._model is None or size < self._largest:
+            self._model, self._largest = openvino.Core().compile_model(self._whole, "CPU", dict(EXACT)), 0
+        self._largest = max(self._largest, size)
         result = self._model([t.detach().cpu().numpy() for t in inputs])
         return [torch.from_numpy(np.array(result[k])) for k in self._order]
 
