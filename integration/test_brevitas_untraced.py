@@ -15,7 +15,7 @@ from conftest import four_bits
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qft_plugin import HardwareSpec, ModelError
+from qft_plugin import HardwareSpec, ModelError, QFTWarning
 from qft_plugin.brevitas import fold, link, quantize, save_qcdq, save_qonnx
 from qft_plugin.brevitas.swap import swap
 from qft_plugin.data import as_call, read_inputs
@@ -202,6 +202,8 @@ def relative(found, expected):
     return float((found - expected).norm() / (expected - expected.mean(0)).norm())
 
 
+# torch.onnx writes the number of images into the reshapes of torch's own attention.
+@pytest.mark.filterwarnings("ignore:The file should run for any number of images")
 @pytest.mark.parametrize("name", CASES)
 def test_quantized_folded_saved(name, tmp_path):
     """Every layer is quantized with a quantizer of its input, all BatchNorms behind layers fold, and the model can be
@@ -275,7 +277,8 @@ class Computed(nn.Module):
 
 def test_a_kernel_that_depends_on_the_image_is_named(caplog):
     """What stays in float because its kernel is computed from activations is named, with the reason."""
-    with caplog.at_level(logging.WARNING, logger="qft_plugin"):
+    told = pytest.warns(QFTWarning, match=r"1 of 3 layers whose weights the forward computes.*conv2d/0")
+    with caplog.at_level(logging.WARNING, logger="qft_plugin"), told:
         quantize(Computed().eval(), [pixels()], config=four_bits(finetune=None))
     assert "(conv2d with a weight that is computed in the forward)" in caplog.text
 
@@ -303,8 +306,8 @@ class Random(nn.Module):
 
 
 def test_a_model_that_is_random_in_eval_mode():
-    """A model that draws random numbers in eval mode is refused before anything else."""
-    with pytest.raises(ModelError, match=r"the same in eval mode.*dropout"):
+    """A model that draws random numbers in eval mode is trained, with a warning."""
+    with pytest.warns(QFTWarning, match=r"something random is still active"):
         quantize(Random().eval(), [pixels()], config=four_bits())
 
 

@@ -141,7 +141,7 @@ def test_subset_size():
     """NNCF's calibration sees as many items as it was told to, the finetune all of them."""
     model, items = nets.build("residual"), nets.items("residual")
     items[3] = items[3] * 100
-    config = four_bits(finetune=None)
+    config = four_bits(finetune=None, activation_range="host")
     few = host.quantize(model, nncf.Dataset(items), config, subset_size=1)
     every = host.quantize(model, nncf.Dataset(items), config, subset_size=4)
 

@@ -207,7 +207,7 @@ def _outputs_of_both(watched: Watched, file: File, call: Call, path: Sequence[st
         )
     try:
         file.run(positional(call))
-    except RuntimeError as error:
+    except Exception as error:  # each runtime has errors of its own
         warnings.warn(
             f"The file should run for any number of images. Found that it does not for inputs of shape {shapes}, as "
             f"the model does: {str(error).splitlines()[-1]}. The forward probably computes with the number of images "
