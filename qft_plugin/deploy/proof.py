@@ -62,7 +62,7 @@ class Proof:
     """What was proved of a file, and how it differs from torch.
 
     Attributes:
-        weights: how many quantized weights are in the file, each equal in every integer.
+        weights: how many quantized weights are in the file, each equal in every integer; biases are not counted.
         quantizers: how many quantizers of activations are in the file, each with the model's scale and zero point.
         stretch_error: largest difference of what a stretch between quantizers computes, relative to the largest value
             of its channel.
@@ -158,7 +158,7 @@ def prove(
         ran = [runtime.run(positional(call), hidden=hidden_in(runtime)).outputs for call, _ in whole]
         proofs.append(
             Proof(
-                weights=len(every.weights),
+                weights=sum(not name.endswith("bias") for name in every.weights),
                 quantizers=len(every.quantizers),
                 stretch_error=every.error,
                 ties=differ / max(values, 1),
@@ -229,7 +229,7 @@ def _refuse(problems: Sequence[str]) -> None:
 
 
 def _unexplained(roundings: Sequence[Rounding]) -> tuple[Rounding, ...]:
-    found = [r for r in roundings if r.unexplained_share > UNEXPLAINED]
+    found = [r for r in roundings if r.unexplained_share > UNEXPLAINED + 2 * r.moved]
     return tuple(sorted(found, key=lambda r: -r.unexplained_share))
 
 

@@ -1,7 +1,7 @@
 """The second part of a proof: what a runtime rounds, and how, where torch reads the same numbers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from torch import Tensor
@@ -12,6 +12,11 @@ from qft_plugin.deploy.watched import Seen, Watched, positional
 
 TIE: Final = 0.01
 """How near to the middle between two integers, in steps, a value is on a tie: float32 sums may end on either side."""
+
+
+ON_TIE: Final = 1e-4
+"""Likewise of values that nobody looks at: only these move what comes after them. Where scales are powers of two many
+are on exact ties."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class Rounding:
         unexplained: how many of these although torch's own value is on no tie.
         far: how many differ by more than one step.
         steps: the largest difference in steps.
+        moved: share of values that may differ without a tie of their own, since a value in front of an addition, which
+            was not looked at, is on one.
         from_tie: how far from the middle between two integers torch's own value was at most, of those that differ by
             one step on a tie.
     """
@@ -36,6 +43,7 @@ class Rounding:
     far: int
     steps: int
     from_tie: float
+    moved: float = 0.0
 
     @property
     def unexplained_share(self) -> float:
@@ -55,16 +63,22 @@ def compare_roundings(watched: Watched, file: File, call: Call, places: Sequence
     Returns:
         What differs at each quantizer that was looked at.
     """
-    ran = file.run(positional(call), hidden=hidden_in(file))
+    hidden = hidden_in(file)
+    ran = file.run(positional(call), hidden=hidden)
     found: list[Rounding] = []
+    moved = 0.0
 
     def activation(seen: Seen) -> Tensor | None:
+        nonlocal moved
         number = places[seen.number] if seen.number < len(places) else None
+        if number in hidden:
+            steps = seen.grid.steps(seen.x)
+            moved = max(moved, float(((steps - steps.floor() - 0.5).abs() < ON_TIE).double().mean()))
         value = None if number is None else ran.quantized[number]
         if value is None or value.numel() != seen.x.numel():
             return None
         value = value.to(seen.x).reshape(seen.x.shape)
-        found.append(_rounding(seen, value))
+        found.append(replace(_rounding(seen, value), moved=moved))
         return value
 
     watched.run(call, activation=activation)
