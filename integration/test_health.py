@@ -64,7 +64,8 @@ class Dead(nets.Residual):
 
 def test_a_dead_part_of_a_network(host, caplog):
     """An activation that is always 0 is named in the log only: its images are as they should be."""
-    host.quantize(nets.settled(Dead(0)), images(lambda x: x), four_bits(finetune=None))
+    with caplog.at_level("WARNING", logger="qft_plugin"):
+        host.quantize(nets.settled(Dead(0)), images(lambda x: x), four_bits(finetune=None))
     assert "0 in all of the first 64 images, so that no range could be chosen: what 'last/conv2d/" in caplog.text
 
 

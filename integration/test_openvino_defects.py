@@ -126,7 +126,7 @@ def test_without_the_remedies_the_proof_refuses_the_file(name, host, tmp_path, m
     for module in (ir, qcdq_defects):
         for remedy in ("bias_shared_products", "widen_reductions"):
             monkeypatch.setattr(module, remedy, lambda _: 0)
-    with pytest.raises(ParityError, match="differ by more than one step"):
+    with pytest.raises(ParityError, match="differ by more than 8 steps"):
         saved(host_of(host), {**SHARED, **REDUCED}[name], tmp_path)
 
 

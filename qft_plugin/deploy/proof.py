@@ -28,7 +28,7 @@ from torch import Tensor
 
 from qft_plugin.data import Call
 from qft_plugin.deploy.file_view import File
-from qft_plugin.deploy.roundings import Rounding, compare_roundings, hidden_in
+from qft_plugin.deploy.roundings import FAR, Rounding, compare_roundings, hidden_in
 from qft_plugin.deploy.stretches import Values, compare_stretches, merged
 from qft_plugin.deploy.watched import Watched, positional
 from qft_plugin.errors import ParityError, QFTWarning
@@ -238,7 +238,7 @@ def _judge(roundings: Sequence[Rounding], runtime: str) -> None:
     _refuse(
         [
             f"{r.place}: {runtime} should compute what the model does from the same numbers. Found {r.far} of "
-            f"{r.values} values that differ by more than one step, by up to {r.steps}."
+            f"{r.values} values that differ by more than {FAR} steps, by up to {r.steps}."
             for r in roundings
             if r.far > UNEXPLAINED * r.values
         ]
@@ -247,9 +247,9 @@ def _judge(roundings: Sequence[Rounding], runtime: str) -> None:
     if found:
         places = "; ".join(f"{r.place} ({100 * r.unexplained_share:.2g} % of the values)" for r in found[:LISTED])
         warnings.warn(
-            f"{runtime} should round where the model rounds. Found values that differ by one step although the model's "
-            f"are on no tie: {places}. The constants of the file are right; this runtime leaves out or adds a rounding "
-            "next to these layers. Look at the agreement of the file with the float network.",
+            f"{runtime} should round where the model rounds. Found values that differ by a step or more although the "
+            f"model's are on no tie: {places}. The constants of the file are right; this runtime leaves out or adds a "
+            "rounding next to these layers. Look at the agreement of the file with the float network.",
             QFTWarning,
             stacklevel=3,
         )

@@ -8,11 +8,16 @@ from torch import Tensor
 
 from qft_plugin.data import Call
 from qft_plugin.deploy.file_view import File
+from qft_plugin.deploy.stretches import Place, in_torch
 from qft_plugin.deploy.watched import Seen, Watched, positional
 
 TIE: Final = 0.01
 """How near to the middle between two integers, in steps, a value is on a tie: float32 sums may end on either side."""
 
+
+FAR: Final = 8
+"""Steps that a rounding which a runtime adds or leaves out does not reach: what is added in coarser steps before a
+quantizer moves it by a few."""
 
 ON_TIE: Final = 1e-4
 """Likewise of values that nobody looks at: only these move what comes after them. Where scales are powers of two many
@@ -28,7 +33,7 @@ class Rounding:
         values: how many values were compared.
         differ: how many of them differ.
         unexplained: how many of these although torch's own value is on no tie.
-        far: how many differ by more than one step.
+        far: how many differ by more than `FAR` steps.
         steps: the largest difference in steps.
         moved: share of values that may differ without a tie of their own, since a value in front of an addition, which
             was not looked at, is on one.
@@ -51,14 +56,14 @@ class Rounding:
         return self.unexplained / max(self.values, 1)
 
 
-def compare_roundings(watched: Watched, file: File, call: Call, places: Sequence[int | None]) -> list[Rounding]:
+def compare_roundings(watched: Watched, file: File, call: Call, places: Sequence[Place | None]) -> list[Rounding]:
     """Run a file in its runtime, and let torch's quantizers return what those of the runtime did.
 
     Args:
         watched: the torch model.
         file: the file.
         call: the arguments of a call.
-        places: for each call of an activation quantizer of torch the number of the file's.
+        places: for each call of an activation quantizer of torch which one of the file's it is.
 
     Returns:
         What differs at each quantizer that was looked at.
@@ -70,14 +75,15 @@ def compare_roundings(watched: Watched, file: File, call: Call, places: Sequence
 
     def activation(seen: Seen) -> Tensor | None:
         nonlocal moved
-        number = places[seen.number] if seen.number < len(places) else None
+        place = places[seen.number] if seen.number < len(places) else None
+        number = None if place is None else place[0]
         if number in hidden:
             steps = seen.grid.steps(seen.x)
             moved = max(moved, float(((steps - steps.floor() - 0.5).abs() < ON_TIE).double().mean()))
         value = None if number is None else ran.quantized[number]
-        if value is None or value.numel() != seen.x.numel():
+        if place is None or value is None or value.numel() != seen.x.numel():
             return None
-        value = value.to(seen.x).reshape(seen.x.shape)
+        value = in_torch(file, place, value, seen)
         found.append(replace(_rounding(seen, value), moved=moved))
         return value
 
@@ -103,7 +109,7 @@ def _rounding(seen: Seen, value: Tensor) -> Rounding:
         value.numel(),
         int(differs.sum()),
         int((~tied).sum()),
-        int((away > 1).sum()),
+        int((away > FAR).sum()),
         int(away.max()) if away.numel() else 0,
         float(gap[tied].max()) if bool(tied.any()) else 0.0,
     )
