@@ -935,14 +935,12 @@ class Structure:
         shapes: of one image for each input.
         free: at least so many inputs of its layers can be rescaled in every channel.
         tokens: inputs that are whole numbers, and how many values each has.
-        refused: by host, what its error says where the host cannot take the network.
     """
 
     build: Callable[[], nn.Module]
     shapes: Mapping[str, tuple[int, ...]]
     free: int
     tokens: Mapping[str, int] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 IMAGE = {"x": (3, 32, 32)}
@@ -976,8 +974,6 @@ STRUCTURES: dict[str, Structure] = {
         {"tokens": (12,), "mask": (12,)},
         free=2,
         tokens={"tokens": 32, "mask": 2},
-        # Its forward cuts a buffer by the length of the input, which a symbolic trace does not know.
-        refused={"brevitas": r"should be traceable by torch\.fx"},
     ),
     "tcn": Structure(TCN, {"x": (4, 64)}, free=5),
     "r2plus1d": Structure(R2Plus1D, {"x": (3, 8, 16, 16)}, free=5),

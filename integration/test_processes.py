@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 SECONDS = 300
 """Much longer than it takes, which is about 12."""
 
-FIRST_STEPS = 8
+FIRST_STEPS = 5
 SUMS = 1e-5
 """As long as no value is rounded to the other side, losses differ by the order of float32 sums, about 1e-7."""
 

@@ -10,7 +10,6 @@ import torch
 from conftest import four_bits, relative_error
 
 from qft_plugin.dof_map import map_dof
-from qft_plugin.errors import ModelError
 from qft_plugin.model import tensors_in
 from qft_plugin.offline import fold_network, names_of
 from qft_plugin.record import record
@@ -87,11 +86,6 @@ def test_brevitas(name, tmp_path):
     from qft_plugin import brevitas as host
 
     model, items = structures.build(name), structures.items(name)
-    refused = structures.STRUCTURES[name].refused.get("brevitas")
-    if refused:
-        with pytest.raises(ModelError, match=refused):
-            host.quantize(model, items, config=four_bits())
-        return
     folded = host.fold(host.quantize(model, items, config=four_bits()))
     host.save_qonnx(folded, tmp_path / "qonnx.onnx", few(items[0]))
     host.save_qcdq(folded, tmp_path / "qcdq.onnx", few(items[0]))

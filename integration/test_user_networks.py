@@ -8,6 +8,7 @@ import nets
 import pytest
 import torch
 from conftest import few_steps, four_bits, relative_error
+from hosts import host_of
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -153,11 +154,22 @@ class Standardized(nn.Conv2d):
         return functional.conv2d(x, W / W.std((1, 2, 3), keepdim=True), self.bias, padding=self.padding)
 
 
-def test_layers_whose_weights_are_computed_are_named(host):
-    """A layer that no host can quantize is named, with the reason; the others are quantized."""
+def test_layers_whose_weights_are_computed_are_named():
+    """A layer that NNCF cannot quantize is named, with the reason; the others are quantized."""
+    host = host_of("nncf")
     model = Chain()
     model.conv2 = Standardized(8, 8, 3, padding=1)
     items = list(torch.randn(2, 16, 3, 8, 8))
     with pytest.warns(QFTWarning, match=r"1 of 4 layers.*: (\w+/)?conv2d/\d.*floating point"):
         _, quantized = host.finetuned(model.eval(), items, four_bits(finetune=None))
     assert set(host.integers(quantized, items[0])) == {"conv1.weight", "conv3.weight", "fc.weight"}
+
+
+def test_weights_that_are_computed_from_parameters_alone():
+    """Under Brevitas such a weight is computed once, and quantized like any other."""
+    host = host_of("brevitas")
+    model = Chain()
+    model.conv2 = Standardized(8, 8, 3, padding=1)
+    items = list(torch.randn(2, 16, 3, 8, 8))
+    _, quantized = host.finetuned(model.eval(), items, four_bits(finetune=None))
+    assert "conv2.weight" in host.integers(quantized, items[0])

@@ -27,7 +27,7 @@ EVALUATION_IMAGES: Final = 512
 APART: Final = 1e-3
 """Relative difference of an image's activations in two batches; sums in another order stay below 1e-5."""
 
-ENOUGH_STEPS: Final = 100
+ENOUGH_STEPS: Final = 200
 """From so many steps on a finetune that gains nothing is worth a warning. A start of compensated weights is so good
 that some ten steps often do not reach it again."""
 
