@@ -351,3 +351,28 @@ def test_a_float64_model_is_saved_in_float32(tmp_path):
     report = save_qcdq(folded, tmp_path / "model.onnx", items[0])
     assert report.relative_error < CLOSE
     assert report.int8_convolutions == 2
+
+
+class NormWithActivation(nn.BatchNorm2d):
+    """A BatchNorm with an activation in its forward, as timm's, which a tracer looks into."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 4, "four axes")
+        x = functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.1, self.eps)
+        return self.act(self.drop(x))
+
+
+def test_a_norm_with_an_activation_keeps_it(tmp_path):
+    """A BatchNorm whose tensors a traced graph reads is folded and kept, and its activation is computed."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), NormWithActivation(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    ).eval()
+    nn.init.normal_(model[1].running_mean)
+    images = pixels()
+    linked = quantize(model, [images], config=four_bits(weight_bits=8, finetune=None))
+    assert relative(outputs(linked, images), outputs(model, images)) < CLOSE
+    assert save_qcdq(fold(linked), tmp_path / "net.onnx", images).weights == 2

@@ -159,12 +159,19 @@ def merge_norms(model: nn.Module, twin: nn.Module, graph: LayerGraph) -> list[st
             assert isinstance(layer.bias, Tensor)
             layer.bias.copy_(shift)
         left = model.get_submodule(norm_name)
-        if type(left) in NORMS:
+        if type(left) in NORMS and not _is_taken_apart(model, norm_name):
             replace_modules(model, {left: nn.Identity()})
         else:
             neutralize(left)
         changed.append(layer_name)
     return changed
+
+
+def _is_taken_apart(model: nn.Module, name: str) -> bool:
+    """Whether a traced graph reads the tensors of a module itself, as it does for a subclass that it looks into."""
+    if not isinstance(model, torch.fx.GraphModule):
+        return False
+    return any(node.op == "get_attr" and str(node.target).startswith(f"{name}.") for node in model.graph.nodes)
 
 
 def neutralize(norm: nn.Module) -> None:
