@@ -160,12 +160,13 @@ def _values(file: File, ran: Sequence[Tensor | None], kind: Values) -> list[Tens
         generator = torch.Generator().manual_seed(number)
         low, high = torch.from_numpy(quantizer.low), torch.from_numpy(quantizer.high)
         step = (high - low) / (quantizer.levels - 1)
+        steps = torch.randint(quantizer.levels, tuple(own.shape), generator=generator)
         if kind == "extreme":
             axis = channel_axis(own)
             shape = [size if k in (0, axis) else 1 for k, size in enumerate(own.shape)]
-            steps = (quantizer.levels - 1) * torch.randint(2, shape, generator=generator).expand(own.shape)
-        else:
-            steps = torch.randint(quantizer.levels, tuple(own.shape), generator=generator)
+            ends = (quantizer.levels - 1) * torch.randint(2, shape, generator=generator).expand(own.shape)
+            # Some others among them: a normalisation of what is constant would divide by next to nothing.
+            steps = torch.where(torch.rand(tuple(own.shape), generator=generator) < SPARSE, steps, ends)
         x = low + step * steps
         if kind == "sparse":
             x = torch.where(torch.rand(tuple(own.shape), generator=generator) < SPARSE, x, torch.zeros_like(x))
