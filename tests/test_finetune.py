@@ -200,7 +200,8 @@ def test_the_number_of_images_fed_is_what_counts() -> None:
     student, inputs, targets = problem()
     assert run(student, inputs, targets, batch_size=8).steps == 50
     assert run(student, inputs, targets, batch_size=1000).steps == 10
-    assert run(student, inputs, targets, images_fed=1).steps == 1
+    with pytest.warns(QFTWarning, match="after 1 steps"):
+        assert run(student, inputs, targets, images_fed=1).steps == 1
 
 
 def test_every_epoch_shows_every_image_once() -> None:
@@ -269,10 +270,11 @@ def test_a_callback_may_stop_the_finetune() -> None:
 
 
 def test_an_absurd_learning_rate_never_makes_it_worse() -> None:
-    """Where the loss explodes but stays finite, the start is kept and reported, without a warning."""
+    """Where the loss explodes but stays finite, the start is kept and reported, and what to lower is said."""
     student, inputs, targets = problem()
     start = {k: v.clone() for k, v in student.state_dict().items()}
-    result = run(student, inputs, targets, rate=1e4, images_fed=40)
+    with pytest.warns(QFTWarning, match="training should lower the loss"):
+        result = run(student, inputs, targets, rate=1e4, images_fed=40)
     assert max(result.losses) > 1e3
     assert result.final_loss == result.start_loss
     assert all(torch.equal(v, start[k]) for k, v in student.state_dict().items())
