@@ -229,7 +229,7 @@ def _refuse(problems: Sequence[str]) -> None:
 
 
 def _unexplained(roundings: Sequence[Rounding]) -> tuple[Rounding, ...]:
-    found = [r for r in roundings if r.unexplained_share > UNEXPLAINED + 2 * r.moved]
+    found = [r for r in roundings if r.unexplained > UNEXPLAINED * r.values + 2 * r.moved]
     return tuple(sorted(found, key=lambda r: -r.unexplained_share))
 
 

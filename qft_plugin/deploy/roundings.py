@@ -35,8 +35,8 @@ class Rounding:
         unexplained: how many of these although torch's own value is on no tie.
         far: how many differ by more than `FAR` steps.
         steps: the largest difference in steps.
-        moved: share of values that may differ without a tie of their own, since a value in front of an addition, which
-            was not looked at, is on one.
+        moved: how many values in front of an addition, which were not looked at, are on a tie: each may move a value
+            here, which then is on no tie of its own. Where a mean comes between, here are far fewer values than there.
         from_tie: how far from the middle between two integers torch's own value was at most, of those that differ by
             one step on a tie.
     """
@@ -48,7 +48,7 @@ class Rounding:
     far: int
     steps: int
     from_tie: float
-    moved: float = 0.0
+    moved: int = 0
 
     @property
     def unexplained_share(self) -> float:
@@ -71,7 +71,7 @@ def compare_roundings(watched: Watched, file: File, call: Call, places: Sequence
     hidden = hidden_in(file)
     ran = file.run(positional(call), hidden=hidden)
     found: list[Rounding] = []
-    moved = 0.0
+    moved = 0
 
     def activation(seen: Seen) -> Tensor | None:
         nonlocal moved
@@ -79,7 +79,7 @@ def compare_roundings(watched: Watched, file: File, call: Call, places: Sequence
         number = None if place is None else place[0]
         if number in hidden:
             steps = seen.grid.steps(seen.x)
-            moved = max(moved, float(((steps - steps.floor() - 0.5).abs() < ON_TIE).double().mean()))
+            moved = max(moved, int(((steps - steps.floor() - 0.5).abs() < ON_TIE).sum()))
         value = None if number is None else ran.quantized[number]
         if place is None or value is None or value.numel() != seen.x.numel():
             return None
