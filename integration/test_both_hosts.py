@@ -6,7 +6,10 @@ import nets
 import pytest
 import torch
 from conftest import few_steps, four_bits, relative_error
+from torch import nn
+from torch.nn import functional
 
+from qft_plugin import QFTWarning
 from qft_plugin.model import tensors_in
 
 NETS = ["residual", "preactivation", "branches", "grouped", "one_d", "linear_only", "bias_and_norm"]
@@ -50,6 +53,29 @@ def test_batches_of_the_dataset_do_not_matter(host):
         for size in (1, 24, len(images))
     ]
     assert relative_error(starts[0], starts[2]) == relative_error(starts[1], starts[2]) == 0
+
+
+class AlwaysRandom(nn.Module):
+    """Drops something in eval mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8 * 36, 4)
+
+    def forward(self, x):
+        return self.head(functional.dropout(self.conv(x).relu(), 0.05).flatten(1))
+
+
+def test_a_file_leaves_out_a_dropout_that_is_active_in_eval_mode(host, tmp_path):
+    """It is told, and the rest of the file is proved."""
+    torch.manual_seed(0)
+    model, image = AlwaysRandom().eval(), torch.randn(8, 3, 8, 8)
+    with pytest.warns(QFTWarning, match="something random is still active"):
+        _, quantized = host.finetuned(model, [image], four_bits())
+    with pytest.warns(QFTWarning, match=r"dropout that is active in eval mode.*leaves it out"):
+        report = host.save(quantized, tmp_path, image)
+    assert report.proof.weights == 2
+    assert report.relative_error < 0.01
 
 
 def test_a_step_leaves_nothing_to_the_garbage_collector(host):

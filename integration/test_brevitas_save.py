@@ -278,3 +278,57 @@ def test_openvino_keeps_a_convolution_that_several_operations_read(joins, bias, 
     report = save_qcdq(folded, tmp_path / "model.onnx", data[0])
     assert report.openvino_error < ROUNDED
     assert report.int8_convolutions == 5
+
+
+class Bag(nn.Module):
+    """Averages embeddings by a module that is exported as a loop."""
+
+    def __init__(self):
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(16, 8, mode="mean"), nn.Linear(8, 4)
+
+    def forward(self, words):
+        return self.head(self.bag(words))
+
+
+@pytest.fixture(scope="module")
+def bag():
+    """Return a quantized network whose file has a loop, and an input."""
+    words = torch.arange(64).view(16, 4) % 16
+    return fold(quantize(Bag().eval(), [words], config=four_bits(finetune=None))), words
+
+
+def test_what_a_loop_reads_stays(bag, tmp_path):
+    model, words = bag
+    report = save_qcdq(model, tmp_path / "bag.onnx", words)
+    assert report.relative_error < EXACT
+    assert report.openvino_error < EXACT
+
+
+def test_what_the_executor_of_qonnx_cannot_run_is_refused(bag, tmp_path):
+    """Its clean-up loses what a loop reads; the operation is named, and nothing is written."""
+    model, words = bag
+    with pytest.raises(DeployabilityError, match=r"QONNX' executor should load and run.*Loop"):
+        save_qonnx(model, tmp_path / "bag.onnx", words)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Spectrum(nn.Module):
+    """Calls a function that no ONNX operation of this version stands for."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(x) + torch.special.bessel_j0(x.mean())
+
+
+@pytest.mark.parametrize("save", [save_qcdq, save_qonnx])
+def test_what_torch_cannot_export_is_refused(save, tmp_path):
+    """The operation is named, and nothing is written."""
+    x = torch.randn(16, 8)
+    folded = fold(quantize(Spectrum().eval(), [x], config=four_bits(finetune=None)))
+    with pytest.raises(DeployabilityError, match=r"torch\.onnx should export.*bessel_j0"):
+        save(folded, tmp_path / "spectrum.onnx", x)
+    assert list(tmp_path.iterdir()) == []

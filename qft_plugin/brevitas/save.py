@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from qft_plugin.data import Call
 from qft_plugin.deploy import qcdq, qcdq_defects, qonnx
-from qft_plugin.deploy.files import checked_path, draft_of
+from qft_plugin.deploy.dropout import without_dropout
+from qft_plugin.deploy.files import checked_path, draft_of, refused
 from qft_plugin.deploy.images import call_of, calls_of, kept_images
 from qft_plugin.deploy.watched import Grid, Quantizer, Watched
 from qft_plugin.distributed import once
@@ -43,7 +44,7 @@ def save_qonnx(
         check: prove constants and layers before the file takes its place (`qft_plugin.deploy.proof`).
 
     Raises:
-        DeployabilityError: the path cannot be written.
+        DeployabilityError: the path cannot be written, or torch or QONNX cannot export or run the model.
         ParityError: the file differs from the model; nothing is written.
     """
     # Imported late: exporting needs packages that training does not, and warns of some that are missing.
@@ -83,7 +84,7 @@ def save_qcdq(
 
     Raises:
         DeployabilityError: the scale of a weight differs by input channel, which QCDQ cannot express (it names the
-            layers), or the path cannot be written.
+            layers), the path cannot be written, or torch cannot export the model or a runtime the file.
         ParityError: the file differs from the model; nothing is written.
     """
     import onnx
@@ -133,18 +134,22 @@ def _exported(
     model, example_input = in_float32(model, example_input)
     args, kwargs = call_of(model, example_input)
     inputs = (*args, *kwargs.values())
-    with evaluating(model), torch.no_grad(), _attention_in_parts(), draft_of(target) as draft:
+    with evaluating(model), torch.no_grad(), _attention_in_parts(), without_dropout(), draft_of(target) as draft:
         axes = {f"input_{i}": {0: "batch"} for i in range(len(inputs))} if free_batch else None
         # The exporter of torch 2.9 and later keeps weights in float and refuses quantized biases.
-        export(
-            _Exportable(copy.deepcopy(model), tuple(kwargs)),
-            args=inputs,
-            export_path=str(draft),
-            dynamo=False,
-            opset_version=OPSET,
-            input_names=[f"input_{i}" for i in range(len(inputs))],
-            dynamic_axes=axes,
-        )
+        with refused(
+            "torch.onnx should export the model.",
+            "Replace the operation that it names.",
+        ):
+            export(
+                _Exportable(copy.deepcopy(model), tuple(kwargs)),
+                args=inputs,
+                export_path=str(draft),
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=[f"input_{i}" for i in range(len(inputs))],
+                dynamic_axes=axes,
+            )
         yield _Exported(target, draft, watched(model) if check else None, (args, kwargs))
         os.replace(draft, target)
 

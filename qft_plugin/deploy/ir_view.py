@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qft_plugin.deploy.file_view import Array, FileProduct, FileQuantizer, Integers, Ran, Stretches, as_array
+from qft_plugin.deploy.files import runs
 
 PRODUCTS: Final = frozenset(
     ["Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData", "MatMul"]
@@ -58,10 +59,11 @@ class Compiled:
         import openvino
 
         size = sum(t.numel() for t in inputs)
-        if self._model is None or size < self._largest:
-            self._model, self._largest = openvino.Core().compile_model(self._whole, "CPU", dict(EXACT)), 0
-        self._largest = max(self._largest, size)
-        result = self._model([t.detach().cpu().numpy() for t in inputs])
+        with runs("OpenVINO"):
+            if self._model is None or size < self._largest:
+                self._model, self._largest = openvino.Core().compile_model(self._whole, "CPU", dict(EXACT)), 0
+            self._largest = max(self._largest, size)
+            result = self._model([t.detach().cpu().numpy() for t in inputs])
         return [torch.from_numpy(np.array(result[k])) for k in self._order]
 
 

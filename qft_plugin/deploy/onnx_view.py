@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qft_plugin.deploy.file_view import FileProduct, FileQuantizer, Integers, Ran, Stretches, as_array
+from qft_plugin.deploy.files import runs
 
 PRODUCTS: Final = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul"])
 MOVES: Final = frozenset(["Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten"])
@@ -324,9 +325,10 @@ def in_onnx_runtime(model: Any) -> Callable[[Sequence[Tensor], Sequence[str]], l
 
     def run(inputs: Sequence[Tensor], shown: Sequence[str]) -> list[Tensor]:
         key = tuple(shown)
-        if key not in sessions:
-            sessions[key] = _session(_showing(model, shown))
-        return _infer(sessions[key], inputs)
+        with runs("ONNX Runtime"):
+            if key not in sessions:
+                sessions[key] = _session(_showing(model, shown))
+            return _infer(sessions[key], inputs)
 
     return run
 
@@ -346,7 +348,8 @@ def in_openvino(path: Path) -> Callable[[Sequence[Tensor], Sequence[str]], list[
 
         key = tuple(shown)
         if key not in sessions:
-            model = openvino.Core().read_model(path)
+            with runs("OpenVINO"):
+                model = openvino.Core().read_model(path)
             ops = [op for op in model.get_ordered_ops() if op.get_type_name() != "Result"]
             named = {name: o for op in ops for o in op.outputs() for name in o.get_names()}
             sessions[key] = Compiled(model, [named[name] for name in shown])

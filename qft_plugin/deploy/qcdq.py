@@ -1,6 +1,6 @@
 """QCDQ (quantize, clip, dequantize in standard ONNX): making it run in int8, and the proof of what it computes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -80,17 +80,26 @@ def strip_weight_clips(model: Any) -> int:
             )
         renamed[node.output[0]] = node.input[0]
         graph.node.remove(node)
-    for node in graph.node:
+    for node in _nodes(graph):
         for place, name in enumerate(node.input):
             node.input[place] = renamed.get(name, name)
     for value in list(graph.input):
         if any(t.name == value.name for t in graph.initializer):
             graph.input.remove(value)
-    used = {name for node in graph.node for name in node.input} | {o.name for o in graph.output}
+    used = {name for node in _nodes(graph) for name in node.input} | {o.name for o in graph.output}
     for tensor in list(graph.initializer):
         if tensor.name not in used:
             graph.initializer.remove(tensor)
     return len(renamed)
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    """Iterate over the nodes of a graph and of the loops and branches in it, which read its tensors too."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _nodes(attribute.g)
 
 
 def shift_behind_concatenations(model: Any) -> int:
@@ -143,6 +152,7 @@ def inspect_file(path: Path, *, watched: Watched | None, example: Call, images: 
 
     Raises:
         ParityError: a constant or a layer differs; it names the layer.
+        DeployabilityError: a runtime cannot run the file.
         onnx.checker.ValidationError: the file is not valid ONNX.
     """
     import onnx

@@ -4,16 +4,19 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qft_plugin.data import Call
+from qft_plugin.deploy.files import runs
 from qft_plugin.deploy.onnx_view import ONNXFile
 from qft_plugin.deploy.proof import Proof, Proved, prove
 from qft_plugin.deploy.watched import Watched
+
+EXECUTOR: Final = "QONNX' executor"
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ def in_executor(model: Any) -> Callable[[Sequence[Tensor], Sequence[str]], list[
 
     def run(inputs: Sequence[Tensor], shown: Sequence[str]) -> list[Tensor]:
         values = {i.name: t.detach().cpu().numpy() for i, t in zip(model.graph.input, inputs, strict=True)}
-        result = execute_onnx(model, values, return_full_exec_context=True)
+        with runs(EXECUTOR):
+            result = execute_onnx(model, values, return_full_exec_context=True)
         return [torch.from_numpy(np.array(result[name])) for name in [*(o.name for o in model.graph.output), *shown]]
 
     return run
@@ -92,11 +96,12 @@ def inspect_file(path: Path, *, watched: Watched | None, example: Call) -> QONNX
     Raises:
         ParityError: a constant or a layer differs; it names the layer.
     """
-    model = load(path)
+    with runs(EXECUTOR):
+        model = load(path)
     widths = Counter(int(model.get_initializer(n.input[3])) for n in model.graph.node if n.op_type == "Quant")
     proof = Proof()
     if watched is not None:
-        file = ONNXFile(model.model, runtime="QONNX' executor", free_batch=False, run=in_executor(model))
+        file = ONNXFile(model.model, runtime=EXECUTOR, free_batch=False, run=in_executor(model))
         (proof,) = prove(watched, file, example)
     return QONNXReport(path, path.stat().st_size, dict(widths), proof)
 

@@ -10,6 +10,7 @@ from nncf.torch.function_hook.hook_storage import decode_hook_name
 from nncf.torch.quantization.layers import AsymmetricQuantizer, SymmetricQuantizer
 from torch import Tensor, nn
 
+from qft_plugin.deploy.dropout import without_dropout
 from qft_plugin.deploy.images import call_of, calls_of, kept_images
 from qft_plugin.deploy.openvino import OpenVINOReport, Storage, save
 from qft_plugin.deploy.watched import Grid, Quantizer, Watched
@@ -57,7 +58,7 @@ def save_openvino(
             "Quantize it first; a float model is converted with openvino.convert_model."
         )
     model, example_input = in_float32(model, example_input)
-    with evaluating(model), torch.no_grad(), without_compiler():
+    with evaluating(model), torch.no_grad(), without_compiler(), without_dropout():
         ir = converted(model, example_input)
         example = call_of(model, example_input)
         others = kept_images(model) if images is None else calls_of(model, images)

@@ -1,0 +1,51 @@
+"""Dropout that a forward calls in eval mode too, which no exporter of a file keeps."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any, Final
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from qft_plugin.errors import QFTWarning
+from qft_plugin.record import function_name
+
+ACTIVE_BY_DEFAULT: Final = {
+    **dict.fromkeys(["dropout", "dropout1d", "dropout2d", "dropout3d"], True),
+    **dict.fromkeys(["alpha_dropout", "feature_alpha_dropout"], False),
+}
+"""Each dropout, and whether it is active where a call does not say."""
+
+
+@contextlib.contextmanager
+def without_dropout() -> Iterator[None]:
+    """Leave out every dropout, and tell of those that were active: a model can then be exported and compared."""
+    mode = _WithoutDropout()
+    with mode:
+        yield
+    if mode.active:
+        warnings.warn(
+            "The model should compute the same in eval mode each time. Found a dropout that is active in eval mode, "
+            "called with training=True. The file leaves it out. Call functional.dropout(x, p, self.training), or "
+            "nn.Dropout, if it is for training only.",
+            QFTWarning,
+            stacklevel=3,
+        )
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Returns what a dropout reads; a host's own modes, which are entered later, see the call as ever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        active = ACTIVE_BY_DEFAULT.get(function_name(func))
+        if active is None:
+            return func(*args, **(kwargs or {}))
+        words = {**dict(zip(("input", "p", "training"), args, strict=False)), **(kwargs or {})}
+        self.active |= bool(words.get("training", words.get("train", active))) and words.get("p", 0.5) > 0
+        x: Tensor = words["input"]
+        return x
