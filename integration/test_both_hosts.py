@@ -1,6 +1,7 @@
 """One contract for all hosts: the same tests under each of them, and the same result where both are installed."""
 
 import gc
+import warnings
 
 import nets
 import pytest
@@ -72,8 +73,34 @@ def test_a_file_leaves_out_a_dropout_that_is_active_in_eval_mode(host, tmp_path)
     model, image = AlwaysRandom().eval(), torch.randn(8, 3, 8, 8)
     with pytest.warns(QFTWarning, match="something random is still active"):
         _, quantized = host.finetuned(model, [image], four_bits())
-    with pytest.warns(QFTWarning, match=r"dropout that is active in eval mode.*leaves it out"):
+    with warnings.catch_warnings(record=True) as told:  # the exporters warn of their own things too
+        warnings.simplefilter("always")
         report = host.save(quantized, tmp_path, image)
+    assert any("a dropout that is active in eval mode" in str(w.message) for w in told)
+    assert report.proof.weights == 2
+    assert report.relative_error < 0.01
+
+
+class HalfUsed(nn.Module):
+    """Computes more than it returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+        self.idle = nn.Sequential(nn.Conv2d(8, 12, 3), nn.ReLU(), nn.Conv2d(12, 4, 3))
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        self.idle(x)
+        return self.head(x.mean((2, 3)))
+
+
+def test_what_no_output_depends_on_may_be_missing_in_a_file(host, tmp_path):
+    """Exporters leave it out, and the file is right."""
+    torch.manual_seed(0)
+    model, image = HalfUsed().eval(), torch.randn(8, 3, 16, 16)
+    _, quantized = host.finetuned(model, [image], four_bits())
+    report = host.save(quantized, tmp_path, image)
     assert report.proof.weights == 2
     assert report.relative_error < 0.01
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from qft_plugin.data import Call
 from qft_plugin.deploy.file_view import File
 from qft_plugin.deploy.roundings import FAR, Rounding, compare_roundings, hidden_in
-from qft_plugin.deploy.stretches import Values, compare_stretches, merged
+from qft_plugin.deploy.stretches import Values, compare_stretches, forget_unused, merged
 from qft_plugin.deploy.watched import Watched, positional
 from qft_plugin.errors import ParityError, QFTWarning
 
@@ -145,6 +145,7 @@ def prove(
         # It branches on values, and random ones take it elsewhere: the file's own ones must do.
         logger.info("the model branches on its values: the file is compared on images alone")
         seen = [compare_stretches(watched, file, call, "own") for call, _ in calls.values()]
+    forget_unused(watched, example, seen)
     every = merged(file, seen)
     _refuse(every.problems)
     whole = [pair for pair in calls.values() if pair[0] is not few or few is example]

@@ -1,6 +1,7 @@
 """The first part of a proof: what a file computes between its quantizers, with random integers in their place."""
 
 import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -12,6 +13,8 @@ from torch import Tensor
 from qft_plugin.data import Call
 from qft_plugin.deploy.file_view import Array, File, FileProduct, FileQuantizer, Stretches
 from qft_plugin.deploy.watched import Grid, Product, Run, Seen, Watched, positional
+
+logger = logging.getLogger("qft_plugin")
 
 CLOSE: Final = 3e-3
 """Largest difference of what a stretch computes, relative to the largest value of the channel: sums of float32 stay
@@ -29,12 +32,32 @@ NEAR: Final = 0.5
 SAMPLED: Final = 6
 """How many places along each axis but that of the channels are looked at first."""
 
+UNLIKE: Final = (float("nan"), -1e3, 1e3)
+"""What takes the place of values on which no output depends: something of it would be seen there if one did."""
+
 SPARSE: Final = 0.1
 """Share of values that are not zero where few are: channels that only ever see large sums show themselves."""
 
 
 Place = tuple[int, tuple[int, ...] | None]
 """The number of a quantizer of a file, and in which order it reads the axes of torch's tensor; `None` for the same."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What a layer or a quantizer of torch has, and the file has not.
+
+    Attributes:
+        x: what the layer computes, or the quantizer reads.
+        problem: the difference, in words.
+        before: how many other problems came before it.
+        closest: the quantizer of the file that reads the most similar numbers.
+    """
+
+    x: Tensor
+    problem: str
+    before: int
+    closest: int | None = None
 
 
 @dataclass
@@ -47,10 +70,8 @@ class Findings:
         products: numbers of the file's products that were found.
         weights: names of the weights whose integers were found.
         silent: names of the weights that multiplied nothing but zeros.
-        absent: what each layer computes that was not found in the file, with the problem in words, and how many other
-            problems came before it.
-        unmatched: what each quantizer of torch read that was not found in the file, by number of its call; with the
-            problem in words, and how many other problems came before it.
+        absent: the layers that were not found in the file, by name of the weight.
+        unmatched: the quantizers of torch that were not found in the file, by number of the call.
         error: the largest difference of a stretch that was accepted.
         places: for each call of an activation quantizer of torch which one of the file's it is.
         path: what the model called.
@@ -61,8 +82,8 @@ class Findings:
     products: set[int] = field(default_factory=set)
     weights: set[str] = field(default_factory=set)
     silent: set[str] = field(default_factory=set)
-    absent: dict[str, tuple[Tensor, str, int]] = field(default_factory=dict)
-    unmatched: dict[int, tuple[Tensor, str, int]] = field(default_factory=dict)
+    absent: dict[str, Missing] = field(default_factory=dict)
+    unmatched: dict[int, Missing] = field(default_factory=dict)
     error: float = 0.0
     places: list[Place | None] = field(default_factory=list)
     path: list[str] = field(default_factory=list)
@@ -110,7 +131,9 @@ def compare_stretches(watched: Watched, file: File, call: Call, kind: Values) ->
 
 
 def merged(file: File, findings: Sequence[Findings]) -> Findings:
-    """Put together what several probes found; what is the same in all of them is a constant, and may be missing.
+    """Put together what several probes found.
+
+    What is the same in all of them is a constant, and may be missing.
 
     Args:
         file: the file.
@@ -126,12 +149,14 @@ def merged(file: File, findings: Sequence[Findings]) -> Findings:
     for found in findings:
         # In the order of the run: what comes first is next to the cause.
         told = [(float(place), problem) for place, problem in enumerate(found.problems)]
-        for number, (x, problem, before) in found.unmatched.items():
-            if not _is_constant(x, [f.unmatched.get(number) for f in findings]):
-                told.append((before - 0.5, problem))
-        for name, (x, problem, before) in found.absent.items():
-            if not _is_constant(x, [f.absent.get(name) for f in findings]):
-                told.append((before - 0.5, problem))
+        for number, missing in found.unmatched.items():
+            if not _is_constant(missing, [f.unmatched.get(number) for f in findings]):
+                told.append((missing.before - 0.5, missing.problem))
+            if missing.closest is not None:
+                every.quantizers.add(missing.closest)
+        for name, missing in found.absent.items():
+            if not _is_constant(missing, [f.absent.get(name) for f in findings]):
+                told.append((missing.before - 0.5, missing.problem))
         for _, problem in sorted(told, key=lambda pair: pair[0]):
             every.tell(problem)
     for number, quantizer in enumerate(file.quantizers):
@@ -143,9 +168,45 @@ def merged(file: File, findings: Sequence[Findings]) -> Findings:
     return every
 
 
-def _is_constant(x: Tensor, others: Sequence[tuple[Tensor, str, int] | None]) -> bool:
+def _is_constant(missing: Missing, others: Sequence[Missing | None]) -> bool:
     """Whether a tensor was the same in all probes, so that an exporter may have computed it: it depends on no input."""
-    return all(o is not None and x.shape == o[0].shape and torch.equal(x, o[0]) for o in others)
+    return all(o is not None and missing.x.shape == o.x.shape and torch.equal(missing.x, o.x) for o in others)
+
+
+def forget_unused(watched: Watched, call: Call, findings: Sequence[Findings]) -> None:
+    """Let what was not found be, where no output depends on it: an exporter leaves it out.
+
+    Args:
+        watched: the torch model.
+        call: the arguments of a call.
+        findings: of each probe; changed in place.
+    """
+    numbers = {number for f in findings for number in f.unmatched}
+    names = {name for f in findings for name in f.absent}
+    if not numbers | names:
+        return
+    expected = watched.run(call).outputs
+
+    def same(value: float) -> bool:
+        def activation(seen: Seen) -> Tensor | None:
+            return torch.full_like(seen.x_fq, value) if seen.number in numbers else None
+
+        def product(p: Product) -> Tensor | None:
+            return torch.full_like(p.result, value) if p.weight in names else None
+
+        try:
+            outputs = watched.run(call, activation=activation, product=product).outputs
+        except Exception as error:  # a forward may refuse such values in any way, and so reads them
+            logger.info("the model does not run with other values in the place of what the file lacks: %s", error)
+            return False
+        return all(torch.equal(e, f) for e, f in zip(expected, outputs, strict=True))
+
+    if not all(same(value) for value in UNLIKE):
+        return
+    for f in findings:
+        f.places = [None if number in numbers else place for number, place in enumerate(f.places)]
+        f.unmatched.clear()
+        f.absent.clear()
 
 
 def _values(file: File, ran: Sequence[Tensor | None], kind: Values) -> list[Tensor]:
@@ -225,18 +286,18 @@ def _find_quantizer(file: File, computed: Stretches, seen: Seen, findings: Findi
         return number, None
     if not same_shape:
         problem = f"{seen.place}: should be in the file. Found no quantizer of a tensor of shape {list(x.shape)}."
-        findings.unmatched[seen.number] = x, problem, len(findings.problems)
+        findings.unmatched[seen.number] = Missing(x, problem, len(findings.problems))
         return None
     number = min(same_shape, key=lambda k: (int((errors[k] > CLOSE).sum()), float(errors[k].max())))
     wrong = (errors[number] > CLOSE).nonzero().flatten().tolist()
-    findings.unmatched[seen.number] = (
+    findings.unmatched[seen.number] = Missing(
         x,
         f"{seen.place}: what it reads should be computed in the file. Found that the closest, of "
         f"{file.quantizers[number].name}, differs in {_some(wrong)} of {errors[number].numel()} channels by up to "
         f"{float(errors[number].max()):.2g} of the channel's largest value.",
         len(findings.problems),
+        number,
     )
-    findings.quantizers.add(number)
     return number, None
 
 
@@ -347,7 +408,7 @@ def _compare_product(file: File, computed: Stretches, p: Product, findings: Find
     number = min(candidates, key=order, default=None)
     if number is None or float((fits[number][1] > CLOSE).double().mean()) > 0.5:
         problem = f"Layer {p.weight}: should be in the file as a product with its integers. Found none."
-        findings.absent[p.weight] = expected, problem, len(findings.problems)
+        findings.absent[p.weight] = Missing(expected, problem, len(findings.problems))
         return
     findings.products.add(number)
     findings.weights.add(p.weight)

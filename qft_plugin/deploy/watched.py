@@ -168,7 +168,7 @@ class Watched:
         call: Call,
         *,
         activation: Callable[[Seen], Tensor | None] = lambda _: None,
-        product: Callable[[Product], None] = lambda _: None,
+        product: Callable[[Product], Tensor | None] = lambda _: None,
     ) -> Run:
         """Run the model once.
 
@@ -176,7 +176,7 @@ class Watched:
             call: its arguments.
             activation: called with each activation that is quantized; where it returns a tensor, the model goes on
                 with that one.
-            product: called with each product with a quantized weight.
+            product: likewise with each product with a quantized weight.
         """
         run, weights, origins = Run(), _Weights(), _Origins()
         count = 0
@@ -275,7 +275,7 @@ class _Calls(TorchFunctionMode):
     """Follows quantized weights to the functions that multiply by them, and what is made of the products."""
 
     def __init__(
-        self, path: list[str], weights: _Weights, origins: _Origins, product: Callable[[Product], None]
+        self, path: list[str], weights: _Weights, origins: _Origins, product: Callable[[Product], Tensor | None]
     ) -> None:
         super().__init__()
         self._path, self._weights, self._origins, self._product = path, weights, origins, product
@@ -293,7 +293,8 @@ class _Calls(TorchFunctionMode):
             found = self._weights.find(W_fq)
             if found is not None:
                 self._origins.use(found[0], result)
-                self._product(_product(name, *found, W_fq, bias, made))
+                given = self._product(_product(name, *found, W_fq, bias, made))
+                result = result if given is None else given
             return result
         if name in KEEPS_ORDER or name in MULTIPLIES:
             found = self._weights.find(args[0]) if args else None
