@@ -22,14 +22,14 @@ import step_time
 import torch
 
 from qft_plugin import EfQAT, FinetuneConfig, QFTConfig
-from qft_plugin.finetune import Loss, Targets, distillation_loss
-from qft_plugin.partial import PartialTraining
-from qft_plugin.pipeline import predicted
-from qft_plugin.problem import Problem
-from qft_plugin.start import Start
+from qft_plugin.job.run import predicted
+from qft_plugin.job.start import Start
+from qft_plugin.job.understand import Problem
+from qft_plugin.training.efqat import PartialTraining
+from qft_plugin.training.finetune import Loss, Targets, distillation_loss
 
 WARM_UP = 2
-TRAINERS = {"nncf": "qft_plugin.nncf.register", "brevitas": "qft_plugin.brevitas.run"}
+TRAINERS = {"nncf": "qft_plugin.nncf._register", "brevitas": "qft_plugin.brevitas._run"}
 """The module of each host that calls `pipeline.train`."""
 
 PARTS = [("cwpl", 0.0), ("cwpl", 0.05), ("cwpl", 0.25), ("cwpn", 0.05), ("cwpn", 0.25), ("lwpn", 0.05), ("lwpn", 0.25)]

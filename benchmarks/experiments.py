@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from qft_plugin import DeployabilityError, EfQAT, FinetuneConfig, HardwareSpec, ParityError, QFTConfig
-from qft_plugin.initialize import apq, out_slices, ppq
-from qft_plugin.offline import fold_network
-from qft_plugin.relations import LAYERS
+from qft_plugin.graph.rules import LAYERS
+from qft_plugin.graph.scales import apq, out_slices, ppq
+from qft_plugin.training.offline import fold_network
 
 logger = logging.getLogger("experiments")
 
@@ -119,11 +119,11 @@ def skewed(net: nn.Module, example: Tensor) -> nn.Module:
     """
     import copy
 
-    from qft_plugin.dof_map import map_dof
-    from qft_plugin.model import tensor_of
-    from qft_plugin.norms import merge_norms
-    from qft_plugin.offline import names_of
-    from qft_plugin.record import record
+    from qft_plugin.graph.batch_norms import merge_norms
+    from qft_plugin.graph.dof_map import map_dof
+    from qft_plugin.graph.record import record
+    from qft_plugin.graph.torch_model import tensor_of
+    from qft_plugin.training.offline import names_of
 
     net = copy.deepcopy(net).eval()
     call = ((example,), {})

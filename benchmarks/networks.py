@@ -14,9 +14,9 @@ from typing import Any, Final
 
 import torch
 
-from qft_plugin.dof_map import map_dof
-from qft_plugin.graph import PINNED, DofMap, LayerGraph
-from qft_plugin.record import record
+from qft_plugin.graph.dof_map import map_dof
+from qft_plugin.graph.layer_graph import PINNED, DofMap, LayerGraph
+from qft_plugin.graph.record import record
 
 HEAD: Final = """\
 # Which scales of well-known networks are free

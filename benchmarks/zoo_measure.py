@@ -17,8 +17,8 @@ import zoo_networks
 from torch import Tensor, nn
 
 from qft_plugin import FinetuneConfig, QFTConfig, QFTError
-from qft_plugin.graph import PINNED, DofMap
-from qft_plugin.model import tensors_in
+from qft_plugin.graph.layer_graph import PINNED, DofMap
+from qft_plugin.graph.torch_model import tensors_in
 
 BATCH: Final = 8
 IMAGES: Final = 16

@@ -10,8 +10,8 @@ from brevitas.quant import Int8WeightPerTensorFloat, Uint8ActPerTensorFloatMaxIn
 from torch import Tensor, nn
 
 from qft_plugin.brevitas import QFTInt4Weight, QFTInt8Act, QFTUint8Act
-from qft_plugin.brevitas.quantizers import KEPT
-from qft_plugin.brevitas.scalings import ActivationScaling, WeightScaling
+from qft_plugin.brevitas._quantizers import KEPT
+from qft_plugin.brevitas._scalings import ActivationScaling, WeightScaling
 
 
 def conv(ins: int, outs: int, size: int = 3, *, weight: Any = QFTInt4Weight, **settings: Any) -> qnn.QuantConv2d:

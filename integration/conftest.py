@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from qft_plugin import FinetuneConfig, QFTConfig
-from qft_plugin.model import tensors_in
-from qft_plugin.pipeline import Job
+from qft_plugin.graph.torch_model import tensors_in
+from qft_plugin.job.run import Job
 
 # The tests of one host run where the other is not installed: NNCF is imported by what needs it.
 
@@ -66,7 +66,7 @@ def quantized() -> Callable[[str], Quantized]:
 @pytest.fixture
 def outputs() -> Callable[[nn.Module, Any], list[Tensor]]:
     """Return a function that runs a network on one item without a compiler and lists its tensors."""
-    from qft_plugin.nncf.write import without_compiler
+    from qft_plugin.nncf._write import without_compiler
 
     def run(model: nn.Module, item: Any) -> list[Tensor]:
         with torch.no_grad(), without_compiler():

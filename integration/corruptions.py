@@ -16,11 +16,11 @@ import torch
 from conftest import four_bits
 from torch import Tensor, nn
 
-from qft_plugin.data import Call
 from qft_plugin.deploy.file_view import File
 from qft_plugin.deploy.proof import Proof, prove
 from qft_plugin.deploy.watched import Watched
 from qft_plugin.errors import ParityError
+from qft_plugin.graph.torch_model import Call
 
 
 class Deep(nn.Module):
@@ -262,7 +262,7 @@ def right_ir(network: str) -> Right:
     from conftest import quantized_once
 
     import qft_plugin.nncf as host
-    from qft_plugin.nncf.save import watched
+    from qft_plugin.nncf._save import watched
 
     kind = NETWORKS[network]
     if network in ("residual", "transformer"):
@@ -283,7 +283,7 @@ def ir_of(model: nn.Module, shape: Sequence[int], *, seed: str, watched: Watched
 
     import qft_plugin.nncf as host
     from qft_plugin.deploy.ir_view import IRFile
-    from qft_plugin.nncf.write import without_compiler
+    from qft_plugin.nncf._write import without_compiler
 
     example = images(shape, 2)
     with tempfile.TemporaryDirectory() as folder:
@@ -316,7 +316,7 @@ def right_onnx(network: str, style: str, count: int = 2) -> Right:
     from qonnx.transformation.infer_shapes import InferShapes
 
     from qft_plugin.brevitas import save_qcdq, save_qonnx
-    from qft_plugin.brevitas.save import watched
+    from qft_plugin.brevitas._save import watched
     from qft_plugin.deploy import qonnx
     from qft_plugin.deploy.onnx_view import ONNXFile, in_onnx_runtime
 

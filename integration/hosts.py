@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import four_bits
 
-from qft_plugin.model import tensors_in
+from qft_plugin.graph.torch_model import tensors_in
 
 
 class UnderNNCF:
@@ -17,7 +17,7 @@ class UnderNNCF:
         import nncf
 
         import qft_plugin.nncf as host
-        from qft_plugin.nncf.save import weight_integers
+        from qft_plugin.nncf._save import weight_integers
 
         self._nncf, self._host, self._integers = nncf, host, weight_integers
 
@@ -54,7 +54,7 @@ class UnderBrevitas:
 
     def __init__(self):
         from qft_plugin import brevitas
-        from qft_plugin.brevitas.save import weight_integers
+        from qft_plugin.brevitas._save import weight_integers
 
         self._host, self._integers = brevitas, weight_integers
 

@@ -14,10 +14,10 @@ from nets import as_positional, settled
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qft_plugin.bounded import free_bounds
-from qft_plugin.channelwise import free_channels
-from qft_plugin.norms import merge_norms
-from qft_plugin.record import record
+from qft_plugin.graph.batch_norms import merge_norms
+from qft_plugin.graph.channel_affine import free_channels
+from qft_plugin.graph.channel_clip import free_bounds
+from qft_plugin.graph.record import record
 
 CLASSES = 4
 

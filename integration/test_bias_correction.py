@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import few_steps, four_bits
 
-from qft_plugin.model import tensors_in
+from qft_plugin.graph.torch_model import tensors_in
 
 pytestmark = pytest.mark.wide
 

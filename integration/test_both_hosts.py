@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from qft_plugin import QFTWarning
-from qft_plugin.model import tensors_in
+from qft_plugin.graph.torch_model import tensors_in
 
 NETS = ["residual", "preactivation", "branches", "grouped", "one_d", "linear_only", "bias_and_norm"]
 """Networks that both hosts take; the others use something that one of them cannot trace."""

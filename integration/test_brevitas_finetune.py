@@ -35,8 +35,8 @@ from qft_plugin.brevitas import (
     link,
     quantize,
 )
-from qft_plugin.finetune import normalised_l2
-from qft_plugin.model import tensors_in
+from qft_plugin.graph.torch_model import tensors_in
+from qft_plugin.training.finetune import normalised_l2
 
 CLOSE = 0.15
 """Error of 8-bit weights and activations, relative to what differs between images; a wrong bound shows as 0.4."""

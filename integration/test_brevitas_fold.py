@@ -32,7 +32,6 @@ from brevitas_models import (
 from torch import nn
 
 from qft_plugin import ConfigError, DeployabilityError, HardwareSpec, ModelError, QFTConfig
-from qft_plugin.bounded import ChannelHardtanh
 from qft_plugin.brevitas import (
     QFTInt4Weight,
     QFTInt4WeightDoublyPerChannelFloat,
@@ -43,7 +42,8 @@ from qft_plugin.brevitas import (
     initialize,
     link,
 )
-from qft_plugin.brevitas.quantizers import KEPT
+from qft_plugin.brevitas._quantizers import KEPT
+from qft_plugin.graph.channel_clip import ChannelHardtanh
 
 FLIPS = 2e-2
 """Outputs where a few activations round the other way: each changes by one step of its 8 bits."""

@@ -44,7 +44,7 @@ from qft_plugin.brevitas import (
     dof_map_of,
     link,
 )
-from qft_plugin.brevitas.twin import make_twin
+from qft_plugin.brevitas._twin import make_twin
 
 SAME = 1e-5
 """Relative L2 difference of outputs whose scales were computed another way in float32."""

@@ -27,7 +27,7 @@ from qft_plugin.brevitas import (
     save_qcdq,
     save_qonnx,
 )
-from qft_plugin.brevitas.save import watched, weight_integers
+from qft_plugin.brevitas._save import watched, weight_integers
 from qft_plugin.deploy import qcdq, qonnx
 from qft_plugin.deploy.onnx_view import in_onnx_runtime, in_openvino
 from qft_plugin.deploy.openvino import INT8, precisions
@@ -205,7 +205,7 @@ def test_a_wrong_file_is_not_written(save, folded, tmp_path, monkeypatch):
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.get_parameter("conv1.weight").neg_()
-    monkeypatch.setattr("qft_plugin.brevitas.save.watched", lambda _: watched(other))
+    monkeypatch.setattr("qft_plugin.brevitas._save.watched", lambda _: watched(other))
     with pytest.raises(ParityError, match=r"conv1\.weight"):
         save(model, target, item)
     monkeypatch.undo()

@@ -17,9 +17,9 @@ from torch.nn import functional
 
 from qft_plugin import HardwareSpec, ModelError, QFTWarning
 from qft_plugin.brevitas import fold, link, quantize, save_qcdq, save_qonnx
-from qft_plugin.brevitas.swap import swap
-from qft_plugin.data import as_call, read_inputs
-from qft_plugin.model import accepts, tensors_in
+from qft_plugin.brevitas._swap import swap
+from qft_plugin.graph.torch_model import accepts, tensors_in
+from qft_plugin.training.data import as_call, read_inputs
 
 EXACT = 1e-5
 """Relative L2: float32 sums in another order."""
@@ -240,7 +240,7 @@ def test_layers_that_read_one_activation_share_its_quantizer():
 @pytest.mark.parametrize("name", ["norm", "norm_traced", "padded", "standardised", "both"])
 def test_subclasses_compute_what_they_have_computed(name):
     """Without rounding, the swapped network computes what the float network computes, on other images too."""
-    from qft_plugin.brevitas.twin import make_twin
+    from qft_plugin.brevitas._twin import make_twin
 
     model, items = build(name)
     call = as_call(items[0], accepts=accepts(model))

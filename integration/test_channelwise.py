@@ -9,9 +9,9 @@ from conftest import four_bits, relative_error
 from torch import nn
 
 from qft_plugin import HardwareSpec
-from qft_plugin.bounded import ChannelHardtanh
-from qft_plugin.channelwise import ChannelAffine, Rescaled
 from qft_plugin.deploy.openvino import INT8
+from qft_plugin.graph.channel_affine import ChannelAffine, Rescaled
+from qft_plugin.graph.channel_clip import ChannelHardtanh
 
 EXPLICIT = HardwareSpec(activation_scale="explicit")
 

@@ -14,7 +14,7 @@ import qft_plugin.nncf as host
 from qft_plugin import DeployabilityError, QFTWarning
 from qft_plugin.deploy.ir_view import Compiled
 from qft_plugin.deploy.openvino import set_weight_storage
-from qft_plugin.nncf.convert import converted
+from qft_plugin.nncf._convert import converted
 
 SAME = 1e-5
 """Relative L2 difference of float32 sums in another order, where no activation is near a tie."""

@@ -8,8 +8,8 @@ import torch
 from conftest import few_steps, four_bits, relative_error
 
 from qft_plugin import EfQAT
-from qft_plugin.model import tensors_in
-from qft_plugin.partial_backward import Convolution, Linear
+from qft_plugin.graph.torch_model import tensors_in
+from qft_plugin.tensors.partial_gradients import Convolution, Linear
 
 NETS = ["residual", "in_place", "grouped", "one_d", "bias_and_norm", "transformer"]
 """Networks that both hosts take."""

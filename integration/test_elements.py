@@ -8,8 +8,8 @@ import torch
 from conftest import few_steps, four_bits, relative_error
 from hosts import HOSTS
 
-from qft_plugin.elements import two_of_four
-from qft_plugin.model import tensors_in
+from qft_plugin.graph.torch_model import tensors_in
+from qft_plugin.training.rounding import two_of_four
 
 pytestmark = pytest.mark.wide
 

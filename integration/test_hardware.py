@@ -13,9 +13,9 @@ from conftest import activation_quantizers, few_steps, four_bits, relative_error
 from torch import nn
 
 from qft_plugin import DeployabilityError, HardwareSpec, QFTWarning
-from qft_plugin.bounded import ChannelHardtanh
-from qft_plugin.channelwise import Rescaled
-from qft_plugin.model import tensors_in
+from qft_plugin.graph.channel_affine import Rescaled
+from qft_plugin.graph.channel_clip import ChannelHardtanh
+from qft_plugin.graph.torch_model import tensors_in
 
 pytestmark = pytest.mark.wide
 
@@ -512,7 +512,7 @@ def shifted_under_brevitas(finetune):
 
     from qft_plugin import QFTConfig
     from qft_plugin import brevitas as host
-    from qft_plugin.brevitas.scalings import ActivationScaling
+    from qft_plugin.brevitas._scalings import ActivationScaling
 
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LeakyReLU(0.2), nn.Conv2d(8, 8, 3), nn.LeakyReLU(0.2))

@@ -6,8 +6,8 @@ import torch
 from conftest import few_steps, four_bits
 
 from qft_plugin import ConfigError, pipeline
-from qft_plugin.finetune import finetune
-from qft_plugin.model import tensors_in
+from qft_plugin.graph.torch_model import tensors_in
+from qft_plugin.training.finetune import finetune
 
 pytestmark = pytest.mark.wide
 

@@ -15,8 +15,8 @@ from conftest import few_steps, four_bits, relative_error
 
 import qft_plugin.nncf as host
 from qft_plugin import ConfigError, QFTConfig
-from qft_plugin.nncf.register import MARK, PLACES
-from qft_plugin.nncf.write import without_compiler
+from qft_plugin.nncf._register import MARK, PLACES
+from qft_plugin.nncf._write import without_compiler
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ from nncf.torch.quantization.layers import SymmetricQuantizer
 import qft_plugin.nncf as host
 from qft_plugin import DeployabilityError, ParityError
 from qft_plugin.deploy.openvino import INT8, inspect_file, precisions, save, set_weight_storage
-from qft_plugin.graph import is_kernel
-from qft_plugin.nncf.save import watched, weight_integers
-from qft_plugin.nncf.write import without_compiler
+from qft_plugin.graph.layer_graph import is_kernel
+from qft_plugin.nncf._save import watched, weight_integers
+from qft_plugin.nncf._write import without_compiler
 
 FLOAT_SUMS = 3e-3
 """Relative L2 difference of the same integers summed in another order, with a few activations rounded the other way

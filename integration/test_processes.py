@@ -89,6 +89,6 @@ def test_brevitas_calibrates_on_images_that_every_process_keeps():
     """The host's own ranges look at no more images than each process has in memory."""
     host_of("brevitas")
     from qft_plugin.brevitas import attach, swap
-    from qft_plugin.data import HEAD_IMAGES
+    from qft_plugin.training.data import HEAD_IMAGES
 
     assert max(attach.CALIBRATION_IMAGES, swap.RANGE_IMAGES) <= HEAD_IMAGES

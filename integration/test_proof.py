@@ -194,8 +194,8 @@ class Heads(nn.Module):
 
 def test_outputs_are_named_by_their_own_layer(nncf_host):
     """What is known of an output is the weight on its own way, and not the one that was used last of all."""
-    from qft_plugin.nncf.save import watched
-    from qft_plugin.nncf.write import without_compiler
+    from qft_plugin.nncf._save import watched
+    from qft_plugin.nncf._write import without_compiler
 
     x = torch.randn(4, 3, 8, 8)
     model = quantized(nncf_host, Heads(), [x])

@@ -13,7 +13,7 @@ from nncf.torch.function_hook import get_hook_storage, wrap_model
 
 import qft_plugin.nncf as host
 from qft_plugin.nncf import attach
-from qft_plugin.nncf.replay import Replay, replay
+from qft_plugin.nncf._replay import Replay, replay
 
 SAME = 1e-3
 """Relative, on the losses of a training: sums in another order, and what eight steps make of them."""

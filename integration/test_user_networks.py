@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qft_plugin import QFTWarning
-from qft_plugin.model import tensors_in
+from qft_plugin.graph.torch_model import tensors_in
 
 CLOSE = 0.1
 """Relative L2 error of the outputs in 4 bits after a few steps; of another network it is 0.3 and more."""

@@ -3,6 +3,7 @@
 Import a host to use it: `qft_plugin.nncf` registers the algorithm with `nncf.quantize`.
 """
 
+from qft_plugin.config import EfQAT, FinetuneConfig, HardwareSpec, QFTConfig
 from qft_plugin.errors import (
     ConfigError,
     DataError,
@@ -13,7 +14,6 @@ from qft_plugin.errors import (
     QFTError,
     QFTWarning,
 )
-from qft_plugin.spec import EfQAT, FinetuneConfig, HardwareSpec, QFTConfig
 
 __version__ = "0.1.0"
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from qft_plugin import quantize
+from qft_plugin.tensors import fake_quantize
 
 settings.register_profile("unit", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("unit")
@@ -16,7 +16,7 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[quantize.IN_CACHE, 7], ids=["whole", "in parts"])
+@pytest.fixture(params=[fake_quantize.IN_CACHE, 7], ids=["whole", "in parts"])
 def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Work on an activation in one part or in several."""
-    monkeypatch.setattr(quantize, "IN_CACHE", request.param)
+    monkeypatch.setattr(fake_quantize, "IN_CACHE", request.param)

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from qft_plugin.data import Call, Inputs, read_inputs
-from qft_plugin.distributed import agreed, joined, once, world_of
+from qft_plugin.config import FinetuneConfig, QFTConfig
 from qft_plugin.errors import ModelError, QFTError, QFTWarning
-from qft_plugin.finetune import FinetuneResult, Loss, Phase, Prediction, finetune, teacher_predictions
-from qft_plugin.problem import images
-from qft_plugin.spec import FinetuneConfig, QFTConfig
+from qft_plugin.graph.torch_model import Call
+from qft_plugin.job.understand import images
+from qft_plugin.training.data import Inputs, read_inputs
+from qft_plugin.training.distributed import agreed, joined, once, world_of
+from qft_plugin.training.finetune import FinetuneResult, Loss, Phase, Prediction, finetune, teacher_predictions
 
 CPU = torch.device("cpu")
 

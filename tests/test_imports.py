@@ -1,8 +1,10 @@
-"""Who may import whom: data flows one way, and no host is loaded before the user asks for one."""
+"""Who may import whom: a folder imports those below it, and no host is loaded before the user asks for one."""
 
 import ast
+import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,46 +14,23 @@ import qft_plugin
 PACKAGE = Path(qft_plugin.__file__).parent
 HOSTS = {"nncf", "brevitas", "openvino", "onnx", "qonnx", "onnxruntime"}
 
-LEVELS = [
-    {"errors"},
-    {"spec", "quantize", "distributed"},
-    {"graph", "data", "partial_backward"},
-    {"relations"},
-    {"placement", "initialize", "compensate", "model", "elements"},
-    {"partial", "norms"},
-    {"bounded", "dof_map", "offline", "finetune", "record", "blocks"},
-    {"channelwise", "deployed"},
-    {"report", "student", "bias_correction"},
-    {"health"},
-    {"problem", "ranges"},
-    {"start"},
-    {"pipeline"},
-    {"cli"},
-]
-"""A module may import the levels above its own in this list; those that do not exist yet are planned."""
+FLOORS = [{"errors"}, {"config"}, {"tensors"}, {"graph"}, {"training"}, {"job", "deploy"}, {"nncf", "brevitas"}]
+"""Folders, and the files beside them; each may import those of earlier floors."""
 
-INSIDE = {
-    "errors": set(),
-    "spec": {"errors"},
-    "quantize": set(),
-    "distributed": {"errors"},
-    "data": {"errors", "distributed"},
-    "finetune": {"data", "errors", "spec", "partial", "distributed"},
-    "__init__": {"errors", "spec"},
+OUTSIDE = {"errors": set(), "config": set(), "deploy": {"torch", "numpy", *HOSTS} - {"nncf", "brevitas"}}
+"""What a folder below the hosts may import beside the standard library; `torch` and `numpy` where nothing is said."""
+
+FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
+FILES = {
+    ".".join(("qft_plugin", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
 }
-"""Modules that may import even less of the package than their level allows."""
+NAMES = [name for name in FILES if name != "qft_plugin"]
 
-OUTSIDE = {
-    "problem": {"torch"},
-    "start": {"torch"},
-    "pipeline": {"torch"},
-    "report": {"torch", "matplotlib"},
-    "cli": {"torch", "rich"},
-}
-"""What a module may import beside the standard library; `torch` and `numpy` where nothing is said."""
 
-MODULES = sorted(p.stem for p in PACKAGE.glob("*.py"))
-LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
+def folder_of(module: str) -> str:
+    """Return the folder of a module of the package, or its own name where it stands in none."""
+    return module.split(".")[1]
 
 
 def imported(path: Path) -> set[str]:
@@ -63,65 +42,64 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: imports are absolute"
             assert node.module is not None
-            found.add(node.module)
-            if node.module in ("qft_plugin", "qft_plugin.nncf", "qft_plugin.brevitas", "qft_plugin.deploy"):
-                found |= {f"{node.module}.{a.name}" for a in node.names if _is_module(f"{node.module}.{a.name}")}
+            modules = {name for a in node.names if (name := f"{node.module}.{a.name}") in FILES}
+            found |= modules or {node.module}
     return found
 
 
-def _is_module(name: str) -> bool:
-    path = PACKAGE.parent.joinpath(*name.split("."))
-    return path.with_suffix(".py").exists() or path.is_dir()
-
-
 def inside(name: str) -> set[str]:
-    """Return the modules of the package that one of its modules imports, by their short names."""
-    modules = imported(PACKAGE / f"{name}.py")
-    return {m.removeprefix("qft_plugin.") for m in modules if m.split(".")[0] == "qft_plugin"}
+    """Return the modules of the package that one of them imports; those of the package itself are its public names."""
+    return {m for m in imported(FILES[name]) if m in FILES and m not in ("qft_plugin", name)}
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_modules_import_only_what_stands_before_them(name: str) -> None:
-    """The import table: every module has a level and imports earlier levels only (which also forbids cycles)."""
-    if name != "__init__":
-        assert name in LEVEL, f"{name}.py should stand in the import table"
-        assert all(LEVEL.get(other, 99) < LEVEL[name] for other in inside(name)), inside(name)
-    if name in INSIDE:
-        assert inside(name) <= INSIDE[name]
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_imports_only_those_below_it(name: str) -> None:
+    """No file imports a folder of its own floor, or of one above."""
+    own = folder_of(name)
+    others = {folder_of(m) for m in inside(name)} - {own}
+    assert {m for m in others if FLOOR[m] >= FLOOR[own]} == set()
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_modules_import_no_host(name: str) -> None:
-    """Beside the standard library there is torch; a host or a runtime belongs into its own folder."""
-    outside = {m.split(".")[0] for m in imported(PACKAGE / f"{name}.py")} - {"qft_plugin"} - sys.stdlib_module_names
-    assert not outside & HOSTS
-    assert outside <= OUTSIDE.get(name, {"torch", "numpy"})
-    assert not {m.split(".")[0] for m in inside(name)} & {"nncf", "brevitas", "deploy"} or name in ("pipeline", "cli")
+def test_there_are_no_circles() -> None:
+    """No file needs itself, over whatever others."""
+    edges = {name: {m for m in inside(name) if not name.startswith(f"{m}.")} for name in NAMES}
+    assert len(list(TopologicalSorter(edges).static_order())) == len(NAMES)
 
 
-def test_hosts_do_not_know_each_other() -> None:
-    """No file below one host's folder imports the other host."""
-    for host, other in (("nncf", "brevitas"), ("brevitas", "nncf")):
-        for path in (PACKAGE / host).glob("*.py"):
-            assert not any(other in m.split(".") for m in imported(path)), path
+@pytest.mark.parametrize("name", [n for n in NAMES if folder_of(n) not in ("nncf", "brevitas")])
+def test_no_host_is_imported_below_the_hosts(name: str) -> None:
+    """Beside the standard library there are torch and numpy, and runtimes where files are written."""
+    outside = {m.split(".")[0] for m in imported(FILES[name])} - {"qft_plugin"} - sys.stdlib_module_names
+    assert outside <= OUTSIDE.get(folder_of(name), {"torch", "numpy"})
 
 
-def test_no_two_modules_need_each_other() -> None:
-    """In the whole package, no two files import each other."""
-    files = {
-        ".".join(("qft_plugin", *p.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): p
-        for p in PACKAGE.rglob("*.py")
-    }
-    edges = {name: imported(path) & set(files) for name, path in files.items()}
-    assert len(edges) > 10
-    assert not [(a, b) for a in edges for b in edges[a] if a != b and a in edges[b]]
+def test_processes_are_known_where_training_is() -> None:
+    """What is below the finetune, and what writes files, does not know of several processes."""
+    asks = re.compile(r"torch\.distributed|from torch import .*\bdistributed\b")
+    knows = {folder_of(n) for n in NAMES if asks.search(FILES[n].read_text())}
+    assert knows == {"training"}
+
+
+@pytest.mark.parametrize(("host", "other"), [("nncf", "brevitas"), ("brevitas", "nncf")])
+def test_hosts_do_not_know_each_other(host: str, other: str) -> None:
+    """No file of one host imports the other."""
+    for name in NAMES:
+        if folder_of(name) == host:
+            assert not any(other in m.split(".") for m in imported(FILES[name])), name
+
+
+@pytest.mark.parametrize("host", ["nncf", "brevitas"])
+def test_files_of_a_host_are_private(host: str) -> None:
+    """What users may import is what the folder itself gives."""
+    stems = {path.stem for path in (PACKAGE / host).glob("*.py")} - {"__init__"}
+    assert all(stem.startswith("_") for stem in stems)
 
 
 def test_importing_the_package_loads_no_host() -> None:
-    """A process that imports the package and all host-free modules has loaded no host and no runtime."""
-    modules = [f"qft_plugin.{name}" for name in MODULES if name not in ("__init__", "cli")]
+    """A process that imports the package and all that stands below the hosts has loaded no host and no runtime."""
+    modules = [n for n in FILES if n == "qft_plugin" or folder_of(n) not in ("nncf", "brevitas")]
     code = (
-        f"import sys, importlib; [importlib.import_module(m) for m in {['qft_plugin', *modules]!r}]; "
+        f"import sys, importlib; [importlib.import_module(m) for m in {modules!r}]; "
         f"print(sorted({HOSTS!r} & set(sys.modules)))"
     )
     done = subprocess.run(

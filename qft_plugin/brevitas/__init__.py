@@ -3,13 +3,13 @@
 from qft_plugin.brevitas import QFTInt4Weight, QFTUint8Act, link, initialize, finetune, fold
 """
 
-from qft_plugin.brevitas.version import check_version
+from qft_plugin.brevitas._version import check_version
 
 check_version()
 
-from qft_plugin.brevitas.attach import Student, place  # noqa: E402  (only after the check that Brevitas is there)
-from qft_plugin.brevitas.link import dof_map_of, link  # noqa: E402
-from qft_plugin.brevitas.quantizers import (  # noqa: E402
+from qft_plugin.brevitas._attach import Student, place  # noqa: E402  (only after the check that Brevitas is there)
+from qft_plugin.brevitas._link import dof_map_of, link  # noqa: E402
+from qft_plugin.brevitas._quantizers import (  # noqa: E402
     QFTInt4Weight,
     QFTInt4WeightDoublyPerChannelFloat,
     QFTInt4WeightPerChannelFloat,
@@ -21,9 +21,10 @@ from qft_plugin.brevitas.quantizers import (  # noqa: E402
     QFTUint8Act,
     QFTUint8ActPerTensorFloat,
 )
-from qft_plugin.brevitas.run import finetune, initialize, quantize  # noqa: E402
-from qft_plugin.brevitas.save import save_qcdq, save_qonnx  # noqa: E402
-from qft_plugin.brevitas.write import fold  # noqa: E402
+from qft_plugin.brevitas._run import finetune, initialize, quantize  # noqa: E402
+from qft_plugin.brevitas._save import save_qcdq, save_qonnx  # noqa: E402
+from qft_plugin.brevitas._write import fold  # noqa: E402
+from qft_plugin.graph.channel_affine import Rescaled  # noqa: E402
 
 __all__ = [
     "QFTInt4Weight",
@@ -36,6 +37,7 @@ __all__ = [
     "QFTShiftedUint8ActPerTensorFloat",
     "QFTUint8Act",
     "QFTUint8ActPerTensorFloat",
+    "Rescaled",
     "Student",
     "check_version",
     "dof_map_of",

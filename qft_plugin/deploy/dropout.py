@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from qft_plugin.errors import QFTWarning
-from qft_plugin.record import function_name
+from qft_plugin.graph.record import function_name
 
 ACTIVE_BY_DEFAULT: Final = {
     **dict.fromkeys(["dropout", "dropout1d", "dropout2d", "dropout3d"], True),

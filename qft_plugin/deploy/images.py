@@ -6,8 +6,8 @@ from typing import Any, Final
 
 from torch import nn
 
-from qft_plugin.data import Call, Inputs, as_call
-from qft_plugin.model import accepts
+from qft_plugin.graph.torch_model import Call, accepts
+from qft_plugin.training.data import Inputs, as_call
 
 KEPT: Final = "_qft_images"
 """Attribute of a quantized model; it is no part of its state dict."""

@@ -26,12 +26,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from qft_plugin.data import Call
 from qft_plugin.deploy.file_view import File
 from qft_plugin.deploy.roundings import FAR, Rounding, compare_roundings, hidden_in
 from qft_plugin.deploy.stretches import Values, compare_stretches, forget_unused, merged
 from qft_plugin.deploy.watched import Watched, positional
 from qft_plugin.errors import ParityError, QFTWarning
+from qft_plugin.graph.torch_model import Call
 
 logger = logging.getLogger("qft_plugin")
 

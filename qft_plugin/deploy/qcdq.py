@@ -7,12 +7,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from qft_plugin.data import Call
 from qft_plugin.deploy.onnx_view import ONNXFile, in_onnx_runtime, in_openvino
 from qft_plugin.deploy.openvino import RunInInt8, precisions
 from qft_plugin.deploy.proof import Proof, Proved, prove
 from qft_plugin.deploy.watched import Watched
 from qft_plugin.errors import ParityError
+from qft_plugin.graph.torch_model import Call
 
 BETWEEN: Final = frozenset(["Relu", "MaxPool", "Identity", "Reshape", "Flatten", "Transpose", "Slice", "Split", "Clip"])
 """What may stand between a concatenation and its quantizer."""

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qft_plugin.data import Call
 from qft_plugin.deploy.files import runs
 from qft_plugin.deploy.onnx_view import ONNXFile
 from qft_plugin.deploy.proof import Proof, Proved, prove
 from qft_plugin.deploy.watched import Watched
+from qft_plugin.graph.torch_model import Call
 
 EXECUTOR: Final = "QONNX' executor"
 

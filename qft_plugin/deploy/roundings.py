@@ -6,10 +6,10 @@ from typing import Final
 
 from torch import Tensor
 
-from qft_plugin.data import Call
 from qft_plugin.deploy.file_view import File
 from qft_plugin.deploy.stretches import Place, in_torch
 from qft_plugin.deploy.watched import Seen, Watched, positional
+from qft_plugin.graph.torch_model import Call
 
 TIE: Final = 0.01
 """How near to the middle between two integers, in steps, a value is on a tie: float32 sums may end on either side."""

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qft_plugin.data import Call
 from qft_plugin.deploy.file_view import Array, File, FileProduct, FileQuantizer, Stretches
 from qft_plugin.deploy.watched import Grid, Product, Run, Seen, Watched, positional
+from qft_plugin.graph.torch_model import Call
 
 logger = logging.getLogger("qft_plugin")
 

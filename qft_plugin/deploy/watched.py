@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from qft_plugin.data import Call
-from qft_plugin.model import tensors_in
-from qft_plugin.record import function_name
-from qft_plugin.relations import LAYERS, MULTIPLIES
+from qft_plugin.graph.record import function_name
+from qft_plugin.graph.rules import LAYERS, MULTIPLIES
+from qft_plugin.graph.torch_model import Call, tensors_in
 
 KEEPS_ORDER: Final = frozenset(
     ["view", "reshape", "contiguous", "clone", "detach", "to", "float", "flatten", "squeeze"]

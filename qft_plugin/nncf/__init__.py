@@ -4,15 +4,15 @@ import nncf, qft_plugin.nncf
 q = nncf.quantize(model, nncf.Dataset(loader, lambda batch: batch[0]), algorithm="qft")
 """
 
-from qft_plugin.nncf.version import check_version
+from qft_plugin.nncf._version import check_version
 
 check_version()
 
-from qft_plugin.nncf.attach import Student, place, teacher  # noqa: E402  (only after the check that NNCF is there)
-from qft_plugin.nncf.read import check_model, read  # noqa: E402
-from qft_plugin.nncf.register import quantize, register, unregister  # noqa: E402
-from qft_plugin.nncf.save import save_openvino  # noqa: E402
-from qft_plugin.nncf.write import widened, without_compiler, write  # noqa: E402
+from qft_plugin.nncf._attach import Student, place, teacher  # noqa: E402  (only after the check that NNCF is there)
+from qft_plugin.nncf._read import check_model, read  # noqa: E402
+from qft_plugin.nncf._register import quantize, register, unregister  # noqa: E402
+from qft_plugin.nncf._save import save_openvino  # noqa: E402
+from qft_plugin.nncf._write import widened, without_compiler, write  # noqa: E402
 
 register()
 

@@ -1,0 +1,206 @@
+"""From a Brevitas model to the host-free description of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from qft_plugin.brevitas._scalings import ActivationScaling, WeightScaling
+from qft_plugin.brevitas._twin import PLAIN, activation_scaling, make_twin, weight_scaling
+from qft_plugin.errors import DataError, ModelError
+from qft_plugin.graph.batch_norms import merge_norms
+from qft_plugin.graph.channel_affine import Rescaled, free_channels
+from qft_plugin.graph.channel_clip import free_bounds
+from qft_plugin.graph.layer_graph import LayerGraph
+from qft_plugin.graph.record import record
+from qft_plugin.graph.torch_model import SAME, Call, check_finite, check_model, first_outputs, largest_change
+from qft_plugin.training.student import QUANTIZER_OP, FakeQuantizer
+
+REPEATS: Final = 8
+"""How often a model that draws random numbers is run: one run may happen to drop nothing."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as this host read it.
+
+    Attributes:
+        model: float twin of the Brevitas model, in eval mode; its parameters have the same names.
+        graph: what the twin computes; a quantizer is an operation that passes values on.
+        tensors: weights and biases by name.
+        weight_bits: bit width of each weight that a quantizer of this plugin quantizes, by name.
+        activations: trained state of each activation quantizer, by the name of its module.
+        on_tensor: which of them made a tensor.
+        weights: trained state of each weight quantizer, by name of the weight.
+        addend_factors: names of the factors in front of additions.
+        kept: by name of a weight that is pruned, true where it is not.
+    """
+
+    model: nn.Module
+    graph: LayerGraph
+    tensors: Mapping[str, Tensor]
+    weight_bits: Mapping[str, int]
+    activations: Mapping[str, ActivationScaling]
+    on_tensor: Mapping[str, str]
+    weights: Mapping[str, WeightScaling]
+    addend_factors: frozenset[str]
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def check(model: nn.Module) -> None:
+    """Refuse a model without a quantizer of this plugin, or with values that cannot be trained.
+
+    Raises:
+        ModelError: it says what was found and what to do.
+    """
+    check_model(model)
+    if made_in_inference_mode(model):
+        raise ModelError(
+            f"The model should have been made outside torch.inference_mode: it is trained in place. Found parameters "
+            f"or buffers of {type(model).__qualname__} that were made inside. Pass copy.deepcopy(model), made outside."
+        )
+    if not any(weight_scaling(m) is not None for m in model.modules()):
+        raise ModelError(
+            f"The model should have a layer with a weight quantizer of qft_plugin.brevitas. Found none in "
+            f"{type(model).__qualname__}. Pass weight_quant=QFTInt4Weight to its layers, or use quantize."
+        )
+    tensors = {n: p for m in model.modules() if isinstance(m, PLAIN) for n, p in m.named_parameters(recurse=False)}
+    check_finite(tensors)
+
+
+def made_in_inference_mode(model: nn.Module) -> bool:
+    """Whether a model has tensors that can neither be trained nor changed."""
+    return any(t.is_inference() for t in (*model.parameters(), *model.buffers()))
+
+
+def check_repeatable(model: nn.Module, call: Call, expected: Sequence[Tensor]) -> None:
+    """Refuse a model that is random in eval mode: there is nothing to compare it with, and no file can hold it.
+
+    Args:
+        model: in eval mode.
+        call: arguments to run it with.
+        expected: its outputs for them.
+
+    Raises:
+        ModelError: it computes something else when it is run again.
+    """
+    change = 0.0
+    state = torch.get_rng_state()
+    for _ in range(REPEATS):
+        found = first_outputs(model, call)
+        shapes = [tuple(t.shape) for t in expected] == [tuple(t.shape) for t in found]
+        change = max(change, largest_change(expected, found)) if shapes else float("inf")
+        if torch.equal(state, torch.get_rng_state()):
+            break  # no random number was drawn
+    if not change <= SAME:
+        raise ModelError(
+            "The model should compute the same in eval mode when it is run again on the same images. Found a relative "
+            f"difference of {change:.3g}. Its forward may call dropout with training=True, or draw random numbers: "
+            "leave that out, or do it in front of the model."
+        )
+
+
+def check_unshared(model: nn.Module) -> None:
+    """Refuse one weight, or one weight quantizer, in two layers: it would have the scales of both.
+
+    Raises:
+        ModelError: it names the layers.
+    """
+    first: dict[int, str] = {}
+    for name, module in model.named_modules():
+        scaling = weight_scaling(module)
+        if scaling is None:
+            continue
+        for what, value in (("weight", module.weight), ("weight quantizer", scaling)):
+            other = first.setdefault(id(value), name)
+            if other != name:
+                raise ModelError(
+                    f"Layers {other} and {name}: each should have a {what} of its own. Found the same object in both. "
+                    "Call one layer twice, or give each its own."
+                )
+
+
+def runnable_twin(model: nn.Module, call: Call) -> nn.Module:
+    """Return the float twin of a model that has run on these arguments itself.
+
+    Raises:
+        ModelError: it cannot be run on plain tensors, or quantizes a bias.
+    """
+    twin = make_twin(model)
+    try:
+        free_bounds(twin, call, only=names_of_modules(model))
+        first_outputs(twin, call)
+    except DataError as error:
+        # The model itself ran on these arguments: what it cannot take are plain tensors inside.
+        raise ModelError(
+            f"The model should run on plain tensors too. {error} Its forward may use an attribute of a QuantTensor: "
+            "leave return_quant_tensor off while it is trained."
+        ) from error
+    return twin
+
+
+def names_of_modules(model: nn.Module) -> set[str]:
+    """List the names of a model's modules: a twin has others too, in the place of Brevitas' own."""
+    return {name for name, _ in model.named_modules()}
+
+
+def read(model: nn.Module, call: Call, *, explicit: bool = False) -> Source:
+    """Describe a model; it is copied, never changed.
+
+    Args:
+        model: a Brevitas model that passed `check`.
+        call: arguments to trace it with.
+        explicit: free the scales behind functions that no scale passes through.
+
+    Raises:
+        ModelError: it cannot be run on plain tensors, or quantizes a bias.
+    """
+    twin = runnable_twin(model, call)
+    free_channels(twin, call, norms=True, barriers=explicit, only=names_of_modules(model))
+    graph = record(twin, call)
+    stand_ins = {name.replace(".", "/"): name for name, m in twin.named_modules() if isinstance(m, FakeQuantizer)}
+    on_tensor: dict[str, str] = {}
+    for op in graph.ops:
+        path, function, _ = ("/" + op.name).rsplit("/", 2)
+        name = stand_ins.get(path.lstrip("/"))
+        if name is not None and function == QUANTIZER_OP:
+            on_tensor[op.outputs[0]] = name
+    groups = {name: tuple(t for t, n in on_tensor.items() if n == name) for name in dict.fromkeys(on_tensor.values())}
+    activations = {}
+    for name in groups:
+        found = activation_scaling(model.get_submodule(name))
+        assert found is not None
+        activations[name] = found
+    weights = {
+        f"{name}.weight".lstrip("."): scaling
+        for name, module in model.named_modules()
+        if (scaling := weight_scaling(module)) is not None
+    }
+    tensors = {**dict(twin.named_parameters(remove_duplicate=False)), **dict(twin.named_buffers())}
+    return Source(
+        twin,
+        replace(graph, vectors=tuple(group for group in groups.values() if len(graph.shapes[group[0]]) > 1)),
+        {name: t.detach() for name, t in tensors.items()},
+        {name: scaling.bits for name, scaling in weights.items()},
+        activations,
+        on_tensor,
+        weights,
+        frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Rescaled)),
+    )
+
+
+@torch.no_grad()
+def fold_norms(model: nn.Module, twin: nn.Module, graph: LayerGraph) -> None:
+    """Fold every BatchNorm that alone follows a layer into it, in place; scales of these layers start anew.
+
+    Args:
+        model: the model to change.
+        twin: a float copy with the same names.
+        graph: what `record` returned for the twin.
+    """
+    for name in merge_norms(model, twin, graph):
+        scaling = weight_scaling(model.get_submodule(name))
+        if scaling is not None:
+            scaling.ready = False

@@ -1,0 +1,219 @@
+"""What a user of Brevitas calls: initialize, finetune, quantize."""
+
+import copy
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from qft_plugin.brevitas._attach import Request, teacher
+from qft_plugin.brevitas._link import link_on, shared_factors
+from qft_plugin.brevitas._read import Source, check, made_in_inference_mode
+from qft_plugin.brevitas._swap import swap
+from qft_plugin.brevitas._version import check_version
+from qft_plugin.brevitas._write import write
+from qft_plugin.config import QFTConfig
+from qft_plugin.deploy.images import keep_images
+from qft_plugin.errors import ConfigError
+from qft_plugin.graph.channel_affine import Rescaled
+from qft_plugin.graph.torch_model import Call, accepts, check_finite, check_model
+from qft_plugin.job.run import Callback, check_accumulators, check_start, targets_of, train
+from qft_plugin.job.start import initialize as initialized
+from qft_plugin.job.start import start
+from qft_plugin.job.understand import Problem, images, understand
+from qft_plugin.training.data import Inputs, as_call
+from qft_plugin.training.distributed import agreed, joined
+from qft_plugin.training.finetune import FinetuneResult
+
+BY_QUANTIZERS: Final = (
+    "weight_bits",
+    "small_layer_bits",
+    "small_layer_share",
+    "layer_bits",
+    "layer_activation_bits",
+    "bounded",
+)
+BY_QUANTIZERS_OF_HARDWARE: Final = ("rescale", "doubly_per_channel", "activation_bits")
+"""Settings that a model says itself by the quantizers that it has."""
+
+
+def initialize(model: nn.Module, data: Iterable[Any], config: QFTConfig | None = None) -> None:
+    """Choose where a finetune of a linked model starts, in place: ranges, MMSE scales, equalization, compensation.
+
+    A model that is not linked is linked first.
+
+    Args:
+        model: layers of `brevitas.nn` with quantizers of this package.
+        data: batches of unlabeled inputs: tensors, tuples of tensors, or dicts of tensors.
+        config: the settings; bit widths and granularity are those of the model's quantizers.
+    """
+    config = _config(config, model)
+    with torch.inference_mode(False), torch.no_grad(), joined(model) as world:
+        inputs = _images(model, data, config)
+        with agreed(world):
+            _initialize(model, inputs, config)
+
+
+def finetune(
+    model: nn.Module,
+    teacher: nn.Module,
+    data: Iterable[Any],
+    config: QFTConfig | None = None,
+    *,
+    callback: Callback | None = None,
+) -> FinetuneResult:
+    """Train all degrees of freedom of a linked model against its float teacher, in place.
+
+    The model changes only at the end, to the best state that was seen; an interruption leaves it as it was. A model
+    that is not linked is linked first. Where nothing was initialized, training starts from the scales that the
+    quantizers have.
+
+    Args:
+        model: layers of `brevitas.nn` with quantizers of this package.
+        teacher: the float model; it may be of another class, as long as it takes the same inputs.
+        data: batches of unlabeled inputs: tensors, tuples of tensors, or dicts of tensors.
+        config: the settings; `config.finetune` should not be `None`.
+        callback: called with a `qft_plugin.training.finetune.Step` after each step.
+
+    Returns:
+        How it went: the losses before, on the way, and at the end.
+
+    Raises:
+        ConfigError: a setting contradicts the model, or teacher and student cannot be compared.
+    """
+    config = _config(config, model)
+    if config.finetune is None:
+        raise ConfigError(
+            "QFTConfig.finetune should be a FinetuneConfig. Found None. Call initialize for a start alone."
+        )
+    check_model(teacher)
+    with torch.inference_mode(False), torch.enable_grad(), joined(model):
+        inputs = _images(model, data, config)
+        result = _finetune(model, teacher, inputs, config, callback)
+    assert result is not None
+    return result
+
+
+def quantize(
+    model: nn.Module,
+    data: Iterable[Any],
+    example_input: Any = None,
+    config: QFTConfig | None = None,
+    *,
+    callback: Callback | None = None,
+) -> nn.Module:
+    """Turn a float model into a finetuned, linked Brevitas model: preprocess, swap, link, initialize, finetune.
+
+    Every convolution and linear module gets a weight quantizer and its input an 8-bit activation quantizer. So does a
+    subclass that calls its function once, whatever it computes around it or its weight from. Others (functions that
+    are called with a parameter, weights that depend on the image or that something else reads) stay in floating point,
+    and a log line names them with the reason. ReLU6 and all other functions stay exact.
+
+    What reads a quantized activation is taken from the graph of `torch.fx`. A model that `torch.fx` cannot trace, or
+    of which it makes another one, keeps its own forward: each layer in it gets a quantizer of its input, layers that
+    read one activation share it, and additions read what they have read.
+
+    Args:
+        model: float torch model; it is never changed.
+        data: batches of unlabeled inputs: tensors, tuples of tensors, or dicts of tensors.
+        example_input: one input to trace the model with; `None` takes the first images.
+        config: the settings.
+        callback: called with a `qft_plugin.training.finetune.Step` after each step.
+
+    Returns:
+        A linked model; `fold` makes it an ordinary one.
+
+    Raises:
+        ModelError: the model holds nothing to quantize, is random in eval mode, or needs a graph for the hardware.
+        DataError: the data cannot be used.
+        HostError: Brevitas is missing, too old, or runs in its TorchScript mode.
+    """
+    config = config or QFTConfig()
+    check_version()
+    check_model(model)
+    with torch.inference_mode(False), torch.enable_grad(), joined(model) as world:
+        if made_in_inference_mode(model):
+            model = copy.deepcopy(model)  # a copy that is made here is an ordinary one
+        check_finite(dict(model.named_parameters()))
+        inputs = images(model, data, config)
+        with agreed(world):
+            call = _first(inputs) if example_input is None else as_call(example_input, accepts=accepts(model))
+            quantized = swap(model, call, inputs, config)
+            _initialize(quantized, inputs, config)
+        if config.finetune is not None:
+            _finetune(quantized, model, inputs, config, callback)
+    return quantized
+
+
+def _config(config: QFTConfig | None, model: Any) -> QFTConfig:
+    """Refuse what only a model itself decides."""
+    config, default = config or QFTConfig(), QFTConfig()
+    for names, found, usual in (
+        (BY_QUANTIZERS, config, default),
+        (BY_QUANTIZERS_OF_HARDWARE, config.hardware, default.hardware),
+    ):
+        for name in names:
+            if getattr(found, name) != getattr(usual, name):
+                raise ConfigError(
+                    f"{type(found).__name__}.{name} should be left at its default: the model's quantizers decide. "
+                    f"Found {getattr(found, name)!r}. Choose another quantizer or pass weight_bit_width to the layer."
+                )
+    asked = config.hardware.elementwise_rescale == "channel"
+    if asked and isinstance(model, nn.Module) and not any(isinstance(m, Rescaled) for m in model.modules()):
+        raise ConfigError(
+            "The model should have a factor in front of each addition with HardwareSpec.elementwise_rescale='channel'. "
+            "Found none. Pass what is added through qft_plugin.brevitas.Rescaled(nn.Identity(), channels, axis=-3, "
+            "like=weight) modules, or call quantize on the float model, which puts them there."
+        )
+    return config
+
+
+def _images(model: nn.Module, data: Iterable[Any], config: QFTConfig) -> Inputs:
+    check_version()
+    check(model)
+    return images(model, data, config)
+
+
+def _first(inputs: Inputs) -> Call:
+    return inputs.first()
+
+
+def _understood(model: nn.Module, inputs: Inputs, config: QFTConfig) -> tuple[Source, Problem]:
+    source = link_on(model, _first(inputs), explicit=config.hardware.activation_scale == "explicit")
+    return source, understand(source, inputs, config)
+
+
+def _initialize(model: nn.Module, inputs: Inputs, config: QFTConfig) -> None:
+    source, problem = _understood(model, inputs, config)
+    request = Request(calibrate=True)
+    begin = initialized(sys.modules["qft_plugin.brevitas"], problem, request, config)
+    if config.finetune is None:
+        check_start(begin, problem)
+        check_accumulators(begin.dof)
+    write(model, source, begin)
+    keep_images(model, inputs)
+
+
+def _finetune(
+    model: nn.Module, float_model: nn.Module, inputs: Inputs, config: QFTConfig, callback: Callback | None
+) -> FinetuneResult | None:
+    with agreed(inputs.world):
+        source, problem = _understood(model, inputs, config)
+        targets = targets_of(teacher(float_model, source, problem.at, _first(inputs)), problem, config)
+        factors = shared_factors(model)
+        assert factors is not None
+        begin = start(
+            sys.modules["qft_plugin.brevitas"],
+            problem,
+            Request(calibrate=False),
+            replace(config, activation_range="host"),
+            log_c=factors.log_c.detach().clone(),
+            compensate=False,
+        )
+    result = train(begin, problem, targets, config, callback=callback)
+    write(model, source, begin)
+    keep_images(model, inputs)
+    return result

@@ -1,0 +1,254 @@
+"""Out of Brevitas: QONNX, and QCDQ that CPUs run in int8."""
+
+import contextlib
+import copy
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from brevitas.core.quant import IntQuant
+from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
+from brevitas.quant_tensor import QuantTensor
+from torch import Tensor, nn
+
+from qft_plugin.deploy import qcdq, qcdq_defects, qonnx
+from qft_plugin.deploy.dropout import without_dropout
+from qft_plugin.deploy.files import checked_path, draft_of, refused
+from qft_plugin.deploy.images import call_of, calls_of, kept_images
+from qft_plugin.deploy.watched import Grid, Quantizer, Watched
+from qft_plugin.errors import DeployabilityError
+from qft_plugin.graph.torch_model import Call, evaluating, in_float32
+from qft_plugin.training.distributed import once
+
+OPSET: Final = 14
+"""The first with torch's attention function; quantization per channel, and Brevitas' exporters, begin with 13."""
+
+
+@once
+def save_qonnx(
+    model: nn.Module, path: str | os.PathLike[str], example_input: Any, *, check: bool = True
+) -> qonnx.QONNXReport:
+    """Save a Brevitas model as QONNX, and prove by QONNX' own executor that the file computes the same.
+
+    A linked model keeps its scales per channel, a folded one has constant scales per tensor or per output channel.
+
+    Args:
+        model: any Brevitas model.
+        path: of the file, `*.onnx`.
+        example_input: one input, as for the model; the file is for its shape.
+        check: prove constants and layers before the file takes its place (`qft_plugin.deploy.proof`).
+
+    Raises:
+        DeployabilityError: the path cannot be written, or torch or QONNX cannot export or run the model.
+        ParityError: the file differs from the model; nothing is written.
+    """
+    # Imported late: exporting needs packages that training does not, and warns of some that are missing.
+    import onnx
+    from brevitas.export import export_qonnx
+
+    with _exported(export_qonnx, model, path, example_input, check=check, free_batch=False) as made:
+        file = onnx.load(made.draft)
+        qonnx.widen_bias_constants(file)
+        onnx.save(file, made.draft)
+        report = qonnx.inspect_file(made.draft, watched=made.watched, example=made.example)
+    return replace(report, path=made.target)
+
+
+@once
+def save_qcdq(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_input: Any,
+    *,
+    check: bool = True,
+    images: Iterable[Any] | None = None,
+) -> qcdq.QCDQReport:
+    """Save a Brevitas model as QCDQ in standard ONNX, and prove that ONNX Runtime and OpenVINO compute the same.
+
+    The clips behind the weights, which Brevitas exports and which keep OpenVINO from int8, are removed. Signed
+    quantizers behind a concatenation, whose scale OpenVINO loses, become unsigned ones with a zero point. Other
+    constructs that it computes wrong values from are said in other words (`qft_plugin.deploy.qcdq_defects`).
+
+    Args:
+        model: any Brevitas model whose weights have scales per tensor or per output channel, such as `fold` returns.
+        path: of the file, `*.onnx`.
+        example_input: one input, as for the model; its first axis (images) stays free in the file.
+        check: prove constants and layers before the file takes its place (`qft_plugin.deploy.proof`).
+        images: batches of other inputs to prove it with, each as for the model; `None` takes the first images that the
+            model was quantized with.
+
+    Raises:
+        DeployabilityError: the scale of a weight differs by input channel, which QCDQ cannot express (it names the
+            layers), the path cannot be written, or torch cannot export the model or a runtime the file.
+        ParityError: the file differs from the model; nothing is written.
+    """
+    import onnx
+    from brevitas.export import export_onnx_qcdq
+
+    doubly = [name for name, layer in _quantized_layers(model) if _differs_by_input(layer)]
+    if doubly:
+        raise DeployabilityError(
+            "QCDQ should have one scale per tensor or per output channel. Found scales that differ by input channel in "
+            f"the weights of {', '.join(doubly)}. Call qft_plugin.brevitas.fold first; a doubly per-channel quantizer "
+            "can be saved as QONNX only."
+        )
+    with _exported(export_onnx_qcdq, model, path, example_input, check=check, free_batch=True) as made:
+        file = onnx.load(made.draft)
+        qcdq.strip_weight_clips(file)
+        qcdq.shift_behind_concatenations(file)
+        qcdq_defects.bias_shared_products(file)
+        qcdq_defects.widen_reductions(file)
+        onnx.save(file, made.draft)
+        others = kept_images(model) if images is None else calls_of(model, images)
+        report = qcdq.inspect_file(made.draft, watched=made.watched, example=made.example, images=others)
+    return replace(report, path=made.target)
+
+
+@dataclass(frozen=True)
+class _Exported:
+    """A file that was exported but not yet proven, and what it is to be compared with."""
+
+    target: Path
+    draft: Path
+    watched: Watched | None
+    example: Call
+
+
+@contextlib.contextmanager
+def _exported(
+    export: Callable[..., Any],
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_input: Any,
+    *,
+    check: bool,
+    free_batch: bool,
+) -> Iterator[_Exported]:
+    """Export a model to a draft; the draft takes the place of the target where nothing was raised."""
+    target = checked_path(path, ".onnx")
+    model, example_input = in_float32(model, example_input)
+    args, kwargs = call_of(model, example_input)
+    inputs = (*args, *kwargs.values())
+    with evaluating(model), torch.no_grad(), _attention_in_parts(), without_dropout(), draft_of(target) as draft:
+        axes = {f"input_{i}": {0: "batch"} for i in range(len(inputs))} if free_batch else None
+        # The exporter of torch 2.9 and later keeps weights in float and refuses quantized biases.
+        with refused(
+            "torch.onnx should export the model.",
+            "Replace the operation that it names.",
+        ):
+            export(
+                _Exportable(copy.deepcopy(model), tuple(kwargs)),
+                args=inputs,
+                export_path=str(draft),
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=[f"input_{i}" for i in range(len(inputs))],
+                dynamic_axes=axes,
+            )
+        yield _Exported(target, draft, watched(model) if check else None, (args, kwargs))
+        os.replace(draft, target)
+
+
+def watched(model: nn.Module) -> Watched:
+    """Return a model of Brevitas with what a proof must know of its quantizers."""
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, IntQuant):
+            names.setdefault(module, name)
+    quantizers = [Quantizer(module, _layer_name(name), _reader(module)) for module, name in names.items()]
+    return Watched(model, quantizers, _tensors)
+
+
+def _layer_name(path: str) -> str:
+    """Name a quantizer by its layer and what of it is quantized."""
+    parts = path.split(".")
+    end = next((k for k, part in enumerate(parts) if part.endswith("_quant")), len(parts) - 1)
+    return ".".join(parts[: end + 1])
+
+
+def _reader(module: Any) -> Any:
+    def read(args: tuple[Any, ...]) -> tuple[Tensor, Grid]:
+        scale, zero_point, bits, x = args
+        return x, Grid(scale, zero_point, int(module.min_int(bits)), int(module.max_int(bits)))
+
+    return read
+
+
+@contextlib.contextmanager
+def _attention_in_parts() -> Iterator[None]:
+    """Let `nn.MultiheadAttention` compute in eval mode what it computes in training, which can be exported."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@torch.no_grad()
+def weight_integers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the integers of every weight that a Brevitas model quantizes, held in float, by name of the weight."""
+    integers = {}
+    for name, layer in _quantized_layers(model):
+        quantized = layer.weight_quant(layer.weight)
+        integers[f"{name}.weight"] = (quantized.value / quantized.scale + quantized.zero_point).round()
+    return integers
+
+
+class _Exportable(nn.Module):
+    """A copy of a model around which exporters may do what they like; it takes inputs by position and returns tensors.
+
+    One that fails leaves its handlers in the model, and torch's takes the `graph` of an fx module for one of its own.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        """Keep the model.
+
+        Args:
+            model: what is exported.
+            names: of its inputs by keyword, which come last.
+        """
+        super().__init__()
+        self.model = model
+        self.names = tuple(names)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        positional = len(inputs) - len(self.names)
+        kwargs = dict(zip(self.names, inputs[positional:], strict=True))
+        return tuple(_tensors(self.model(*inputs[:positional], **kwargs)))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Iterate over the tensors of an output; a `QuantTensor`, which is a tuple too, counts as one."""
+    if isinstance(value, QuantTensor):
+        yield value.value
+    elif isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for v in value.values():
+            yield from _tensors(v)
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from _tensors(v)
+    elif dataclasses.is_dataclass(value):
+        for f in dataclasses.fields(value):
+            yield from _tensors(getattr(value, f.name, None))
+
+
+def _quantized_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantWeightBiasInputOutputLayer) and module.weight_quant.is_quant_enabled
+    ]
+
+
+def _differs_by_input(layer: Any) -> bool:
+    """Whether the scale of a weight has more than one value on an axis other than that of the output channels."""
+    scale = layer.weight_quant.scale()
+    out = layer.output_channel_dim
+    return any(size > 1 for axis, size in enumerate(scale.shape) if scale.dim() > 1 and axis != out)

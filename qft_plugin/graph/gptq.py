@@ -1,0 +1,219 @@
+"""A better start for the weights: rounding errors that compensate each other (GPTQ, Frantar et al. 2022, 2210.17323).
+
+Departure: the paper starts its finetune from weights rounded to the nearest integer. Starting where the errors of a row
+already cancel on typical inputs needs seconds, and after the same finetune the student is closer to its teacher.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qft_plugin.graph.layer_graph import Layer, Op
+
+DAMPING: Final = 0.01
+"""Share of the mean diagonal that is added to it, so that inputs that hardly vary do not decide."""
+
+BLOCK: Final = 32
+"""Columns that are rounded before the rest of the row hears of their errors in one matrix product."""
+
+LARGEST: Final = 2304
+"""Columns of the largest matrix of moments. Wider rows are cut into parts, whose errors compensate each other inside a
+part only: time and memory then grow with the number of columns, and not with its third and second power."""
+
+ELEMENTS: Final = 1 << 21
+"""Weights that are rounded at a time; the rows of a kernel are independent."""
+
+POSITIONS: Final = 64
+"""Rows that are kept for each image."""
+
+UNFOLDED: Final = 4
+"""How many times the rows that are kept may be unfolded."""
+
+OUTERMOST: Final = 0.49
+"""How far beyond its outermost integer a weight may start: the clip must still pass its gradient."""
+
+
+def can_compensate(layer: Layer) -> bool:
+    """Whether the inputs that meet each weight of a layer can be listed as the rows of a matrix."""
+    return layer.kind in ("linear", "conv1d", "conv2d")
+
+
+def input_rows(x: Tensor, op: Op, layer: Layer, W: Tensor, *, generator: torch.Generator) -> Tensor:
+    """List what meets the weights of one output at some random positions.
+
+    Args:
+        x: input of the layer, `[images, in, *space]`, or `[..., in]` of a linear layer.
+        op: the call of the layer, for its stride, padding and dilation.
+        layer: the layer.
+        W: its weight, `[out, in/groups, *k]`.
+        generator: chooses the positions.
+
+    Returns:
+        `[groups, rows, in/groups * k]`.
+    """
+    if layer.kind == "linear":
+        rows = x.reshape(-1, x.shape[-1])
+        keep = torch.randint(rows.shape[0], (min(rows.shape[0], POSITIONS * x.shape[0]),), generator=generator)
+        return rows[keep.to(x.device)].unsqueeze(0)
+    if layer.kind == "conv1d":
+        x, W = x.unsqueeze(2), W.unsqueeze(2)
+    images = layer.kind == "conv2d"
+    stride = _pair(op.argument(3, "stride", 1), images=images, fill=1)
+    dilation = _pair(op.argument(5, "dilation", 1), images=images, fill=1)
+    padding = op.argument(4, "padding", 0)
+    if isinstance(padding, str):
+        # "same" pads by half of what the kernel spans; where that is uneven, one side of it more than torch does.
+        spans = [d * (k - 1) for d, k in zip(dilation, W.shape[2:], strict=True)]
+        pad_h, pad_w = ((s + 1) // 2 if padding == "same" else 0 for s in spans)
+    else:
+        pad_h, pad_w = _pair(padding, images=images, fill=0)
+    # Unfolding is what costs: of large images only some are looked at, at more positions each.
+    area = max(1, x.shape[2] * x.shape[3] // (stride[0] * stride[1]))
+    some = min(x.shape[0], max(1, -(-UNFOLDED * POSITIONS * x.shape[0] // area)))
+    positions = POSITIONS * x.shape[0] // some
+    columns = functional.unfold(x[:some], tuple(W.shape[2:]), dilation=dilation, padding=(pad_h, pad_w), stride=stride)
+    keep = torch.randint(columns.shape[2], (min(columns.shape[2], positions),), generator=generator)
+    picked = (
+        columns[:, :, keep.to(x.device)].transpose(1, 2).reshape(-1, layer.groups, columns.shape[1] // layer.groups)
+    )
+    return picked.transpose(0, 1)
+
+
+def _pair(value: object, *, images: bool, fill: int) -> tuple[int, int]:
+    """Return a setting of a convolution over both axes of an image; a sequence is an image of height 1."""
+    values = [value] if isinstance(value, int) else list(value)  # type: ignore[call-overload]
+    values = values * 2 if images and len(values) == 1 else values if images else [fill, *values]
+    return int(values[0]), int(values[1])
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How the columns of a kernel are cut: into `count` parts of `size` columns, of which the last ends with zeros.
+
+    Attributes:
+        columns: weights of one output.
+        count: number of parts.
+        size: columns of each; whole input channels of a convolution.
+    """
+
+    columns: int
+    count: int
+    size: int
+
+    def cut(self, rows: Tensor) -> Tensor:
+        """Cut `[groups, rows, columns]` into `[groups * count, rows, size]`."""
+        padded = functional.pad(rows, (0, self.count * self.size - self.columns))
+        return torch.unflatten(padded, 2, (self.count, self.size)).transpose(1, 2).flatten(0, 1)
+
+    def joined(self, parts: Tensor) -> Tensor:
+        """Undo `cut`."""
+        rows = torch.unflatten(parts, 0, (-1, self.count)).transpose(1, 2).flatten(2)
+        return rows[..., : self.columns]
+
+
+def parts_of(W: Tensor) -> Parts:
+    """Cut the columns of a kernel, `[out, in/groups, *k]`, into equal parts of at most about `LARGEST`."""
+    columns = W[0].numel()
+    channel = columns // W.shape[1]
+    count = min(-(-columns // LARGEST), W.shape[1])
+    return Parts(columns, count, -(-W.shape[1] // count) * channel)
+
+
+def moments_of(rows: Tensor, parts: Parts) -> Tensor:
+    """Return the second moments of inputs, sum of x x^T, inside each part.
+
+    Args:
+        rows: `[groups, rows, columns]`.
+        parts: how the columns are cut.
+
+    Returns:
+        `[groups * parts, size, size]`.
+    """
+    cut = parts.cut(rows)
+    return cut.transpose(1, 2) @ cut
+
+
+def compensated_kernel(W: Tensor, step: Tensor, H: Tensor, layer: Layer, *, high: int) -> Tensor:
+    """Move the weights of a kernel so that rounding each to the nearest integer gives a small error of the outputs.
+
+    Args:
+        W: `[out, in/groups, *k]`, real units.
+        step: broadcasts against `W`, real per step.
+        H: what `moments_of` returned, summed over inputs.
+        layer: the layer.
+        high: largest integer; the grid is symmetric (narrow range).
+
+    Returns:
+        The weights just before each was rounded, of the shape of `W`.
+
+    Raises:
+        RuntimeError: the moments are not positive definite.
+    """
+    parts = parts_of(W)
+    U = _propagation(H, parts, layer.groups)
+    per_group = W.shape[0] // layer.groups
+    some = max(1, ELEMENTS // (layer.groups * parts.columns))
+    result = torch.empty_like(W)
+    grouped, moved, steps = (torch.unflatten(t, 0, (layer.groups, per_group)) for t in (W, result, step.expand_as(W)))
+    for start in range(0, per_group, some):
+        rows, scales = (parts.cut(t[:, start : start + some].flatten(2).double()) for t in (grouped, steps))
+        found = _compensated(rows, scales.clamp(min=torch.finfo(W.dtype).tiny), U, high=high)
+        moved[:, start : start + some] = parts.joined(found).reshape(moved[:, start : start + some].shape).to(W)
+    return result
+
+
+def compensated(W: Tensor, step: Tensor, H: Tensor, *, high: int) -> Tensor:
+    """Move weights so that rounding each to the nearest integer gives a small error of the row's output.
+
+    Column by column the error of rounding is spread over the columns that are still free, so that
+    sum_x (w x - q x)^2  stays small (OBQ's update with one order for all rows; GPTQ's Cholesky form).
+
+    Args:
+        W: `[groups, out/groups, columns]`, real units.
+        step: broadcasts against `W`, real per step.
+        H: second moment of the inputs, sum of x x^T, `[groups, columns, columns]`.
+        high: largest integer; the grid is symmetric (narrow range).
+
+    Returns:
+        The weights just before each was rounded, of the shape of `W`.
+    """
+    columns = W.shape[-1]
+    U = _propagation(H, Parts(columns, 1, columns), W.shape[0])
+    return _compensated(W, step.expand_as(W), U, high=high)
+
+
+def _propagation(H: Tensor, parts: Parts, groups: int) -> Tensor:
+    """Return the Cholesky factor of the inverse of the damped moments, `[groups * parts, size, size]`."""
+    diagonal = H.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.reshape(groups, -1).sum(1, keepdim=True) / parts.columns
+    damping = DAMPING * mean.clamp(min=torch.finfo(H.dtype).tiny).repeat_interleave(parts.count, 0)
+    found = []
+    for part, extra in zip(H, damping, strict=True):  # one at a time: each needs several matrices of its size
+        damped = part + torch.diag(extra.expand(part.shape[0]))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        found.append(torch.linalg.cholesky(inverse, upper=True))
+    return torch.stack(found)
+
+
+def _compensated(W: Tensor, step: Tensor, U: Tensor, *, high: int) -> Tensor:
+    columns = W.shape[-1]
+    # Columns first: each is then read and written in one piece.
+    W, step = (t.transpose(1, 2).contiguous() for t in (W, step))
+    result = torch.empty_like(W)
+    limit = (high + OUTERMOST) * step
+    for start in range(0, columns, BLOCK):
+        end = min(start + BLOCK, columns)
+        errors = torch.zeros_like(W[:, start:end])
+        for j in range(start, end):
+            w = torch.minimum(torch.maximum(W[:, j], -limit[:, j]), limit[:, j])
+            s = step[:, j]
+            q = (w / s).round().clamp(-high, high) * s
+            result[:, j] = w
+            error = (W[:, j] - q).div_(U[:, j, j].unsqueeze(-1))
+            W[:, j + 1 : end].addcmul_(error.unsqueeze(1), U[:, j, j + 1 : end].unsqueeze(-1), value=-1)
+            errors[:, j - start] = error
+        W[:, end:] -= U[:, start:end, end:].transpose(1, 2) @ errors
+    return result.transpose(1, 2)

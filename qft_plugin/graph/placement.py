@@ -1,0 +1,417 @@
+"""Where a host put its quantizers, and what that means for the layers around them."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from torch import Tensor
+
+from qft_plugin.errors import ConfigError
+from qft_plugin.graph.layer_graph import ADDS, Layer, LayerGraph, Op, Ref
+from qft_plugin.graph.rules import DIVIDES, JOINS, MOVES
+from qft_plugin.tensors.fake_quantize import integer_range
+
+KEEPS_GRID: Final = frozenset(MOVES) | frozenset(
+    [
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool2d_with_indices",
+        "max_pool3d",
+        "adaptive_max_pool1d",
+        "adaptive_max_pool2d",
+        "adaptive_max_pool3d",
+        "amax",
+        "amin",
+        "dropout",
+        "dropout1d",
+        "dropout2d",
+        "dropout3d",
+        "alpha_dropout",
+        "feature_dropout",
+        "identity",
+        "contiguous",
+        "clone",
+        "detach",
+    ]
+)
+"""The values that come out are among the values that go in, so a quantized input means a quantized output."""
+
+PASSES_TO_OUTPUT: Final = KEEPS_GRID | {"relu", "leaky_relu", "prelu", "relu6", "hardtanh"}
+"""What may stand between a layer and the quantizer of its output."""
+
+GLOBAL_POOLS: Final = frozenset(
+    [
+        "mean",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d",
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "adaptive_max_pool1d",
+        "adaptive_max_pool2d",
+        "adaptive_max_pool3d",
+        "amax",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ActivationGrid:
+    """The integers of one activation quantizer and where its scale starts.
+
+    Attributes:
+        scale: initial step, real per step.
+        low: smallest integer.
+        high: largest integer.
+        zero_point: the integer of the real 0.
+        shifts: whether the zero point trains with the scale.
+    """
+
+    scale: float
+    low: int
+    high: int
+    zero_point: int = 0
+    shifts: bool = False
+
+    def with_bits(self, bits: int) -> "ActivationGrid":
+        """Return the grid of another bit width over the same range."""
+        low, high = self.low, self.high
+        if (high - low).bit_length() == bits:
+            return self
+        narrow = low < 0 and low + high == 0
+        low, high = integer_range(bits, signed=low < 0, narrow=narrow)
+        ratio = (self.high - self.low) / (high - low)
+        zero_point = min(max(round((self.zero_point - self.low) / ratio) + low, low), high)
+        return replace(self, scale=self.scale * ratio, low=low, high=high, zero_point=zero_point)
+
+
+@dataclass(frozen=True)
+class WeightPlace:
+    """What a host's quantizer of a weight can express.
+
+    Attributes:
+        per_channel: its scale may differ by output channel.
+        doubly: its scale may differ by input channel too, independently of the scale of the activation.
+        scale: where its scale starts, `[out]` or `[]`, real per step; `None` to choose the MMSE scale.
+        scale_in: likewise, relative to `scale`, `[in]`; `None` where it does not differ by input channel.
+    """
+
+    per_channel: bool
+    doubly: bool = False
+    scale: Tensor | None = None
+    scale_in: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The quantizers of a host, by their names.
+
+    Attributes:
+        activations: grid of each activation quantizer.
+        on_tensor: quantizer of everything that reads a tensor, by name of the tensor.
+        on_input: quantizer of one input of one operation, by operation and number of the input.
+        weights: the quantizer of each weight.
+    """
+
+    activations: Mapping[str, ActivationGrid]
+    on_tensor: Mapping[str, str]
+    on_input: Mapping[tuple[str, int], str]
+    weights: Mapping[str, WeightPlace]
+
+
+def quantizers_before(
+    graph: LayerGraph, placement: Placement, layer: Layer, *, call: int | None = None
+) -> tuple[str | None, ...]:
+    """List what quantizes the values that a layer reads, looking back through operations that keep the grid.
+
+    Args:
+        graph: the network.
+        placement: its quantizers.
+        layer: the layer.
+        call: which of its calls; `None` for all of them.
+
+    Returns:
+        Each quantizer once: several where the calls read different ones, or where the parts of a concatenation have
+        different ones. `None` stands for values that are not quantized.
+    """
+    calls = range(len(layer.calls)) if call is None else [call]
+    found = [_quantizers_of(graph, placement, layer.calls[i], 0, layer.inputs[i]) for i in calls]
+    return tuple(dict.fromkeys(name for names in found for name in names))
+
+
+def quantizer_before(graph: LayerGraph, placement: Placement, layer: Layer, *, call: int | None = None) -> str | None:
+    """Find the one quantizer of all values that a layer reads; `None` where there is none, or more than one.
+
+    Args:
+        graph: the network.
+        placement: its quantizers.
+        layer: the layer.
+        call: which of its calls; `None` for all of them.
+    """
+    found = quantizers_before(graph, placement, layer, call=call)
+    return found[0] if len(found) == 1 else None
+
+
+def _quantizers_of(graph: LayerGraph, placement: Placement, op: str, index: int, tensor: str) -> tuple[str | None, ...]:
+    """List what quantizes input `index` of an operation, looking back through operations that keep the grid."""
+    makers = {name: made_by for made_by in graph.ops for name in made_by.outputs}
+    found: dict[str | None, None] = {}
+    ahead, known = [(op, index, tensor)], {(op, index)}
+    while ahead:
+        op, index, tensor = ahead.pop()
+        name = placement.on_input.get((op, index)) or placement.on_tensor.get(tensor)
+        maker = makers.get(tensor)
+        parts = () if name is not None or maker is None else _parts(maker)
+        if not parts:
+            found[name] = None
+        for part in reversed(parts):
+            if maker is not None and (maker.name, part) not in known:
+                known.add((maker.name, part))
+                ahead.append((maker.name, part, maker.inputs[part]))
+    return tuple(found)
+
+
+def _parts(op: Op) -> tuple[int, ...]:
+    """List the inputs whose values an operation passes on unchanged; none where it makes new values."""
+    if _keeps_grid(op) and op.function not in JOINS:
+        return (0,) if op.argument(0, "input") == Ref(0) else ()
+    joined = op.argument(0, "tensors") if op.function in JOINS else None
+    if not isinstance(joined, (list, tuple)) or not all(isinstance(part, Ref) for part in joined):
+        return ()
+    return tuple(part.index for part in joined)
+
+
+def _keeps_grid(op: Op) -> bool:
+    """Whether the values that an operation makes are among those that it reads, or 0, which is on every grid."""
+    if op.function == "pad":
+        return op.argument(2, "mode", "constant") != "constant" or op.argument(3, "value") in (None, 0, 0.0)
+    return op.function in KEEPS_GRID
+
+
+def is_division(op: Op) -> bool:
+    """Whether an operation divides one activation by another, which no integer kernel does."""
+    operands = [op.argument(0, "input"), op.argument(1, "other")]
+    return op.function in DIVIDES and all(isinstance(operand, Ref) for operand in operands)
+
+
+def only_divided(graph: LayerGraph, tensor: str) -> bool:
+    """Whether the values of a tensor, wherever they are moved, only divide others or are divided by others."""
+    ahead, known = [tensor], {tensor}
+    while ahead:
+        name = ahead.pop()
+        readers = [(op, i) for op in graph.ops for i, read in enumerate(op.inputs) if read == name]
+        if name in graph.outputs or not readers:
+            return False
+        for op, index in readers:
+            if is_division(op):
+                continue
+            if index not in _parts(op):
+                return False
+            ahead += [made for made in op.outputs if made not in known]
+            known |= set(op.outputs)
+    return True
+
+
+def joined(graph: LayerGraph, placement: Placement, layers: Sequence[Layer]) -> tuple[tuple[str, ...], ...]:
+    """Find the activation quantizers that should have one scale because one kernel multiplies values of several.
+
+    Args:
+        graph: the network.
+        placement: its quantizers.
+        layers: the layers whose accumulators have one scale.
+
+    Returns:
+        Groups of quantizers that can have one scale and one zero point, each at least two; no quantizer is in two.
+    """
+    groups = []
+    for layer in layers:
+        found = quantizers_before(graph, placement, layer)
+        names = [name for name in found if name is not None]
+        grids = [placement.activations[name] for name in names]
+        centred = all(grid.zero_point == 0 and not grid.shifts for grid in grids)
+        if None not in found and (centred or can_share_zero_point(grids)):
+            groups.append(names)
+    return merged(groups, list(placement.activations))
+
+
+def can_share_zero_point(grids: Sequence[ActivationGrid]) -> bool:
+    """Whether quantizers have zero points that train and the same integers around them."""
+    return all(grid.shifts and (grid.low, grid.high) == (grids[0].low, grids[0].high) for grid in grids)
+
+
+def merged(groups: Iterable[Iterable[str]], order: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Join groups that have a member in common.
+
+    Args:
+        groups: names.
+        order: all names, in the order that they have in a group.
+
+    Returns:
+        Groups of at least two names, of which no two have one in common.
+    """
+    found: list[set[str]] = []
+    for group in groups:
+        names = set(group)
+        touching = [other for other in found if other & names]
+        found = [other for other in found if not other & names]
+        found.append(names.union(*touching))
+    return tuple(tuple(sorted(group, key=order.index)) for group in found if len(group) > 1)
+
+
+def addends(graph: LayerGraph, placement: Placement) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+    """Find the activation quantizers that elementwise additions tie to each other (App. D).
+
+    Args:
+        graph: the network.
+        placement: its quantizers.
+
+    Returns:
+        Groups of quantizers, each at least two, and the names of the additions of which an input is not quantized.
+    """
+    groups: list[set[str]] = []
+    loose = []
+    for op in graph.ops:
+        if op.function not in ADDS or len(op.inputs) < 2:
+            continue
+        found = [_quantizers_of(graph, placement, op.name, i, name) for i, name in enumerate(op.inputs)]
+        groups.append({name for names in found for name in names if name is not None})
+        # A tensor that is added to itself needs no tie.
+        whole = {tensor for tensor, names in zip(op.inputs, found, strict=True) if None not in names}
+        if whole != set(op.inputs):
+            loose.append(op.name)
+    return merged(groups, list(placement.activations)), tuple(loose)
+
+
+def quantizer_after(graph: LayerGraph, placement: Placement, layer: Layer) -> str | None:
+    """Find the quantizer of a layer's output edge, looking forward through its activation function.
+
+    Rounding changes places with what keeps the grid: the largest of quantized values is the quantized largest value.
+    """
+    tensor = layer.outputs[0]
+    while True:
+        users = [(op, i) for op in graph.ops for i, name in enumerate(op.inputs) if name == tensor]
+        found = placement.on_tensor.get(tensor)
+        if found is None and users:
+            found = placement.on_input.get((users[0][0].name, users[0][1]))
+        passed = len(users) == 1 and (users[0][0].function in PASSES_TO_OUTPUT or _keeps_grid(users[0][0]))
+        if found is not None or not passed or len(users[0][0].outputs) != 1:
+            return found
+        tensor = users[0][0].outputs[0]
+
+
+@dataclass(frozen=True)
+class ComparedInput:
+    """An activation at which teacher and student are compared.
+
+    Attributes:
+        op: name of the operation that reads it.
+        index: which of its activation inputs it is.
+        tensor: name of the activation.
+        weight: how much its difference counts in the loss, relative to the others.
+        asked: the name that the user gave for it, if any.
+        field: the setting that the name stands in.
+    """
+
+    op: str
+    index: int
+    tensor: str
+    weight: float = 1.0
+    asked: str | None = None
+    field: str = "loss_at"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that teacher and student are compared at.
+
+    Attributes:
+        inputs: inputs of operations: first those that end a block, with weight 0, then those of the loss.
+        outputs: the outputs of the network are compared too, behind the inputs and with weight 1 each.
+        blocks: how many of the inputs end a block.
+    """
+
+    inputs: tuple[ComparedInput, ...]
+    outputs: bool
+    blocks: int = 0
+
+    def weights(self, count: int) -> tuple[float, ...]:
+        """Return the weight in the loss of each of `count` compared tensors."""
+        return (*(at.weight for at in self.inputs), *[1.0] * (count - len(self.inputs)))
+
+
+def comparison(
+    graph: LayerGraph, loss_at: str | Mapping[str, float] | Sequence[str] | None, blocks: Sequence[str] = ()
+) -> Comparison:
+    """Choose where teacher and student are compared.
+
+    Args:
+        graph: the network.
+        loss_at: names of modules or operations whose inputs are compared, with their weights if they differ; `None`
+            for the output of the backbone.
+        blocks: names of modules or operations whose inputs end the blocks.
+
+    Raises:
+        ConfigError: a name is none of this network's.
+    """
+    ends = [named_input(graph, name, weight=0.0, field="blocks") for name in blocks]
+    if loss_at is None:
+        found = backbone_output(graph)
+        return Comparison((*ends, *([] if found is None else [found])), found is None, len(ends))
+    names = [loss_at] if isinstance(loss_at, str) else loss_at
+    weights = names if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
+    places = [named_input(graph, name, weight=w) for name, w in weights.items()]
+    return Comparison((*ends, *places), False, len(ends))
+
+
+def named_input(graph: LayerGraph, name: str, *, weight: float = 1.0, field: str = "loss_at") -> ComparedInput:
+    """Find the first activation that a module or an operation reads.
+
+    Args:
+        graph: the network.
+        name: of the module, with dots or slashes, or of the operation.
+        weight: how much it counts in the loss.
+        field: the setting that the name stands in.
+
+    Raises:
+        ConfigError: nothing has this name.
+    """
+    path = name.replace(".", "/")
+    for op in graph.ops:
+        called = op.name.lstrip("/")  # NNCF begins with one where no module inside the model makes the call
+        if op.inputs and (op.name == name or called in (name, path) or called.startswith(f"{path}/")):
+            return ComparedInput(op.name, 0, op.inputs[0], weight, asked=name, field=field)
+    raise ConfigError(
+        f"FinetuneConfig.{field} should name a module that computes something, or an operation. Found {name!r}; "
+        f"operations of this model: {', '.join(op.name for op in graph.ops)}."
+    )
+
+
+def backbone_output(graph: LayerGraph) -> ComparedInput | None:
+    """Find the output of the backbone (Sec. 4): the input of the last global pool, else of the last linear layer.
+
+    Returns:
+        The input of an operation, or `None` where there is neither.
+    """
+    for op in reversed(graph.ops):
+        if _is_global_pool(graph, op):
+            return ComparedInput(op.name, 0, op.inputs[0])
+    for op in reversed(graph.ops):
+        if op.function == "linear" and op.inputs:
+            return ComparedInput(op.name, 0, op.inputs[0])
+    return None
+
+
+def _is_global_pool(graph: LayerGraph, op: Op) -> bool:
+    """Whether an operation reduces all positions of an image to one."""
+    if op.function not in GLOBAL_POOLS or not op.inputs or not op.outputs:
+        return False
+    before, after = graph.shapes[op.inputs[0]], graph.shapes[op.outputs[0]]
+    if op.function in ("mean", "amax"):
+        dims = op.argument(1, "dim")
+        dims = range(len(before)) if dims is None else [dims] if isinstance(dims, int) else dims
+        if any(d % len(before) < 2 for d in dims):
+            return False
+    positions = math.prod(before[2:])
+    return len(before) > 2 and positions > 1 and math.prod(after) * positions == math.prod(before)

@@ -1,0 +1,545 @@
+"""How each operation ties the per-channel scales of its inputs and outputs together (Sec. 3.3, App. D).
+
+Scaling a channel of an activation by 1/c and everything around it accordingly leaves a network's function unchanged
+as long as every operation in between is positively homogeneous in that channel. A rule either hands the shadow of
+its inputs on, ties shadows, makes new variables (a layer can absorb any factor), or pins: an operation without a
+rule is a barrier, so that an unknown network is never rescaled wrongly.
+
+Every channel of every activation gets a variable: two channels share one where the arithmetic between them forces
+their scales to be equal, and a class of them is pinned (factor 1) where it cannot be rescaled. Instead of one channel
+map for each operation, an activation carries a *shadow*: an integer tensor of the same shape with the variable of
+each element. An operation that only moves elements (reshape, slice, concatenation, channel shuffle, padding) is
+simply executed on the shadows.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qft_plugin.graph.layer_graph import ADDS, PINNED, Const, LayerGraph, Op, Ref, on_axis
+
+FREE_ZERO: Final = -1
+"""Stands in a shadow where an activation is a constant 0, which any scale represents exactly."""
+
+
+class Solver:
+    """Collects equalities between channel variables (union-find) while the rules of the operations run."""
+
+    def __init__(self, graph: LayerGraph) -> None:
+        """Start without any variable."""
+        self.graph = graph
+        self.shadows: dict[str, Tensor] = {}
+        self.calls: dict[str, list[Call]] = {}
+        self.other_users: dict[str, str] = {}
+        self._parent: list[int] = []
+        self._reasons: dict[int, str] = {}  # of the pinned classes, by representative
+
+    def new(self, count: int) -> Tensor:
+        """Make `count` new variables."""
+        first = len(self._parent)
+        self._parent.extend(range(first, first + count))
+        return torch.arange(first, first + count)
+
+    def find(self, i: int) -> int:
+        """Return the representative of a variable's class."""
+        root = i
+        while self._parent[root] != root:
+            root = self._parent[root]
+        while self._parent[i] != root:
+            self._parent[i], i = root, self._parent[i]
+        return root
+
+    def tie(self, a: Tensor, b: Tensor) -> None:
+        """Force the variables of `a` and `b` to be equal, element by element (they broadcast)."""
+        shape = np.broadcast_shapes(a.shape, b.shape)
+        a, b = _compact(a.expand(shape), b.expand(shape))
+        pairs = torch.stack([a.flatten(), b.flatten()])
+        pairs = pairs[:, (pairs >= 0).all(0) & (pairs[0] != pairs[1])]
+        for i, j in torch.unique(pairs, dim=1).T.tolist():
+            kept, gone = self.find(i), self.find(j)
+            if kept != gone:
+                self._parent[gone] = kept
+                reason = self._reasons.pop(gone, None)
+                if reason is not None:
+                    self._reasons.setdefault(kept, reason)
+
+    def pin(self, ids: Tensor, reason: str) -> None:
+        """Forbid that these channels are rescaled."""
+        for i in torch.unique(_compact(ids)[0]).tolist():
+            if i != FREE_ZERO:
+                self._reasons.setdefault(self.find(i), reason)
+
+    def pinned(self, name: str, reason: str) -> None:
+        """Give tensor `name` a shadow that can never be rescaled."""
+        variable = self.new(1)
+        self.pin(variable, reason)
+        self.shadows[name] = variable[0].expand(self.graph.shapes[name])
+
+    def per_channel(self, shadow: Tensor, axis: int) -> Tensor:
+        """Return one variable per channel after forcing each channel to have one over all other axes."""
+        rows = rows_of(shadow, axis)
+        channel = rows.amax(1)
+        self.tie(rows, channel.unsqueeze(1))
+        return channel
+
+    def numbered(self, ids: Tensor, number: Mapping[int, int]) -> Tensor:
+        """Replace every variable by the number of its class; a constant 0 counts as pinned."""
+        values, inverse = torch.unique(ids, return_inverse=True)
+        numbers = [PINNED if i == FREE_ZERO else number.get(self.find(i), PINNED) for i in values.tolist()]
+        return torch.tensor(numbers, dtype=torch.int64)[inverse]
+
+    @property
+    def pinned_classes(self) -> Mapping[int, str]:
+        """Reason by representative of every class that is pinned."""
+        return self._reasons
+
+    def reason(self, ids: Tensor) -> str:
+        """Return why some of these channels are pinned; empty where none is."""
+        for i in torch.unique(ids).tolist():
+            if i != FREE_ZERO and self.find(i) in self._reasons:
+                return self._reasons[self.find(i)]
+        return ""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of a weight while the graph is walked."""
+
+    op: Op
+    kind: str
+    bias: str | None
+    groups: int
+    ins: Tensor
+    outs: Tensor
+    axis: int
+
+
+def _compact(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Drop the repetitions along axes that are expanded in all tensors: they hold the same elements again."""
+    for dim in range(tensors[0].dim()):
+        if tensors[0].shape[dim] > 1 and all(t.stride(dim) == 0 for t in tensors):
+            tensors = tuple(t.narrow(dim, 0, 1) for t in tensors)
+    return tensors
+
+
+def rows_of(shadow: Tensor, axis: int) -> Tensor:
+    """Arrange a shadow as `[channels, everything else]` without repeating what is only expanded."""
+    for dim in range(shadow.dim()):
+        if dim != axis % shadow.dim() and shadow.shape[dim] > 1 and shadow.stride(dim) == 0:
+            shadow = shadow.narrow(dim, 0, 1)
+    return shadow.movedim(axis, 0).reshape(shadow.shape[axis], -1)
+
+
+Rule = Callable[[Solver, Op], None]
+
+SAME: Final = frozenset(
+    [
+        "relu",
+        "leaky_relu",
+        "prelu",
+        "rrelu",
+        "abs",
+        "neg",
+        "identity",
+        "dropout",
+        "dropout1d",
+        "dropout2d",
+        "dropout3d",
+        "alpha_dropout",
+        "feature_dropout",
+        "contiguous",
+        "clone",
+        "detach",
+        "to",
+        "float",
+        "double",
+        "half",
+        "bfloat16",
+        "type_as",
+        "positive",
+    ]
+)
+"""Elementwise, positively homogeneous: f(x / c) = f(x) / c for every c > 0."""
+
+SPATIAL: Final = frozenset(
+    [
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d",
+        "adaptive_max_pool1d",
+        "adaptive_max_pool2d",
+        "adaptive_max_pool3d",
+        "interpolate",
+        "upsample",
+        "upsample_nearest",
+        "upsample_bilinear",
+        "max_pool2d_with_indices",
+    ]
+)
+"""Mixes positions inside a channel only; the channels are axis 1."""
+
+MOVES: Final[dict[str, Callable[..., Any]]] = {
+    "flatten": torch.flatten,
+    "reshape": torch.Tensor.reshape,
+    "view": torch.Tensor.reshape,
+    "reshape_as": torch.Tensor.reshape_as,
+    "view_as": torch.Tensor.reshape_as,
+    "unflatten": torch.Tensor.unflatten,
+    "permute": torch.Tensor.permute,
+    "transpose": torch.transpose,
+    "swapaxes": torch.swapaxes,
+    "swapdims": torch.swapdims,
+    "movedim": torch.movedim,
+    "t": torch.t,
+    "squeeze": torch.squeeze,
+    "unsqueeze": torch.unsqueeze,
+    "__getitem__": torch.Tensor.__getitem__,
+    "select": torch.select,
+    "narrow": torch.narrow,
+    "chunk": torch.chunk,
+    "split": torch.split,
+    "tensor_split": torch.tensor_split,
+    "unbind": torch.unbind,
+    "cat": torch.cat,
+    "concat": torch.cat,
+    "concatenate": torch.cat,
+    "stack": torch.stack,
+    "hstack": torch.hstack,
+    "vstack": torch.vstack,
+    "expand": torch.Tensor.expand,
+    "expand_as": torch.Tensor.expand_as,
+    "broadcast_to": torch.broadcast_to,
+    "repeat": torch.Tensor.repeat,
+    "repeat_interleave": torch.repeat_interleave,
+    "tile": torch.Tensor.tile,
+    "flip": torch.Tensor.flip,
+    "roll": torch.roll,
+    "pixel_shuffle": torch.pixel_shuffle,
+    "pixel_unshuffle": torch.pixel_unshuffle,
+    "channel_shuffle": functional.channel_shuffle,
+}
+"""Only moves, repeats or drops elements: executed on the shadows."""
+
+JOINS: Final = frozenset(["cat", "concat", "concatenate", "stack", "hstack", "vstack"])
+"""Those that move the elements of all their inputs; of others, inputs after the first only say where to."""
+
+REDUCES: Final = frozenset(["mean", "sum", "amax", "amin"])
+MULTIPLIES: Final = frozenset(["mul", "multiply", "__mul__", "__rmul__", "__imul__"])
+DIVIDES: Final = frozenset(["div", "divide", "true_divide", "__truediv__", "__itruediv__"])
+MATRIX_PRODUCTS: Final = frozenset(["matmul", "bmm", "mm", "__matmul__"])
+LAYERS: Final = frozenset(
+    ["linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
+)
+NEW_MEMORY: Final = LAYERS | ADDS | {"batch_norm", "mul", "__mul__"}
+"""Their results are no views, except that `x += y` returns `x`, which nothing else reads as it was."""
+
+HAS_BOUNDS: Final = frozenset(["relu6", "clamp", "clip"])
+AFFINE_OF: Final[dict[str, tuple[int, ...]]] = {
+    "layer_norm": (2, 3),
+    "rms_norm": (2,),
+    "group_norm": (2, 3),
+    "instance_norm": (3, 4),
+}
+"""Where the normalisations that are no BatchNorm have their weight and their bias among the arguments."""
+
+ABSORBS: Final = frozenset([*AFFINE_OF, "hardtanh", "channel_affine"])
+"""Beside the layers: their parameters absorb a factor of the output."""
+
+
+def apply_rule(solver: Solver, op: Op) -> None:
+    """Give the outputs of one operation their shadows.
+
+    Anything that the rule of the operation cannot express exactly falls back to a barrier.
+    """
+    _note_other_users(solver, op, absorbs=op.function in LAYERS or op.function in ABSORBS)
+    if not op.inputs or not op.outputs:
+        _barrier(solver, op, f"made by {op.function} from constants")
+        return
+    rule = _rule(op.function)
+    if rule is None:
+        words = "has one bound for all channels" if op.function in HAS_BOUNDS else "is not homogeneous"
+        _barrier(solver, op, f"{op.function} {words}")
+        return
+    try:
+        rule(solver, op)
+        _check_shapes(solver, op)
+    except _NotExpressibleError as why:
+        _note_other_users(solver, op, absorbs=False)
+        _barrier(solver, op, f"{op.function} {why}")
+
+
+class _NotExpressibleError(Exception):
+    """The arguments of this call are outside what the rule covers."""
+
+
+def _rule(function: str) -> Rule | None:
+    if function in SAME:
+        return _same
+    if function in SPATIAL:
+        return _spatial
+    if function in MOVES:
+        return _move
+    if function in REDUCES:
+        return _reduce
+    if function in ADDS:
+        return _add
+    if function in MULTIPLIES | DIVIDES:
+        return _multiply
+    if function in LAYERS:
+        return _layer
+    if function in MATRIX_PRODUCTS:
+        return _matrix_product
+    named = {
+        "pad": _pad,
+        **dict.fromkeys(AFFINE_OF, _norm),
+        "hardtanh": _bounded,
+        "channel_affine": _affine,
+        "scaled_dot_product_attention": _attention,
+    }
+    return named.get(function)
+
+
+def _barrier(solver: Solver, op: Op, reason: str) -> None:
+    for name in op.inputs:
+        solver.pin(solver.shadows[name], reason)
+    for name in op.outputs:
+        solver.pinned(name, reason)
+
+
+def _check_shapes(solver: Solver, op: Op) -> None:
+    for name in op.outputs:
+        shadow = solver.shadows.get(name)
+        if shadow is None or tuple(shadow.shape) != tuple(solver.graph.shapes[name]):
+            raise _NotExpressibleError("was called in a way that could not be followed")
+
+
+def _note_other_users(solver: Solver, op: Op, *, absorbs: bool) -> None:
+    """A weight that something else reads too must not be rescaled: that reader would see it."""
+    for position, value in enumerate([*op.args, *(op.kwargs or {}).values()]):
+        if not (absorbs and position > 0):
+            for name in _constants(value):
+                solver.other_users[name] = op.name
+
+
+def _constants(value: Any) -> Iterator[str]:
+    """Yield the names of all parameters in an argument, lists and tuples included."""
+    if isinstance(value, Const):
+        yield value.name
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _constants(part)
+
+
+def _same(solver: Solver, op: Op) -> None:
+    for value in (*op.args, *(op.kwargs or {}).values()):
+        if isinstance(value, torch.dtype) and not value.is_floating_point:
+            raise _NotExpressibleError(f"rounds to {value}")
+    solver.shadows[op.outputs[0]] = solver.shadows[op.inputs[0]]
+
+
+def _spatial(solver: Solver, op: Op) -> None:
+    shadow = solver.shadows[op.inputs[0]]
+    shape = solver.graph.shapes[op.outputs[0]]
+    if shadow.dim() < 3 or len(shape) != shadow.dim():
+        raise _NotExpressibleError("has no channel axis")
+    channel = solver.per_channel(shadow, 1)
+    for name in op.outputs:
+        solver.shadows[name] = channel.view(1, -1, *(1,) * (shadow.dim() - 2)).expand(solver.graph.shapes[name])
+
+
+def _resolve(solver: Solver, op: Op, value: Any) -> Any:
+    """Replace the references in an argument by shadows."""
+    if isinstance(value, Ref):
+        return solver.shadows[op.inputs[value.index]]
+    if isinstance(value, Const):
+        raise _NotExpressibleError("mixes activations with a constant")
+    if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+        return type(value)(_resolve(solver, op, v) for v in value)
+    return value
+
+
+def _move(solver: Solver, op: Op) -> None:
+    if op.function == "__getitem__" and len(op.inputs) > 1:
+        raise _NotExpressibleError("has an index that is computed")
+    try:
+        args = [_resolve(solver, op, v) for v in op.args]
+        kwargs = {k: _resolve(solver, op, v) for k, v in (op.kwargs or {}).items()}
+        result = MOVES[op.function](*args, **kwargs)
+    except (RuntimeError, TypeError, IndexError, ValueError) as error:
+        raise _NotExpressibleError(f"could not be followed ({str(error).splitlines()[0]})") from error
+    results = [result] if isinstance(result, Tensor) else list(result)
+    if len(op.outputs) > len(results):
+        raise _NotExpressibleError("returned an unexpected number of tensors")
+    solver.shadows.update(zip(op.outputs, results, strict=False))
+
+
+def _reduce(solver: Solver, op: Op) -> None:
+    shadow = solver.shadows[op.inputs[0]]
+    dims = op.argument(1, "dim")
+    keep = op.argument(2, "keepdim", False)
+    dims = range(shadow.dim()) if dims is None else [dims] if isinstance(dims, int) else dims
+    for dim in sorted((d % shadow.dim() for d in dims), reverse=True):
+        solver.tie(shadow, shadow.amax(dim, keepdim=True))
+        shadow = shadow.amax(dim, keepdim=keep)
+    solver.shadows[op.outputs[0]] = shadow
+
+
+def _add(solver: Solver, op: Op) -> None:
+    operands = op.args[:2]
+    if len(op.inputs) == 1 and Ref(0) in operands and all(v == Ref(0) or _is_zero(v) for v in operands):
+        solver.shadows[op.outputs[0]] = solver.shadows[op.inputs[0]].expand(solver.graph.shapes[op.outputs[0]])
+        return
+    if len(op.inputs) != 2 or not all(isinstance(v, Ref) for v in operands):
+        raise _NotExpressibleError("of a constant would need the constant rescaled")
+    shape = solver.graph.shapes[op.outputs[0]]
+    a, b = (solver.shadows[op.inputs[v.index]].expand(shape) for v in operands if isinstance(v, Ref))
+    solver.tie(a, b)
+    solver.shadows[op.outputs[0]] = a if not (a == FREE_ZERO).any() else torch.where(a == FREE_ZERO, b, a)
+
+
+def _is_zero(value: Any) -> bool:
+    """Whether an operand is the number 0, as in  `sum(branches)`,  which begins with  `0 + first`."""
+    return isinstance(value, (int, float)) and value == 0
+
+
+def _multiply(solver: Solver, op: Op) -> None:
+    """A product is homogeneous in one factor while the others stay: the gate is pinned, the feature passes."""
+    if (op.kwargs or {}).get("rounding_mode") is not None:
+        raise _NotExpressibleError("rounds")
+    refs = [v for v in op.args[:2] if isinstance(v, Ref)]
+    if len(refs) != len(op.inputs) or not refs:
+        raise _NotExpressibleError("was called in a way that could not be followed")
+    shadows = [solver.shadows[op.inputs[v.index]] for v in refs]
+    if len(refs) == 1:
+        if op.function in DIVIDES and not isinstance(op.args[0], Ref):
+            raise _NotExpressibleError("of a constant by an activation is not homogeneous")
+        feature = shadows[0]
+    else:
+        by_size = op.function in MULTIPLIES and shadows[0].numel() < shadows[1].numel()
+        feature, gate = shadows[::-1] if by_size else shadows
+        solver.pin(gate, f"gate of {op.function}")
+    solver.shadows[op.outputs[0]] = feature.expand(solver.graph.shapes[op.outputs[0]])
+
+
+def _matrix_product(solver: Solver, op: Op) -> None:
+    """A product of matrices is homogeneous in each column of its right factor while the left one stays.
+
+    So what attention makes has the scales of the values that it mixes.
+    """
+    if len(op.inputs) != 2 or op.args[:2] != (Ref(0), Ref(1)):
+        raise _NotExpressibleError("is not a product of two activations")
+    left, right = (solver.shadows[name] for name in op.inputs)
+    if min(left.dim(), right.dim()) < 2:
+        raise _NotExpressibleError("of a vector mixes the channels")
+    solver.pin(left, f"left factor of {op.function}")
+    solver.shadows[op.outputs[0]] = _columns(solver, right).expand(solver.graph.shapes[op.outputs[0]])
+
+
+def _attention(solver: Solver, op: Op) -> None:
+    """Attention is a matrix product whose left factor comes from queries and keys, and its right one is the values."""
+    names = ("query", "key", "value")
+    places = [op.argument(i, name) for i, name in enumerate(names)]
+    if places != [Ref(0), Ref(1), Ref(2)] or op.argument(7, "enable_gqa", False):
+        raise _NotExpressibleError("was called in a way that could not be followed")
+    for i, name in enumerate(op.inputs):
+        if i != 2:
+            solver.pin(solver.shadows[name], f"{names[i] if i < 2 else 'mask'} of {op.function}")
+    values = solver.shadows[op.inputs[2]]
+    solver.shadows[op.outputs[0]] = _columns(solver, values).expand(solver.graph.shapes[op.outputs[0]])
+
+
+def _columns(solver: Solver, matrices: Tensor) -> Tensor:
+    """Return one variable per column, `[..., 1, columns]`, after forcing each column to have one over all rows."""
+    columns = matrices.amax(-2, keepdim=True)
+    solver.tie(matrices, columns)
+    return columns
+
+
+def _pad(solver: Solver, op: Op) -> None:
+    shadow = solver.shadows[op.inputs[0]]
+    mode = op.argument(2, "mode", "constant")
+    pads = list(op.argument(1, "pad"))
+    if mode == "constant":
+        if op.argument(3, "value") not in (None, 0, 0.0):
+            raise _NotExpressibleError("with a value other than 0 would need the value rescaled")
+        solver.shadows[op.outputs[0]] = functional.pad(shadow, pads, value=FREE_ZERO)
+    else:
+        # Reflection and replication have no integer kernel; float64 holds the variables exactly.
+        solver.shadows[op.outputs[0]] = functional.pad(shadow.double(), pads, mode=mode).long()
+
+
+def _parameter(op: Op, position: int, name: str) -> Const | None:
+    value = op.argument(position, name)
+    if value is None or isinstance(value, Const):
+        return value
+    raise _NotExpressibleError(f"has a {name} that is computed")
+
+
+def _layer(solver: Solver, op: Op) -> None:
+    """Eq. (2): a kernel absorbs any factor of its input on its left and of its output on its right side."""
+    weight, bias = _parameter(op, 1, "weight"), _parameter(op, 2, "bias")
+    if weight is None or op.argument(0, "input") != Ref(0):
+        raise _NotExpressibleError("has a weight that is computed")
+    shape = solver.graph.shapes[op.outputs[0]]
+    transposed = op.function.startswith("conv_transpose")
+    groups = 1 if op.function == "linear" else int(op.argument(6, "groups", 1))
+    axis = -1 if op.function == "linear" else 1 - len(weight.shape)
+    ins = solver.per_channel(solver.shadows[op.inputs[0]], axis)
+    outs = solver.new(weight.shape[1] * groups if transposed else weight.shape[0])
+    call = Call(op, op.function, bias.name if bias else None, groups, ins, outs, axis)
+    solver.calls.setdefault(weight.name, []).append(call)
+    solver.shadows[op.outputs[0]] = on_axis(outs, axis).expand(shape)
+
+
+def _norm(solver: Solver, op: Op) -> None:
+    """A normalisation ends every scale before it; its gamma and beta absorb the one of each channel after it."""
+    constants = [
+        _parameter(op, place, name) for place, name in zip(AFFINE_OF[op.function], ("weight", "bias"), strict=False)
+    ]
+    weight, bias = constants[0], constants[1] if len(constants) > 1 else None
+    if weight is None or len(weight.shape) != 1:
+        raise _NotExpressibleError("has no per-channel weight")
+    shadow, shape = solver.shadows[op.inputs[0]], solver.graph.shapes[op.outputs[0]]
+    axis = -1 if op.function in ("layer_norm", "rms_norm") else 1 - len(shape)
+    solver.pin(shadow, f"{op.function} mixes the channels")
+    outs = solver.new(weight.shape[0])
+    ins = solver.new(1)
+    solver.pin(ins, f"{op.function} mixes the channels")
+    call = Call(op, "layer_norm", bias.name if bias else None, 1, ins.expand(weight.shape[0]), outs, axis)
+    solver.calls.setdefault(weight.name, []).append(call)
+    solver.shadows[op.outputs[0]] = on_axis(outs, axis).expand(shape)
+
+
+def _bounded(solver: Solver, op: Op) -> None:
+    """A function with bounds is homogeneous where each channel has bounds of its own, which are scaled with it."""
+    low, high = op.argument(1, "low"), op.argument(2, "high")
+    if not isinstance(low, Const) or not isinstance(high, Const):
+        raise _NotExpressibleError("has one bound for all channels")
+    shadow = solver.shadows[op.inputs[0]]
+    axis = int(op.argument(3, "axis"))
+    channel = solver.per_channel(shadow, axis)
+    call = Call(op, op.function, low.name, 1, channel, channel, axis)
+    solver.calls.setdefault(high.name, []).append(call)
+    solver.shadows[op.outputs[0]] = on_axis(channel, axis).expand(solver.graph.shapes[op.outputs[0]])
+
+
+def _affine(solver: Solver, op: Op) -> None:
+    """A factor for each channel absorbs those on both sides, and a shift the one behind it."""
+    weight, bias, axis = op.argument(1, "weight"), op.argument(2, "bias"), int(op.argument(3, "axis"))
+    assert isinstance(weight, Const)
+    ins = solver.per_channel(solver.shadows[op.inputs[0]], axis)
+    outs = solver.new(ins.numel())
+    call = Call(op, op.function, bias.name if isinstance(bias, Const) else None, 1, ins, outs, axis)
+    solver.calls.setdefault(weight.name, []).append(call)
+    solver.shadows[op.outputs[0]] = on_axis(outs, axis).expand(solver.graph.shapes[op.outputs[0]])

@@ -1,0 +1,276 @@
+"""The whole job step by step: the only place that knows all of them. A host calls these in order."""
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final, cast
+
+import torch
+from torch import nn
+
+from qft_plugin.config import FinetuneConfig, QFTConfig
+from qft_plugin.errors import ConfigError, QFTError, QFTWarning
+from qft_plugin.graph.layer_graph import DofMap
+from qft_plugin.graph.torch_model import Call
+from qft_plugin.job.health import check_squares, is_finite, not_finite, warn_of_targets
+from qft_plugin.job.start import Start
+from qft_plugin.job.understand import Problem
+from qft_plugin.tensors.partial_gradients import PartialBackward
+from qft_plugin.training.blocks import split
+from qft_plugin.training.efqat import PartialTraining
+from qft_plugin.training.finetune import (
+    EVALUATION_IMAGES,
+    FinetuneResult,
+    Loss,
+    Network,
+    Phase,
+    Prediction,
+    Recomputed,
+    Step,
+    Targets,
+    finetune,
+    images_meet,
+    is_random,
+    teacher_predictions,
+)
+from qft_plugin.training.integers import accumulator_bits
+from qft_plugin.training.offline import Dof, solve
+from qft_plugin.training.student import copies_for_gradients
+
+Callback = Callable[[Step], None]
+
+TEACHER_BATCH: Final = 64
+
+USELESS: Final = 0.3
+"""Normalised L2 from which on a result is of little use. ResNet-20 agreed with float on 93 % of test images at 0.02, 89
+at 0.08, 85 at 0.10, 81 at 0.14, 79 at 0.25, 71 at 0.30, 48 to 66 at 0.33, and on 10 % and less above 0.70."""
+
+USELESS_DIVERGENCE: Final = 1.0
+"""Likewise of the divergence of class probabilities: 93 % at 0.02, 68 % and less above 2."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The result of one quantization.
+
+    Attributes:
+        model: the quantized model, the host's own kind.
+        dof_map: which per-channel scales were shared, free, or pinned.
+        result: how the finetune went; `None` where none was asked for.
+    """
+
+    model: nn.Module
+    dof_map: DofMap
+    result: FinetuneResult | None
+
+
+def targets_of(teacher: Network, problem: Problem, config: QFTConfig) -> Targets | Recomputed | None:
+    """Run the teacher once over what this process trains on; without a finetune there is nothing to compare with.
+
+    Args:
+        teacher: the float network, compared at `problem.at`.
+        problem: what `understand` returned.
+        config: the settings.
+    """
+    settings = config.finetune
+    if settings is None:
+        return None
+    random = is_random(teacher, problem.inputs)
+    if random or images_meet(teacher, problem.inputs):
+        warnings.warn(
+            (
+                "The model should compute the same for the same images. Found that it does not: in eval mode something "
+                "random is still active, such as functional.dropout without training=self.training, and what the "
+                "student learns from is as noisy."
+            )
+            if random
+            else (
+                "What the model computes for an image should not depend on the other images of the batch. Found that "
+                "it does, so the teacher runs again in every step. Where the first axis is not that of the images (of "
+                "sequences in front of batches, for example), put it first."
+            ),
+            QFTWarning,
+            stacklevel=2,
+        )
+        first = teacher(problem.inputs.first())
+        _check_logits(settings, first.logits)
+        return Recomputed(teacher, problem.inputs.share, len(first.features), settings.cross_entropy > 0)
+    size = max(settings.batch_size, TEACHER_BATCH)
+    targets = teacher_predictions(teacher, problem.inputs.share, batch_size=size, memory_limit=settings.memory_limit)
+    check_squares(targets, problem.at.weights(len(targets.features)), problem.inputs)
+    _check_logits(settings, targets.logits)
+    return replace(targets, logits=targets.logits if settings.cross_entropy else None)
+
+
+def _check_logits(settings: FinetuneConfig, logits: object) -> None:
+    if settings.cross_entropy and logits is None:
+        raise ConfigError(
+            "FinetuneConfig.cross_entropy should be 0 for a model that does not return one tensor [images, classes]. "
+            f"Found {settings.cross_entropy}."
+        )
+
+
+def train(
+    start: Start,
+    problem: Problem,
+    targets: Targets | Recomputed | None,
+    config: QFTConfig,
+    *,
+    callback: Callback | None,
+) -> FinetuneResult | None:
+    """Finetune against the teacher's outputs; leaves the best state in `start.dof`, and warns of what would overflow.
+
+    Args:
+        start: what `initialize` returned.
+        problem: what `understand` returned.
+        targets: what `targets_of` returned.
+        config: the settings; without a finetune in them nothing happens.
+        callback: called after each finetuning step.
+    """
+    settings, dof = config.finetune, start.dof
+    result = None
+    if settings is not None and targets is not None:
+        try:
+            result = _finetuned(start, problem, targets, settings, callback)
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            # `a += 1` after a layer has read `a` is nothing wrong where nothing trains. The first step has found it.
+            result = _finetuned(start, problem, targets, settings, callback, copies=True)
+        _warn_of_loss(result, settings)
+    else:
+        check_start(start, problem)
+    check_accumulators(dof)
+    return result
+
+
+@torch.no_grad()
+def check_start(start: Start, problem: Problem) -> None:
+    """Refuse a start that computes NaN or infinity, where no finetune follows that would look at its loss.
+
+    Raises:
+        ModelError: it names where the first number that is not finite is computed.
+    """
+    call, solution = problem.inputs.first(TEACHER_BATCH), solve(start.dof)
+    # One run is not worth compiling for.
+    with torch.compiler.set_stance("force_eager"):
+        prediction = start.student(solution, call)
+    if not is_finite(prediction):
+        raise not_finite(start.student, problem.source.graph, start.placed.placement, solution, [call])
+
+
+def _warn_of_loss(result: FinetuneResult, settings: FinetuneConfig) -> None:
+    """Warn of a result that agrees with the float network too little to be of use."""
+    p = settings.cross_entropy
+    limit = (1 - p) * USELESS + p * USELESS_DIVERGENCE
+    if result.final_loss > limit:
+        warnings.warn(
+            f"Finetune: the loss should end below {limit:.2g}. Found {result.final_loss:.3g} (of the float network: 0, "
+            "of activations that are all 0: 1), with which a classifier names another class than the float network on "
+            "a quarter to all of the images. Use more bits (weight_bits, layer_bits, HardwareSpec.bias_bits, "
+            "activation_bits), less sparsity, or feed more images (FinetuneConfig.images_fed).",
+            QFTWarning,
+            stacklevel=3,
+        )
+
+
+def check_accumulators(dof: Dof) -> None:
+    """Warn of every layer whose accumulator could overflow."""
+    width = dof.hardware.accumulator_bits
+    if width is None:
+        return
+    wide = {name: bits for name, bits in accumulator_bits(dof).items() if bits > width}
+    if wide:
+        warnings.warn(
+            f"An accumulator of {width} bits should hold every sum. Found inputs that would overflow it: "
+            f"{', '.join(f'{name} needs {bits}' for name, bits in wide.items())}. Use fewer bits for its weights "
+            "(QFTConfig.layer_bits) or for what it reads (layer_activation_bits).",
+            QFTWarning,
+            stacklevel=3,
+        )
+
+
+def predicted(start: Start, settings: FinetuneConfig, call: Call, *, copies: bool = False) -> Prediction:
+    """Run the student with what its degrees of freedom are now, with gradients to those that train.
+
+    Args:
+        start: what `initialize` returned.
+        settings: of the finetune.
+        call: the batch.
+        copies: keep copies of what the gradients need, which the network changes in place.
+    """
+    solution = solve(start.dof)
+    # What is kept, and given back, is chosen by a loss in full precision.
+    low = settings.precision == "bfloat16" and torch.is_grad_enabled()
+    with (
+        torch.autocast(start.dof.log_c.device.type, torch.bfloat16) if low else contextlib.nullcontext(),
+        PartialBackward(solution.partial) if solution.partial else contextlib.nullcontext(),
+        copies_for_gradients() if copies and torch.is_grad_enabled() else contextlib.nullcontext(),
+    ):
+        prediction = cast(Prediction, start.student(solution, call))
+    return prediction.to(torch.float32) if low else prediction
+
+
+def _finetuned(
+    start: Start,
+    problem: Problem,
+    targets: Targets | Recomputed,
+    settings: FinetuneConfig,
+    callback: Callback | None,
+    *,
+    copies: bool = False,
+) -> FinetuneResult:
+    dof = start.dof
+    loss = Loss(problem.at.weights(targets.count), settings.cross_entropy)
+    part = settings.trains_part
+    if isinstance(targets, Targets):  # else the teacher runs along
+        warn_of_targets(targets, loss.weights, problem.inputs)
+    # What is chosen to train depends on every bit of the state.
+    problem.inputs.world.share_state(dof)
+
+    try:
+        partial = None if part is None else PartialTraining(dof, part)
+        return finetune(
+            functools.partial(predicted, start, settings, copies=copies),
+            dof,
+            _phases(start, problem, loss, settings),
+            inputs=problem.inputs,
+            targets=targets,
+            loss=loss,
+            config=settings,
+            callback=callback,
+            schedule=dof.set_progress,
+            penalty=dof.penalty,
+            partial=partial,
+            not_finite=functools.partial(_not_finite, start, problem),
+        )
+    finally:
+        dof.release()
+
+
+def _not_finite(start: Start, problem: Problem) -> QFTError:
+    share = problem.inputs.share
+    calls = share.batches(share.at_once(TEACHER_BATCH), at_most=EVALUATION_IMAGES)
+    return not_finite(start.student, problem.source.graph, start.placed.placement, solve(start.dof), calls)
+
+
+def _phases(start: Start, problem: Problem, loss: Loss, settings: FinetuneConfig) -> list[Phase]:
+    """Choose what trains when: everything at once, or one block after the other."""
+    dof, at, ends = start.dof, problem.at, problem.at.inputs[: problem.at.blocks]
+    grouped = functools.partial(
+        dof.parameter_groups,
+        learning_rate=settings.learning_rate,
+        scale_learning_rate=settings.scale_learning_rate,
+    )
+    if not ends:
+        return [Phase(loss, grouped())]
+    phases = []
+    for number, block in enumerate(split(problem.source.graph, dof.map, start.placed.placement, ends)):
+        factors = block.factors.to(dof.log_c.device)
+        groups = grouped(layers=block.layers, quantizers=block.quantizers, factors=bool(factors.any()))
+        alone = Loss(tuple(float(n == number) for n in range(len(loss.weights))), 0.0)
+        if any(group["params"] for group in groups):
+            phases.append(Phase(alone if number < at.blocks else loss, groups, [(dof.log_c, factors)]))
+    return phases

@@ -1,0 +1,397 @@
+"""Where a finetune starts: equalization, the host's quantizers, MMSE scales, compensated weights, corrected biases."""
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from qft_plugin.config import QFTConfig
+from qft_plugin.errors import ModelError, QFTWarning
+from qft_plugin.graph.gptq import can_compensate, compensated_kernel, input_rows, moments_of, parts_of
+from qft_plugin.graph.layer_graph import MADE_INSIDE, PINNED, Const, DofMap, Layer, LayerGraph
+from qft_plugin.graph.placement import (
+    ActivationGrid,
+    Comparison,
+    Placement,
+    addends,
+    joined,
+    merged,
+    quantizer_after,
+    quantizers_before,
+)
+from qft_plugin.graph.rules import LAYERS
+from qft_plugin.graph.scales import doubly_scales, equalize, nearest_factor, weight_scale
+from qft_plugin.job.activation_ranges import BATCH, activation_grids
+from qft_plugin.job.bias_correction import BIAS_IMAGES, correctable, corrections, output_means
+from qft_plugin.job.health import Ranges, warn_of_images, warn_of_ranges
+from qft_plugin.job.understand import Problem, laid_out
+from qft_plugin.training.data import Inputs
+from qft_plugin.training.offline import (
+    Dof,
+    WeightGrid,
+    fold_network,
+    names_of,
+    on_weight,
+    shared_grids,
+    solve,
+    tied_grids,
+)
+from qft_plugin.training.student import Unfold
+
+logger = logging.getLogger("qft_plugin")
+
+EQUALIZE_BOTH: Final = 0.5
+"""Beta of Eq. 19. Equalizing the consumers alone (1) was worse, even where every output channel has its own scale."""
+
+EQUALIZE_ROUNDS: Final = 4
+"""How often the equalized network is equalized again: a factor between two layers changes the ranges of both, and only
+where they have settled do networks with the same function, but other ranges of inner channels, start alike."""
+
+COMPENSATION_IMAGES: Final = 256
+"""Images on which rounding errors compensate each other."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Everything that a finetune starts from.
+
+    Attributes:
+        placed: the host's quantizers around the folded network.
+        student: the host's student.
+        dof: the degrees of freedom; their cross-layer factors are relative to `log_c`.
+        log_c: logarithm of the factor of every variable that is folded into the student already, `[dof_map.size]`.
+    """
+
+    placed: Any
+    student: Any
+    dof: Dof
+    log_c: Tensor
+
+
+def initialize(host: ModuleType, problem: Problem, request: Any, config: QFTConfig) -> Start:
+    """Choose where the finetune starts: equalization, the host's calibration, MMSE scales, compensated weights, biases.
+
+    Args:
+        host: the host's package; it has `place` and `Student`.
+        problem: what `understand` returned.
+        request: what the user asked the host for, passed on to it.
+        config: the settings.
+    """
+    log_c = _equalization(problem, config)
+    ranges = Ranges()
+    begin = start(host, problem, request, config, log_c=log_c, compensate=config.compensate, ranges=ranges)
+    _look(begin, problem, ranges)
+    if config.bias_correction:
+        _correct_biases(begin, problem)
+    return begin
+
+
+def start(
+    host: ModuleType,
+    problem: Problem,
+    request: Any,
+    config: QFTConfig,
+    *,
+    log_c: Tensor,
+    compensate: bool,
+    ranges: Ranges | None = None,
+) -> Start:
+    """Fold the network, let the host place its quantizers, and make the degrees of freedom.
+
+    Args:
+        host: the host's package.
+        problem: what `understand` returned.
+        request: what the user asked the host for, passed on to it.
+        config: the settings.
+        log_c: logarithm of the initial factor of every variable, `[dof_map.size]`.
+        compensate: move weights so that their rounding errors compensate each other.
+        ranges: notes what the network computes while compensation runs it.
+    """
+    source, dof_map, inputs = problem.source, problem.dof_map, problem.inputs
+    tensors = {name: source.tensors[name] for name in names_of(dof_map.layers)}
+    placed = host.place(source, fold_network(dof_map, log_c, tensors), request, inputs)
+    if source.weight_bits is None:
+        placed = replace(placed, placement=_with_bits(source.graph, placed.placement, dof_map, config))
+    _warn_of_computed_weights(source.graph)
+    compiled = config.finetune is not None and config.finetune.compile
+    student = host.Student(placed, source, problem.at, _unfolds(dof_map, problem.at, log_c), compiled=compiled)
+    groups, loose = addends(source.graph, placed.placement)
+    kind, tied = config.hardware.elementwise_rescale, config.hardware.ties_addends
+    if tied and loose:
+        warnings.warn(
+            f"elementwise_rescale={kind!r} should tie all inputs of an addition. Found an input that is not quantized "
+            f"in {', '.join(loose)}; these are added in float. Quantize what is added.",
+            QFTWarning,
+            stacklevel=2,
+        )
+    shared = _shared(source.graph, placed.placement, dof_map, config)
+    grids = _activation_grids(student, placed.placement, placed.tensors, inputs, config)
+    grids = tied_grids(shared_grids(grids, shared), merged([*shared, *groups], list(grids)), kind)
+    weights = _weight_grids(source, placed.placement, placed.tensors, dof_map, config, grids, shared)
+    values = dict(placed.tensors)
+    if compensate:
+        # A weight that stays 0 cannot compensate anything.
+        dense = {name: grid for name, grid in weights.items() if name not in source.kept}
+        values |= _compensated(student, source.graph, dof_map, dense, values, inputs, ranges or Ranges())
+    dof = Dof(
+        dof_map,
+        {name: laid_out(t, inputs) for name, t in values.items()},
+        weights,
+        grids,
+        train_cross_layer=config.train_cross_layer,
+        train_scales=config.train_scales,
+        hardware=config.hardware,
+        addends=groups if tied else (),
+        shared=shared,
+        rounding=config.rounding,
+        sparsity=config.sparsity,
+        kept=source.kept,
+    )
+    return Start(placed, student, dof, log_c)
+
+
+def _warn_of_computed_weights(graph: LayerGraph) -> None:
+    """Name the layers that no host can quantize, because their weights are no parameters."""
+    layers = [op for op in graph.ops if op.function.partition(" ")[0] in LAYERS]
+    computed = [op.name for op in layers if not _is_held(op.argument(1, "weight"))]
+    if computed:
+        warnings.warn(
+            f"The weights of layers should be parameters. Found {len(computed)} of {len(layers)} layers whose weights "
+            "the forward computes, as weight standardization and parametrizations do, or whose tensors the host cannot "
+            f"follow: {', '.join(computed)}. They stay in floating point. Give each of them the weight that it "
+            "computes as a plain parameter first (torch.nn.utils.parametrize.remove_parametrizations does that for "
+            "parametrizations).",
+            QFTWarning,
+            stacklevel=2,
+        )
+
+
+def _is_held(weight: Any) -> bool:
+    return isinstance(weight, Const) and weight.name != MADE_INSIDE
+
+
+def _equalization(problem: Problem, config: QFTConfig) -> Tensor:
+    """Choose the initial cross-layer factors, `[dof_map.size]`.
+
+    What is added starts with one scale in each channel, so that the host can place its quantizers around an addition
+    that needs no factors yet.
+    """
+    source = problem.source
+    dof_map, merged = problem.dof_map.merged(source.addend_factors)
+    layers = dof_map.layers
+    kernels = [layer.weight for layer in layers if layer.is_kernel]
+    bits = _bits(source, {name: source.tensors[name] for name in kernels}, config)
+    log_c: Tensor = source.tensors[kernels[0]].new_zeros(dof_map.size)
+    tensors = {name: source.tensors[name] for name in names_of(layers)}
+    for _ in range(EQUALIZE_ROUNDS if config.equalize else 0):
+        folded = fold_network(dof_map, log_c, tensors)
+        weights = {name: folded[name] for name in kernels}
+        log_c = log_c + equalize(dof_map, weights, bits, beta=EQUALIZE_BOTH).to(log_c)
+    return torch.cat([log_c.new_zeros(1), log_c])[merged[PINNED + 1 :].to(log_c.device)]
+
+
+def _bits(source: Any, weights: Mapping[str, Tensor], config: QFTConfig) -> Mapping[str, int]:
+    """Return the bit width of each weight: the host's where it has fixed them, else by the settings."""
+    if source.weight_bits is not None:
+        return {name: bits for name, bits in source.weight_bits.items() if name in weights}
+    return config.weight_bits_of({name: W.numel() for name, W in weights.items()})
+
+
+def _unfolds(dof_map: DofMap, at: Comparison, log_c: Tensor) -> tuple[Unfold | None, ...]:
+    """Return what brings each compared activation back to real units."""
+    factors = torch.cat([log_c.new_zeros(1), log_c]).exp()
+    unfolds: list[Unfold | None] = []
+    for place in at.inputs:
+        index = dof_map.channel_index[place.tensor].to(log_c.device)
+        rescaled = bool((index != PINNED).any())
+        unfolds.append(Unfold(index, factors[index], dof_map.channel_axes[place.tensor]) if rescaled else None)
+    return tuple(unfolds)
+
+
+@torch.no_grad()
+def _activation_grids(
+    student: Any, placement: Placement, tensors: Mapping[str, Tensor], inputs: Inputs, config: QFTConfig
+) -> dict[str, ActivationGrid]:
+    """Return the grids of all activation quantizers with their initial scales."""
+    grids = dict(placement.activations)
+    kind = config.activation_range or "mse"
+    if kind == "host":
+        return grids
+    return activation_grids(grids, functools.partial(student.observe, tensors), inputs, kind)
+
+
+def _with_bits(graph: LayerGraph, placement: Placement, dof_map: DofMap, config: QFTConfig) -> Placement:
+    """Give each activation quantizer its bit width: the widest that a layer behind it asks for."""
+    layers = [layer for layer in dof_map.layers if layer.weight in placement.weights]
+    wanted = config.activation_bits_of([layer.weight for layer in layers])
+    default = config.hardware.activation_bits or 8
+    found: dict[str, int] = {}
+    floating = []
+    for layer in layers:
+        names = quantizers_before(graph, placement, layer)
+        found |= {name: max(found.get(name, 0), wanted[layer.weight]) for name in names if name is not None}
+        if None in names and wanted[layer.weight] != default:
+            floating.append(layer.weight)
+    if floating:
+        warnings.warn(
+            "QFTConfig.layer_activation_bits should be of layers whose whole input is quantized. Found "
+            f"{', '.join(floating)}, which read other values too. Look at what the host quantizes.",
+            QFTWarning,
+            stacklevel=2,
+        )
+    grids = {name: grid.with_bits(found.get(name, default)) for name, grid in placement.activations.items()}
+    return replace(placement, activations=grids)
+
+
+def _shared(graph: LayerGraph, placement: Placement, dof_map: DofMap, config: QFTConfig) -> tuple[tuple[str, ...], ...]:
+    """List groups of activation quantizers that have one scale, where the hardware has integer accumulators.
+
+    A kernel that reads a concatenation, or that is called several times, adds products of all their integers.
+    """
+    if not config.hardware.needs_accumulators:
+        return ()
+    kernels = [layer for layer in dof_map.layers if layer.weight in placement.weights and layer.is_kernel]
+    shared = joined(graph, placement, kernels)
+    problems = []
+    for layer in kernels:
+        names = quantizers_before(graph, placement, layer)
+        if _one_of(names, shared) is None:
+            why = "reads values that are not quantized" if None in names else "reads several zero points"
+            problems.append(f"{layer.weight} {why}")
+    if problems:
+        hardware = config.hardware
+        settings = {
+            "bias_bits": hardware.bias_bits,
+            "accumulator_bits": hardware.accumulator_bits,
+            "rescale_factor": None if hardware.rescale_factor == "float" else hardware.rescale_factor,
+        }
+        asked = ", ".join(f"{name}={value!r}" for name, value in settings.items() if value is not None)
+        warnings.warn(
+            f"HardwareSpec({asked}) should hold for every quantized layer, whose accumulator then needs one scale. "
+            f"Found layers without: {'; '.join(problems)}. Their biases and rescale factors stay in float, and their "
+            "accumulators are not looked at. Quantize all that they read.",
+            QFTWarning,
+            stacklevel=3,
+        )
+    return shared
+
+
+def _one_of(names: Sequence[str | None], shared: Sequence[Sequence[str]]) -> str | None:
+    """Return one of several quantizers if all have one scale, else `None`."""
+    one = len(names) == 1 or any(set(names) <= set(group) for group in shared)
+    return names[0] if one else None
+
+
+@torch.no_grad()
+def _compensated(
+    student: Any,
+    graph: LayerGraph,
+    dof_map: DofMap,
+    grids: Mapping[str, WeightGrid],
+    tensors: Mapping[str, Tensor],
+    inputs: Inputs,
+    ranges: Ranges,
+) -> dict[str, Tensor]:
+    """Let the rounding errors of each layer compensate each other on the images; returns the weights that change."""
+    layers = [layer for layer in dof_map.layers if layer.weight in grids and can_compensate(layer)]
+    ops = {op.name: op for op in graph.ops}
+    moments: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+
+    def watcher(layer: Layer) -> Callable[[Tensor], None]:
+        W = tensors[layer.weight]
+        parts = parts_of(W)
+
+        def add(x: Tensor) -> None:
+            found = moments_of(input_rows(x, ops[layer.calls[0]], layer, W, generator=generator), parts).double()
+            before = moments.get(layer.weight)
+            moments[layer.weight] = found if before is None else before.add_(found)
+
+        return add
+
+    watchers = {layer.calls[0]: watcher(layer) for layer in layers}
+    for call in inputs.batches(inputs.at_once(BATCH), at_most=COMPENSATION_IMAGES):
+        ranges.run(student, tensors, call, watchers)
+    result = {}
+    for layer in layers:
+        W, grid = tensors[layer.weight], grids[layer.weight]
+        step = on_weight(grid.scale, grid.scale_in, W, layer)
+        H = moments.pop(layer.weight)
+        try:
+            result[layer.weight] = compensated_kernel(W, step, H, layer, high=2 ** (grid.bits - 1) - 1)
+        except RuntimeError as error:  # the moment matrix is not positive definite
+            logger.warning("%s starts from rounding to nearest: %s", layer.weight, error)
+    return result
+
+
+@torch.no_grad()
+def _look(start: Start, problem: Problem, ranges: Ranges) -> None:
+    """Warn of what is constant and of what dominates among the first images, which compensation has seen, if it ran."""
+    inputs, placed = problem.inputs, start.placed
+    warn_of_images(inputs)
+    if not placed.placement.activations:
+        return
+    if not ranges.images:
+        for call in inputs.batches(inputs.at_once(BATCH), at_most=COMPENSATION_IMAGES):
+            ranges.run(start.student, placed.tensors, call, {})
+    warn_of_ranges(ranges, start.student, placed.tensors, problem.source.graph, placed.placement, inputs)
+
+
+@torch.no_grad()
+def _correct_biases(start: Start, problem: Problem) -> None:
+    """Let each layer's mean output be that of the float network, in folded units; changes `start.dof`."""
+    dof, student, tensors = start.dof, start.student, start.placed.tensors
+    layers = correctable(dof.map.layers, dof.weight_grids)
+    call = problem.inputs.first(BIAS_IMAGES)
+    means = output_means(layers, tensors, lambda: student.watch(tensors, call, {}))
+    solution = solve(dof)
+    # One run is not worth compiling for, and would use up some of the variants that torch compiles of a function.
+    with torch.compiler.set_stance("force_eager"):
+        changes = corrections(layers, solution.tensors, lambda: student(solution, call), means)
+    for weight, change in changes.items():
+        dof.shift_bias(weight, change)
+
+
+def _weight_grids(
+    source: Any,
+    placement: Placement,
+    tensors: Mapping[str, Tensor],
+    dof_map: DofMap,
+    config: QFTConfig,
+    activations: Mapping[str, ActivationGrid],
+    shared: Sequence[Sequence[str]],
+) -> dict[str, WeightGrid]:
+    """Choose the bit width and the initial scales of every weight that the host quantized."""
+    layers = [layer for layer in dof_map.layers if layer.weight in placement.weights]
+    if not layers:
+        raise ModelError(
+            "At least one layer should be quantized. Found none. Look at what keeps them out, under NNCF ignored_scope "
+            "and target_device."
+        )
+    bits = _bits(source, {layer.weight: tensors[layer.weight] for layer in layers}, config)
+    grids = {}
+    for layer in layers:
+        place = placement.weights[layer.weight]
+        # No kernel multiplies by the weight of a normalisation in 4 bits, and it is small: 8 bits.
+        width = 8 if layer.kind == "layer_norm" else bits[layer.weight]
+        W, scale, scale_in = tensors[layer.weight], place.scale, place.scale_in
+        if scale is None and place.doubly:
+            scale, scale_in = doubly_scales(W, layer, bits=width)
+        elif scale is None:
+            per_channel = config.hardware.rescale == "channelwise" and place.per_channel
+            scale = weight_scale(W, layer, bits=width, per_channel=per_channel)
+        s_in = _one_of(quantizers_before(source.graph, placement, layer), shared)
+        s_out = quantizer_after(source.graph, placement, layer)
+        if s_in is not None and s_out is not None:
+            F_unit = activations[s_out].scale / activations[s_in].scale
+            kind = config.hardware.rescale_factor
+            F = nearest_factor(W, layer, scale / F_unit, unit=F_unit, kind=kind, bits=width, scale_in=scale_in)
+            scale = F * F_unit
+        grids[layer.weight] = WeightGrid(bits=width, scale=scale, s_in=s_in, s_out=s_out, scale_in=scale_in)
+    return grids

@@ -1,0 +1,489 @@
+"""From a description to a trainable student: NNCF places and calibrates, light modules take the quantizers' places."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import torch
+from nncf.torch.function_hook import get_hook_storage, wrap_model
+from nncf.torch.function_hook.hook_storage import decode_hook_name
+from nncf.torch.quantization.layers import AsymmetricQuantizer, SymmetricQuantizer
+from torch import Tensor, nn
+
+from qft_plugin.config import HardwareSpec
+from qft_plugin.graph.batch_norms import NORMS
+from qft_plugin.graph.layer_graph import ADDS, MADE_INSIDE, Const, Ref
+from qft_plugin.graph.placement import ActivationGrid, Comparison, Placement, WeightPlace, is_division, only_divided
+from qft_plugin.graph.rules import LAYERS
+from qft_plugin.graph.torch_model import Call, Functional, repeatable, replace_modules, tensor_of, tensors_in
+from qft_plugin.nncf._read import Source, add_factors, port_of, tensor_name
+from qft_plugin.nncf._replay import Replay, replay
+from qft_plugin.tensors.fake_quantize import fake_quantize
+from qft_plugin.training.data import Inputs
+from qft_plugin.training.finetune import Prediction
+from qft_plugin.training.offline import Solution
+from qft_plugin.training.student import (
+    FakeQuantizer,
+    Unfold,
+    Watcher,
+    compiled_fake_quantize,
+    looked_at,
+    observe,
+    prediction_of,
+    set_grids,
+    unfolded,
+)
+
+FIRST: Final = 2
+"""Images that hooks are found with."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A model with NNCF's quantizers in it.
+
+    Attributes:
+        model: what `nncf.quantize` returned for the equalized copy.
+        placement: where its quantizers are.
+        tensors: its weights and biases by name, and the factors in front of additions, which are 1 and not in it yet.
+        hooks: names of the hooks of each activation quantizer, by name of the quantizer.
+        weight_hooks: names of the hooks of each weight quantizer, by name of the weight.
+        other_hooks: likewise of constants that the offline subgraph does not know, such as embeddings.
+        factors: the operation and the port that each factor in front of an addition belongs to, by name of the factor.
+        in_result: the name of each operation where every module is the user's again.
+    """
+
+    model: nn.Module
+    placement: Placement
+    tensors: Mapping[str, Tensor]
+    hooks: Mapping[str, tuple[str, ...]]
+    weight_hooks: Mapping[str, tuple[str, ...]]
+    other_hooks: Mapping[str, tuple[str, ...]]
+    factors: Mapping[str, tuple[str, int]]
+    in_result: Mapping[str, str]
+
+
+class Request(Protocol):
+    """What a user asked NNCF for."""
+
+    @property
+    def runs_on_cpu(self) -> bool:
+        """Whether the model is meant for OpenVINO's CPU plugin."""
+        ...
+
+    @property
+    def hardware(self) -> HardwareSpec:
+        """What the target can do."""
+        ...
+
+    def place(self, model: nn.Module, inputs: Inputs, /) -> nn.Module:
+        """Call NNCF's own `quantize` with the user's settings; returns a new model."""
+        ...
+
+
+def place(source: Source, tensors: Mapping[str, Tensor], request: Request, inputs: Inputs) -> Placed:
+    """Let NNCF place and calibrate its quantizers.
+
+    Args:
+        source: the model as it was read.
+        tensors: the weights and biases that the offline subgraph knows, after equalization; quantizers of other
+            weights stay NNCF's own.
+        request: the user's settings for NNCF.
+        inputs: the images.
+    """
+    model = copy.deepcopy(source.plain)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if name not in source.addend_factors:
+                tensor_of(model, name).copy_(tensor)
+    quantized = request.place(model, inputs)
+    hardware = request.hardware
+    _drop_quantizers_of_divisions(quantized, source)
+    if hardware.activation_bits is None:
+        _drop_activation_quantizers(quantized, source)
+    elif request.runs_on_cpu and not hardware.quantizes_addends:
+        _drop_quantizers_of_addends(quantized, source)
+    names_by_module: dict[nn.Module, list[str]] = {}
+    for name, hook in get_hook_storage(quantized).named_hooks(remove_duplicate=False):
+        if isinstance(hook, (SymmetricQuantizer, AsymmetricQuantizer)):
+            names_by_module.setdefault(hook, []).append(name)
+    activations: dict[str, ActivationGrid] = {}
+    hooks: dict[str, tuple[str, ...]] = {}
+    weights: dict[str, WeightPlace] = {}
+    weight_hooks: dict[str, tuple[str, ...]] = {}
+    other_hooks: dict[str, tuple[str, ...]] = {}
+    on_tensor: dict[str, str] = {}
+    on_input: dict[tuple[str, int], str] = {}
+    factors = {(addend.addition, addend.index): (addend.factor, 0) for addend in source.addends}
+    for hook, names in names_by_module.items():
+        kind, op, port = decode_hook_name(names[0])
+        what = source.ports.get((op, port)) if kind == "pre_hooks" else None
+        if isinstance(what, Const):
+            # A weight that is used by several calls has a quantizer for each: one of them will stand for all.
+            if what.name in tensors:
+                channels = hook.scale.numel() if isinstance(hook, SymmetricQuantizer) else 0
+                weight_hooks[what.name] = (*weight_hooks.get(what.name, ()), *names)
+                before = weights.get(what.name, WeightPlace(per_channel=True)).per_channel
+                each = channels == _out_channels(tensors, source, what)
+                doubly = hardware.doubly_per_channel and before and each and is_kernel_weight(source, what)
+                weights[what.name] = WeightPlace(before and each, doubly=doubly)
+            elif what.name != MADE_INSIDE:
+                other_hooks[what.name] = (*other_hooks.get(what.name, ()), *names)
+            continue
+        grid = _activation_grid(hook)
+        if grid is None:
+            continue
+        activations[names[0]], hooks[names[0]] = grid, tuple(names)
+        for name in names:
+            kind, op, port = decode_hook_name(name)
+            if kind == "post_hooks":
+                on_tensor[tensor_name(op, port)] = names[0]
+            else:
+                what = source.ports.get((op, port))
+                if what is not None and not isinstance(what, Const):
+                    on_input[factors.get((op, what.index), (op, what.index))] = names[0]
+    placement = Placement(activations, on_tensor, on_input, weights)
+    held = {
+        name: tensor if name in source.addend_factors else tensor_of(quantized, name).detach()
+        for name, tensor in tensors.items()
+    }
+    entries = {name: (a.addition, port_of(source.ports, a)) for a, name in source.addends.items()}
+    return Placed(quantized, placement, held, hooks, weight_hooks, other_hooks, entries, source.in_result)
+
+
+def _drop_quantizers_of_divisions(model: nn.Module, source: Source) -> None:
+    """Remove the quantizers whose values are only read by divisions of one activation by another.
+
+    NNCF (3.4) quantizes both inputs of a division: a divisor below half a step becomes 0, and the network's outputs NaN
+    (linear attention, which divides by a sum plus 1e-15). No integer kernel divides, so nothing is lost.
+    """
+    storage = get_hook_storage(model)
+    divisions = {op.name for op in source.graph.ops if is_division(op)}
+    for name, hook in list(storage.named_hooks(remove_duplicate=False)):
+        if isinstance(hook, (SymmetricQuantizer, AsymmetricQuantizer)):
+            kind, op, port = decode_hook_name(name)
+            divided = only_divided(source.graph, tensor_name(op, port)) if kind == "post_hooks" else op in divisions
+            if divided:
+                storage.delete_hook(name)
+
+
+def _drop_quantizers_of_addends(model: nn.Module, source: Source) -> None:
+    """Remove the quantizers whose values are only added to something.
+
+    OpenVINO's CPU plugin fuses such an addition into the convolution before it, and of the quantizer in between it
+    applies the clip but not the rounding (2026.4: outputs equal a clip to 1e-7, and differ from the quantizer by 3 %
+    in a ResNet-20). No integer kernel needs these quantizers, so without them torch and the runtime agree.
+    """
+    storage = get_hook_storage(model)
+    factors = {addend.factor for addend in source.addends}
+    added = {op.name for op in source.graph.ops if op.function in ADDS}
+    for name, hook in list(storage.named_hooks(remove_duplicate=False)):
+        if not isinstance(hook, (SymmetricQuantizer, AsymmetricQuantizer)):
+            continue
+        kind, op, port = decode_hook_name(name)
+        if kind == "pre_hooks":
+            # Of a tensor that others read in float, or as it is before an addition in place, the reader quantizes.
+            if op in added and isinstance(source.ports.get((op, port)), Ref):
+                storage.delete_hook(name)
+            continue
+        tensor = tensor_name(op, port)
+        users = [reader for reader in source.graph.ops if tensor in reader.inputs]
+        only_added = all(reader.name in added or reader.name in factors for reader in users)
+        if users and only_added and tensor not in source.graph.outputs:
+            storage.delete_hook(name)
+
+
+def _drop_activation_quantizers(model: nn.Module, source: Source) -> None:
+    """Remove every quantizer that does not quantize a constant."""
+    storage = get_hook_storage(model)
+    for name, hook in list(storage.named_hooks(remove_duplicate=False)):
+        kind, op, port = decode_hook_name(name)
+        on_constant = kind == "pre_hooks" and isinstance(source.ports.get((op, port)), Const)
+        if isinstance(hook, (SymmetricQuantizer, AsymmetricQuantizer)) and not on_constant:
+            storage.delete_hook(name)
+
+
+def is_kernel_weight(source: Source, weight: Const) -> bool:
+    """Whether a constant is the weight of a convolution or linear layer."""
+    return any(op.function in LAYERS and op.argument(1, "weight") == weight for op in source.graph.ops)
+
+
+def _out_channels(tensors: Mapping[str, Tensor], source: Source, weight: Const) -> int:
+    for op in source.graph.ops:
+        if op.argument(1, "weight") == weight:
+            transposed = op.function.startswith("conv_transpose")
+            return tensors[weight.name].shape[1] * op.argument(6, "groups", 1) if transposed else weight.shape[0]
+    return weight.shape[0]
+
+
+def _activation_grid(hook: nn.Module) -> ActivationGrid | None:
+    """Read the grid of a quantizer; `None` where it differs by channel."""
+    assert isinstance(hook, (SymmetricQuantizer, AsymmetricQuantizer))
+    low, high, scale, zero_point = hook.get_parameters_for_torch_fq()
+    if scale.numel() != 1:
+        return None
+    # A zero point at the end of the grid belongs to values of one sign, and stays.
+    shifts = isinstance(hook, AsymmetricQuantizer) and int(low) < int(zero_point) < int(high)
+    return ActivationGrid(float(scale), int(low), int(high), int(zero_point), shifts)
+
+
+class _FixedQuantizer(nn.Module):
+    """Stands in for a quantizer that is not trained (an embedding's weight, a scale per activation channel)."""
+
+    def __init__(self, hook: nn.Module, dims: int) -> None:
+        super().__init__()
+        assert isinstance(hook, (SymmetricQuantizer, AsymmetricQuantizer))
+        low, high, scale, zero_point = hook.get_parameters_for_torch_fq()
+        narrow = bool(getattr(hook, "narrow_range", False))
+        self.low, self.high = int(low) + int(narrow and low < 0), int(high)
+        shape = hook.scale_shape if len(hook.scale_shape) == dims else (1,)
+        self.register_buffer("scale", scale.detach().reshape(shape))
+        self.register_buffer("zero_point", zero_point.reshape(shape).to(scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(self.scale, Tensor)
+        assert isinstance(self.zero_point, Tensor)
+        rounded = torch.clamp(torch.round(x / self.scale) + self.zero_point, self.low, self.high)
+        return (rounded - self.zero_point) * self.scale
+
+
+class _Capture(nn.Module):
+    """Keeps the value that passes; a copy, because what reads it may change it in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.value = x.clone()
+        return x
+
+
+class _Watch(nn.Module):
+    """Shows a function every value that passes."""
+
+    def __init__(self, watcher: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.watcher = watcher
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.watcher(x)
+        return x
+
+
+class Observed:
+    """A wrapped model and the places where it is compared."""
+
+    def __init__(self, model: nn.Module, at: Comparison, source: Source, names: Mapping[str, str]) -> None:
+        """Put a capture on each compared input.
+
+        Args:
+            model: wrapped by NNCF.
+            at: where it is compared.
+            source: the model as it was read.
+            names: what the operations of its graph are called in `model`.
+        """
+        self.model = model
+        self._with_outputs = at.outputs
+        self._captures = [_Capture() for _ in at.inputs]
+        for place, capture in zip(at.inputs, self._captures, strict=True):
+            port = _ports_of_input(source, place.index)[place.op]
+            get_hook_storage(model).register_pre_function_hook(names[place.op], port, capture)
+
+    def predict(self, run: Callable[[], Any]) -> Prediction:
+        """Call the model through `run` and collect what is compared."""
+        outputs = list(tensors_in(run()))
+        values = [capture.value for capture in self._captures if capture.value is not None]
+        for capture in self._captures:
+            capture.value = None
+        return prediction_of(outputs, values, with_outputs=self._with_outputs)
+
+
+def _ports_of_input(source: Source, index: int) -> dict[str, int]:
+    """Return the port of each operation that receives its activation input number `index`."""
+    return {op: port for (op, port), what in source.ports.items() if what == Ref(index)}
+
+
+def teacher(source: Source, at: Comparison) -> Callable[[Call], Prediction]:
+    """Return the untouched float model as a function from the arguments of a call to a prediction."""
+    observed = Observed(wrap_model(copy.deepcopy(source.teacher)), at, source, source.in_teacher)
+
+    def run(call: Call) -> Prediction:
+        args, kwargs = call
+        return observed.predict(lambda: observed.model(*args, **kwargs))
+
+    return run
+
+
+class Student:
+    """The fake-quantized network; its weights, biases and scales are an argument of every call."""
+
+    def __init__(
+        self,
+        placed: Placed,
+        source: Source,
+        at: Comparison,
+        unfolds: Sequence[Unfold | None],
+        *,
+        compiled: bool,
+    ) -> None:
+        """Replace NNCF's quantizers by light ones in a copy.
+
+        Args:
+            placed: the model with NNCF's quantizers.
+            source: the model as it was read.
+            at: where it is compared with the teacher.
+            unfolds: what brings each activation there back to the teacher's units.
+            compiled: fuse the fake-quantization with `torch.compile`.
+        """
+        model = copy.deepcopy(placed.model)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        storage = get_hook_storage(model)
+        function = compiled_fake_quantize() if compiled else fake_quantize
+        self._quantizers: dict[str, FakeQuantizer] = {}
+        for quantizer, names in placed.hooks.items():
+            module = FakeQuantizer(placed.placement.activations[quantizer], function)
+            self._quantizers[quantizer] = module
+            for name in names:
+                storage.set_submodule(name, module)
+        for names in placed.weight_hooks.values():
+            for name in names:
+                storage.delete_hook(name)
+        for name, hook in list(storage.named_hooks(remove_duplicate=False)):
+            if isinstance(hook, (SymmetricQuantizer, AsymmetricQuantizer)):
+                storage.set_submodule(name, _FixedQuantizer(hook, len(hook.scale_shape)))
+        self._names, self._ops = _remove_neutral_norms(model, source)
+        own = add_factors(model, source.addends, source.ports, self._ops)
+        self._names |= {source.addends[addend]: name for addend, name in own.items()}
+        self._observed, self._function = Observed(model, at, source, self._ops), Functional(model)
+        self._unfolds = unfolds
+        self._first_port = _ports_of_input(source, 0)
+        self._looked = False
+        self._replay: Replay | None = None
+
+    def __call__(self, solution: Solution, call: Call) -> Prediction:
+        """Run the student on one batch, with gradients to everything in `solution`."""
+        set_grids(self._quantizers, solution)
+        # Once, when training begins: who looks into an earlier run should see one run.
+        if not self._looked and torch.is_grad_enabled():
+            self._looked, self._replay = True, self._found(solution.tensors, call)
+        with contextlib.nullcontext() if self._replay is None else self._replay.active():
+            prediction = self._run(solution.tensors, call)
+        return unfolded(prediction, self._unfolds, solution.factors)
+
+    def _found(self, tensors: Mapping[str, Tensor], call: Call) -> Replay | None:
+        """Look for a way to run without NNCF, with the first images."""
+        args, kwargs = call
+        call = tuple(t[:FIRST] for t in args), {name: t[:FIRST] for name, t in kwargs.items()}
+
+        def run() -> list[Tensor]:
+            with repeatable():
+                prediction = self._run(tensors, call)
+            return [*prediction.features, *([] if prediction.logits is None else [prediction.logits])]
+
+        # In full precision: in a lower one a bound is rounded before values are compared with it, or it is not.
+        with torch.autocast(next(iter(tensors.values())).device.type, enabled=False):
+            return replay(self._observed.model, run)
+
+    def observe(self, tensors: Mapping[str, Tensor], call: Call, watcher: Watcher) -> None:
+        """Run with float activations and show what each activation quantizer would have had as its input."""
+        observe(self._quantizers, lambda: self._run(tensors, call), watcher)
+
+    def watch(
+        self, tensors: Mapping[str, Tensor], call: Call, watchers: Mapping[str, Callable[[Tensor], None]]
+    ) -> None:
+        """Run with float activations and show each watcher the input of its operation.
+
+        Args:
+            tensors: weights and biases by name.
+            call: the batch.
+            watchers: called with the first activation input, by name of the operation.
+        """
+        for module in self._quantizers.values():
+            module.scale = None
+        with self._watched(watchers):
+            self._run(tensors, call)
+
+    def trace(self, solution: Solution, call: Call, watchers: Mapping[str, Callable[[Tensor], None]]) -> None:
+        """Run with quantized activations and show each watcher the input of its operation.
+
+        Args:
+            solution: weights, biases and scales.
+            call: the batch.
+            watchers: called with the first activation input, by name of the operation; one that NNCF does not run
+                itself, such as a factor in front of an addition, is left out.
+        """
+        set_grids(self._quantizers, solution)
+        with self._watched({op: watcher for op, watcher in watchers.items() if op in self._first_port}):
+            self._run(solution.tensors, call)
+
+    def looked_at(self, look: Callable[[str, Tensor], None]) -> contextlib.AbstractContextManager[None]:
+        """Show a function what each activation quantizer reads in runs with float activations, with its name."""
+        return looked_at(self._quantizers, look)
+
+    @contextlib.contextmanager
+    def _watched(self, watchers: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+        storage = get_hook_storage(self._observed.model)
+        handles = [
+            storage.register_pre_function_hook(self._ops[op], self._first_port[op], _Watch(watcher))
+            for op, watcher in watchers.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _run(self, tensors: Mapping[str, Tensor], call: Call) -> Prediction:
+        args, kwargs = call
+        renamed = {self._names.get(name, name): tensor for name, tensor in tensors.items()}
+        return self._observed.predict(lambda: self._function(renamed, args, kwargs))
+
+
+def _remove_neutral_norms(model: nn.Module, source: Source) -> tuple[dict[str, str], dict[str, str]]:
+    """Let each layer add its own bias, so that the neutral BatchNorms cost nothing while the student trains.
+
+    A subclass stays: its forward may do more than what torch's own does, such as an activation function.
+
+    Returns:
+        The new name of each bias that moved, and that of every operation: NNCF numbers the calls of a function.
+    """
+    removed = {n.norm_op: n for n in source.norms if type(model.get_submodule(n.norm)) in NORMS}
+    biases = {}
+    for norm in removed.values():
+        layer = model.get_submodule(norm.layer)
+        if getattr(layer, "bias", None) is None:
+            layer.register_parameter("bias", nn.Parameter(tensor_of(model, norm.bias).detach().clone(), False))
+        biases[norm.bias] = f"{norm.layer}.bias"
+        replace_modules(model, {model.get_submodule(norm.norm): nn.Identity()})
+    names = {op: removed[op].layer_op if op in removed else _renumbered(op, removed) for op in source.in_result}
+    rename_hooks(get_hook_storage(model), names)
+    return biases, names
+
+
+def _renumbered(op: str, removed: Iterable[str]) -> str:
+    """Name an operation after others are gone; the last part of its name is its number among those of one kind."""
+    kind, _, number = op.rpartition("/")
+    gone = sum(k == kind and int(n) < int(number) for k, _, n in (name.rpartition("/") for name in removed))
+    return f"{kind}/{int(number) - gone}"
+
+
+def rename_hooks(storage: Any, names: Mapping[str, str]) -> None:
+    """Give the hooks of operations to those of other names, all at once, so that two may change places.
+
+    Args:
+        storage: the hooks.
+        names: the new name of each operation; those of other names keep theirs.
+    """
+    hooks = [(name, *decode_hook_name(name), hook) for name, hook in storage.named_hooks(remove_duplicate=False)]
+    for name, _, op, _, _ in hooks:
+        if names.get(op, op) != op:
+            storage.delete_hook(name)
+    for _, kind, op, port, hook in hooks:
+        new = names.get(op, op)
+        if new != op:
+            add = storage.register_pre_function_hook if kind == "pre_hooks" else storage.register_post_function_hook
+            add(new, port, hook)

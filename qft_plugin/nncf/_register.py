@@ -1,0 +1,305 @@
+"""`nncf.quantize` with one more argument: `algorithm`."""
+
+import contextlib
+import copy
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import nncf
+import nncf.quantization
+import nncf.quantization.quantize_model
+import torch
+from nncf.common.logging.track_progress import track
+from nncf.quantization.advanced_parameters import (
+    AdvancedBiasCorrectionParameters,
+    AdvancedQuantizationParameters,
+    OverflowFix,
+    QuantizationParameters,
+)
+from torch import nn
+
+from qft_plugin.config import HardwareSpec, QFTConfig
+from qft_plugin.deploy.images import keep_images
+from qft_plugin.errors import ConfigError, DataError, HostError
+from qft_plugin.job.activation_ranges import BATCH, RANGE_IMAGES
+from qft_plugin.job.run import Job, targets_of, train
+from qft_plugin.job.start import initialize
+from qft_plugin.job.understand import images, understand
+from qft_plugin.nncf._attach import teacher
+from qft_plugin.nncf._read import check_model, example_of, read
+from qft_plugin.nncf._version import check_version
+from qft_plugin.nncf._write import write
+from qft_plugin.training.data import Inputs
+from qft_plugin.training.distributed import agreed, joined
+from qft_plugin.training.finetune import Step
+
+PLACES: Final = (nncf, nncf.quantization, nncf.quantization.quantize_model)
+"""Every module in which NNCF looks `quantize` up (2.17 to 3.4)."""
+
+MARK: Final = "__qft_original__"
+DOCUMENTATION: Final = """
+    :param algorithm: `None` runs NNCF's own post-training quantization. `"qft"`, or a `qft_plugin.QFTConfig`, finetunes
+        weights, biases and all scales without labels and returns a model with 4-bit weights; `mode` should be `None`
+        then, and bias correction and overflow fix, whose work the finetune does, should be left at their defaults.
+    :param callback: called with a `qft_plugin.training.finetune.Step` after each step of that finetune.
+"""
+
+
+def register() -> None:
+    """Add the argument `algorithm` to `nncf.quantize`; does nothing where that has been done already."""
+    for place in PLACES:
+        original = place.quantize
+        if not hasattr(original, MARK):
+            place.quantize = _wrapped(original)
+
+
+def unregister() -> None:
+    """Give NNCF its own `quantize` back."""
+    for place in PLACES:
+        place.quantize = getattr(place.quantize, MARK, place.quantize)
+
+
+def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def quantize(
+        model: Any, calibration_dataset: Any, *, algorithm: Any = None, callback: Any = None, **host: Any
+    ) -> Any:
+        if algorithm is None:
+            if callback is not None:
+                raise ConfigError('callback should come with algorithm="qft". Found no algorithm.')
+            return original(model, calibration_dataset, **host)
+        return _quantize(original, model, calibration_dataset, algorithm, callback, host).model
+
+    signature = inspect.signature(original)
+    extra = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ("algorithm", "callback")
+    ]
+    quantize.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), *extra]
+    )
+    before, mark, after = (original.__doc__ or "").partition("    :return:")
+    quantize.__doc__ = before + DOCUMENTATION.lstrip("\n") + mark + after
+    setattr(quantize, MARK, original)
+    return quantize
+
+
+def quantize(model: nn.Module, calibration_dataset: Any, config: QFTConfig | None = None, **host: Any) -> Job:
+    """Do what `nncf.quantize(..., algorithm=config)` does, and return the DoF map and the losses with the model.
+
+    Args:
+        model: float torch model; it is never changed.
+        calibration_dataset: `nncf.Dataset` of unlabeled inputs.
+        config: the settings; `None` for the defaults.
+        **host: the other arguments of `nncf.quantize`, and `callback`.
+    """
+    original = getattr(nncf.quantize, MARK, nncf.quantize)
+    callback = host.pop("callback", None)
+    return _quantize(original, model, calibration_dataset, config or QFTConfig(), callback, host)
+
+
+def _quantize(
+    original: Callable[..., Any], model: Any, dataset: Any, algorithm: Any, callback: Any, host: dict[str, Any]
+) -> Job:
+    config = _with_range(_config(algorithm), host.get("advanced_parameters"))
+    settings = _host_settings(original, host, config)
+    own_items = config.activation_range == "host" or "subset_size" in settings
+    request = Request(original, dataset, settings, config.hardware, own_items=own_items)
+    # Calibration code often stands inside no_grad or inference_mode, but this one trains.
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        joined(model) as world,
+        _progress(config, callback, shown=world.is_first) as report,
+    ):
+        check_version()
+        check_model(model)
+        # One process keeps all images anyway; NNCF says then what is wrong with its setting.
+        head_items = request.calibration_items if request.own_items and world.size > 1 else 0
+        inputs = images(model, request.items(), config, head_items=head_items)
+        with agreed(world):
+            source = read(model, inputs, config)
+            problem = understand(source, inputs, config)
+            targets = targets_of(teacher(source, problem.at), problem, config)
+            start = initialize(sys.modules["qft_plugin.nncf"], problem, request, config)
+        result = train(start, problem, targets, config, callback=report)
+        quantized = write(start.placed, start.dof)
+        keep_images(quantized, inputs)
+        return Job(quantized, problem.dof_map, result)
+
+
+def _config(algorithm: Any) -> QFTConfig:
+    if isinstance(algorithm, QFTConfig):
+        return algorithm
+    if algorithm == "qft":
+        return QFTConfig()
+    raise ConfigError(f'algorithm should be "qft", a QFTConfig, or None for NNCF\'s own. Found {algorithm!r}.')
+
+
+def _with_range(config: QFTConfig, advanced: Any) -> QFTConfig:
+    """Leave the ranges of activations to NNCF where the user said how it estimates them and nothing else."""
+    name = "activations_range_estimator_params"
+    usual = getattr(AdvancedQuantizationParameters(), name)
+    asked = config.activation_range is None and getattr(advanced, name, usual) != usual
+    return replace(config, activation_range="host") if asked else config
+
+
+def _host_settings(original: Callable[..., Any], host: dict[str, Any], config: QFTConfig) -> dict[str, Any]:
+    """Check the user's settings for NNCF, and turn off what the finetune does better.
+
+    Raises:
+        HostError: a setting cannot be honoured.
+        TypeError: an argument is none of NNCF's, in the words of Python.
+    """
+    inspect.signature(original).bind(None, None, **host)
+    if host.get("mode") is not None:
+        raise HostError(
+            f'mode should be None with algorithm="qft". Found {host["mode"]}. Set the bit widths in a QFTConfig.'
+        )
+    if host.get("fast_bias_correction", True) is not True:
+        raise HostError(
+            'fast_bias_correction should be left at True with algorithm="qft", which trains every bias '
+            f"itself; without a finetune, QFTConfig.bias_correction corrects them. Found "
+            f"{host['fast_bias_correction']}."
+        )
+    given = host.get("advanced_parameters")
+    advanced = AdvancedQuantizationParameters() if given is None else copy.deepcopy(given)
+    default = AdvancedQuantizationParameters()
+    refused = {
+        "activations_range_estimator_params": (
+            config.activation_range != "host"
+            and advanced.activations_range_estimator_params != default.activations_range_estimator_params,
+            f"QFTConfig.activation_range is {config.activation_range!r}",
+        ),
+        "overflow_fix": (advanced.overflow_fix not in (None, OverflowFix.DISABLE), "4-bit weights cannot overflow"),
+        "bias_correction_params": (
+            advanced.bias_correction_params != AdvancedBiasCorrectionParameters(),
+            "every bias is trained",
+        ),
+        "weights_range_estimator_params": (
+            advanced.weights_range_estimator_params != default.weights_range_estimator_params,
+            "weight scales start at their MMSE and are trained",
+        ),
+        "weights_quantization_params": (
+            advanced.weights_quantization_params != default.weights_quantization_params,
+            "QFTConfig has weight_bits, layer_bits and hardware.rescale for this",
+        ),
+    }
+    for name, (found, why) in refused.items():
+        if found:
+            raise HostError(
+                f'advanced_parameters.{name} should be left at its default with algorithm="qft": {why}. '
+                f"Found {getattr(advanced, name)!r}."
+            )
+    # NNCF gives what a depthwise layer reads a scale for each channel, which no accumulator of integers has. Here the
+    # cross-layer factors do that, and train.
+    activations = advanced.activations_quantization_params or QuantizationParameters()
+    if activations.per_channel is None:
+        advanced.activations_quantization_params = replace(activations, per_channel=False)
+    advanced.overflow_fix = OverflowFix.DISABLE
+    advanced.disable_bias_correction = True
+    return {**host, "advanced_parameters": advanced}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asked NNCF for.
+
+    Attributes:
+        original: NNCF's own `quantize`.
+        dataset: the calibration dataset.
+        settings: the other arguments of NNCF's own `quantize`.
+        hardware: what the target can do.
+        own_items: NNCF calibrates on the items of the dataset as they are; otherwise on the first images in batches,
+            since of what it estimates only the signs are taken.
+    """
+
+    original: Callable[..., Any]
+    dataset: Any
+    settings: dict[str, Any]
+    hardware: HardwareSpec
+    own_items: bool
+
+    def items(self) -> Iterable[Any]:
+        """Iterate over the model's inputs.
+
+        Raises:
+            DataError: the dataset is not NNCF's.
+        """
+        if not isinstance(self.dataset, nncf.Dataset):
+            raise DataError(
+                f"calibration_dataset should be an nncf.Dataset. Found {type(self.dataset).__name__}. "
+                "Wrap it: nncf.Dataset(loader, lambda batch: batch[0])."
+            )
+        items: Iterable[Any] = self.dataset.get_inference_data()
+        return items
+
+    @property
+    def calibration_items(self) -> int:
+        """How many items of the dataset NNCF calibrates on, at most."""
+        default = inspect.signature(self.original).parameters["subset_size"].default
+        return int(self.settings.get("subset_size", default))
+
+    @property
+    def runs_on_cpu(self) -> bool:
+        """Whether the model is meant for OpenVINO's CPU plugin."""
+        device = self.settings.get("target_device", nncf.TargetDevice.ANY)
+        return device in (nncf.TargetDevice.ANY, nncf.TargetDevice.CPU)
+
+    def place(self, model: nn.Module, inputs: Inputs) -> nn.Module:
+        """Let NNCF place and calibrate its quantizers on the images that were read."""
+        if self.own_items:
+            sizes: Sequence[int] = inputs.sizes if inputs.own is None else inputs.sizes[: self.calibration_items]
+            replay = _Again(inputs, sizes, self.dataset.get_batch_size())
+        else:
+            # Every item costs memory: NNCF keeps small statistics of each, which glibc puts between large free blocks.
+            count, size = min(len(inputs), RANGE_IMAGES), inputs.at_once(BATCH)
+            replay = _Again(inputs, [min(size, count - start) for start in range(0, count, size)], min(size, count))
+        quantized: nn.Module = self.original(model, nncf.Dataset(replay), **self.settings)
+        return quantized
+
+
+class _Again:
+    """The images of the user's dataset again: a generator can be read once only."""
+
+    def __init__(self, inputs: Inputs, sizes: Sequence[int], batch_size: int | None) -> None:
+        self._inputs, self._sizes = inputs, sizes
+        self.batch_size = batch_size  # NNCF chooses the form of its statistics by it
+
+    def __iter__(self) -> Iterator[Any]:
+        start = 0
+        for size in self._sizes:
+            yield example_of(self._inputs.batch(slice(start, start + size)))
+            start += size
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+
+@contextlib.contextmanager
+def _progress(
+    config: QFTConfig, callback: Callable[[Step], None] | None, *, shown: bool
+) -> Iterator[Callable[[Step], None] | None]:
+    """Show the finetune in NNCF's own progress bar."""
+    if config.finetune is None or not shown:
+        yield callback
+        return
+    bar: Any = None
+    try:
+
+        def report(step: Step) -> None:
+            nonlocal bar
+            if bar is None:
+                bar = track(total=step.total, description="Quantized finetuning")
+                bar.__enter__()
+            bar.progress.advance(bar.task)
+            if callback is not None:
+                callback(step)
+
+        yield report
+    finally:
+        if bar is not None:
+            bar.__exit__(None, None, None)

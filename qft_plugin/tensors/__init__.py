@@ -1,0 +1,1 @@
+"""Quantization of tensors: grids, ranges, scales, and gradients, without a network around them."""

@@ -1,0 +1,1 @@
+"""The finetune: its degrees of freedom, its student and its loop."""

@@ -1,0 +1,263 @@
+"""EfQAT: train only the most important part of the weights (arXiv 2411.11038), and keep the integers of the rest."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor
+
+from qft_plugin.config import EfQAT
+from qft_plugin.graph.layer_graph import Layer
+from qft_plugin.tensors.fake_quantize import TRANSPOSED_KINDS, multiplied
+from qft_plugin.tensors.partial_gradients import PartialWeight, by_output, from_output
+from qft_plugin.training.rounding import NearestRounding, moved_to
+
+ROUNDING_SLACK: Final = 1e-9
+"""A share of a number of weights may be a whole number in decimals and miss it by its last bit."""
+
+
+def choose(magnitudes: Mapping[str, Tensor], sizes: Mapping[str, int], train: EfQAT) -> dict[str, Tensor]:
+    """Choose the output channels that train.
+
+    cwpl takes the most important channels of each layer, cwpn those of the whole network, lwpn the layers with the
+    largest mean. Of equally important ones the first wins.
+
+    Args:
+        magnitudes: importance of each output channel by name of the weight, `[out]`.
+        sizes: number of weights of each kernel.
+        train: mode and ratio.
+
+    Returns:
+        A boolean tensor by name of the weight, `[out]`, true where the channel trains.
+    """
+    if not train.ratio or not magnitudes:
+        return {name: torch.zeros_like(m, dtype=torch.bool) for name, m in magnitudes.items()}
+    if train.mode == "cwpl":
+        return {name: _largest(m, max(1, round(train.ratio * len(m)))) for name, m in magnitudes.items()}
+    names = list(magnitudes)
+    if train.mode == "lwpn":
+        means = torch.stack([magnitudes[name].mean() for name in names])
+        chosen = _within(means, torch.tensor([sizes[name] for name in names]), train.ratio)
+        return {
+            name: torch.full_like(magnitudes[name], float(found), dtype=torch.bool)
+            for name, found in zip(names, chosen.tolist(), strict=True)
+        }
+    counts = [len(magnitudes[name]) for name in names]
+    per_channel = torch.cat([torch.full((n,), sizes[name] // n) for name, n in zip(names, counts, strict=True)])
+    chosen = _within(torch.cat([magnitudes[name] for name in names]), per_channel, train.ratio)
+    return dict(zip(names, torch.split_with_sizes(chosen, counts), strict=True))
+
+
+def _largest(importance: Tensor, count: int) -> Tensor:
+    first = importance.argsort(descending=True, stable=True)[:count]
+    return torch.zeros_like(importance, dtype=torch.bool).index_fill_(0, first, True)
+
+
+def _within(importance: Tensor, sizes: Tensor, ratio: float) -> Tensor:
+    """Choose the most important entries until no more fit into a share of all weights, at least one."""
+    order = importance.argsort(descending=True, stable=True)
+    held = sizes.to(order.device)[order].cumsum(0)
+    count = int((held <= ratio * float(held[-1]) * (1 + ROUNDING_SLACK)).sum())
+    return _largest(importance, max(1, count))
+
+
+@dataclass
+class Held:
+    """A kernel of which a part trains; all others keep their integers.
+
+    Attributes:
+        integers: of all channels when this was chosen, held in float, of the shape of the kernel.
+        trained: which channels train, `[out]`.
+        index: the same by number, in rising order, `[rows]`.
+        touched: the groups that these are in, in rising order.
+        rows: what trains, the stored float weight of these channels, `[rows, in/groups, *k]`.
+    """
+
+    integers: Tensor
+    trained: Tensor
+    index: Tensor
+    touched: Tensor
+    rows: Tensor
+
+
+def hold(W: Tensor, integers: Tensor, trained: Tensor, layer: Layer) -> Held:
+    """Take the rows that train out of a kernel.
+
+    Args:
+        W: the stored float weight.
+        integers: those that it rounds to, held in float.
+        trained: which channels train, `[out]`.
+        layer: the layer.
+    """
+    index = trained.nonzero().flatten()
+    touched = torch.unique_consecutive(torch.div(index, len(trained) // layer.groups, rounding_mode="floor"))
+    rows = by_output(W.detach(), kind=layer.kind, groups=layer.groups).index_select(0, index)
+    if W.dim() == 4 and W.is_contiguous(memory_format=torch.channels_last):
+        rows = rows.contiguous(memory_format=torch.channels_last)
+    return Held(integers, trained, index, touched, rows.requires_grad_())
+
+
+def settled(held: Held, W: Tensor, units: tuple[Tensor, ...], step: Tensor, layer: Layer) -> Tensor:
+    """Return the stored float weight of the whole kernel: what trained, and what rounds to the integers of the rest.
+
+    Args:
+        held: the kernel.
+        W: the stored float weight before.
+        units: what a stored weight is multiplied by, in this order, to be the folded one.
+        step: of the folded kernel, broadcasts against it, real per step.
+        layer: the layer.
+    """
+    moved = moved_to(held.integers, multiplied(W, units), step)
+    for unit in reversed(units):
+        moved = moved / unit
+    return _with_rows(moved, held, held.rows.detach(), layer)
+
+
+def _with_rows(W: Tensor, held: Held, rows: Tensor, layer: Layer) -> Tensor:
+    """Put rows into a kernel that nobody else holds: in place, because a copy would lose its memory format."""
+    by_out = by_output(W, kind=layer.kind, groups=layer.groups).index_copy_(0, held.index, rows)
+    return from_output(by_out, kind=layer.kind, groups=layer.groups)
+
+
+def _rows(t: Tensor, held: Held, layer: Layer) -> Tensor:
+    """Take the rows that train of what broadcasts against the kernel; a scalar stays one."""
+    if not t.dim():
+        return t
+    if layer.kind not in TRANSPOSED_KINDS and len(t) == len(held.trained):
+        return t.index_select(0, held.index)
+    whole = by_output(t.expand(held.integers.shape), kind=layer.kind, groups=layer.groups)
+    return whole.index_select(0, held.index)
+
+
+def partly_trained(
+    held: Held, units: tuple[Tensor, ...], step: Tensor, scale: Tensor, element: NearestRounding, layer: Layer
+) -> tuple[Tensor, PartialWeight | None]:
+    """Compute the kernel that the online graph uses.
+
+        W_used[o] = step[o] * clip(round(W[o] / step[o]))   where o trains, else   step[o] * integers[o]
+
+    Args:
+        held: the kernel.
+        units: what a stored weight is multiplied by, in this order, to be the folded one.
+        step: of the folded kernel, broadcasts against it, real per step.
+        scale: the part of the step that trains, `[]` or `[out]`.
+        element: what makes integers of the rows.
+        layer: the layer.
+
+    Returns:
+        The kernel, an ordinary differentiable tensor, and what its cheaper backward pass needs, `None` where all train.
+    """
+    gain = scale / scale.detach()
+    if not len(held.index):
+        W = held.integers * step
+        return W, PartialWeight(W, held.rows, held.index, held.touched, gain)
+    rows = multiplied(held.rows, (_rows(unit, held, layer) for unit in units))
+    used = element(rows, _rows(step, held, layer), 1.0)
+    if len(held.index) == len(held.trained):
+        return from_output(used, kind=layer.kind, groups=layer.groups), None
+    W = _with_rows(held.integers * step, held, used, layer)
+    return W, PartialWeight(W, used, held.index, held.touched, gain)
+
+
+class Kernels(Protocol):
+    """The quantized kernels of a network, of which a part trains."""
+
+    def magnitudes(self) -> dict[str, Tensor]:
+        """Return the importance of each output channel by name of the weight, `[out]`."""
+        ...
+
+    def sizes(self) -> dict[str, int]:
+        """Return the number of weights by name of the weight."""
+        ...
+
+    def hold(self, trained: Mapping[str, Tensor]) -> None:
+        """Fix the integers of all channels but those that train, `[out]` by name of the weight."""
+        ...
+
+    def held(self) -> dict[str, Held]:
+        """Return the kernels as they were held last, by name of the weight."""
+        ...
+
+    def settle(self) -> None:
+        """Write what trained, and the integers of the rest, back into the stored weights."""
+        ...
+
+    def release(self) -> None:
+        """Let everything train again, from the stored weights."""
+        ...
+
+
+class PartialTraining:
+    """Chooses what trains, at the start and again each time so many images have been fed."""
+
+    def __init__(self, kernels: Kernels, train: EfQAT) -> None:
+        """Choose for the first time."""
+        self._kernels, self._train, self._choices = kernels, train, 0
+        self._choose()
+
+    def _choose(self) -> None:
+        self._kernels.hold(choose(self._kernels.magnitudes(), self._kernels.sizes(), self._train))
+
+    def settle(self) -> None:
+        """Write everything back into the stored weights, so that they are the whole state."""
+        self._kernels.settle()
+
+    def refresh(self, images: int, optimizer: torch.optim.Optimizer) -> None:
+        """Choose anew where it is time for it.
+
+        Args:
+            images: how many have been fed.
+            optimizer: what trains; the rows are in its first group.
+        """
+        due = images // self._train.refresh_images
+        if due <= self._choices:
+            return
+        self._choices = due
+        self._kernels.settle()
+        before = self._kernels.held()
+        self._choose()
+        exchange(optimizer, before, self._kernels.held())
+
+
+def exchange(optimizer: torch.optim.Optimizer, before: Mapping[str, Held], after: Mapping[str, Held]) -> None:
+    """Give an Adam the rows that train now; those that trained before keep their moments.
+
+    Args:
+        optimizer: the rows are in its first group.
+        before: the kernels as they were held, by name of the weight.
+        after: as they are held now.
+    """
+    group = optimizer.param_groups[0]
+    old = {id(held.rows) for held in before.values()}
+    group["params"] = [p for p in group["params"] if id(p) not in old]
+    for name, held in after.items():
+        state = optimizer.state.pop(before[name].rows, None)
+        if len(held.index):
+            group["params"].append(held.rows)
+            if state:
+                optimizer.state[held.rows] = carried(state, before[name], held)
+
+
+def carried(state: Mapping[str, Any], before: Held, after: Held) -> dict[str, Any]:
+    """Return Adam's state of a kernel's rows after another choice.
+
+    Adam divides by second moments as if all had seen as many gradients as it has counted steps. With 0 a new row would
+    move by lr * (1 - beta1) / sqrt(1 - beta2) a step, three times too far. It starts from the mean of the rows that
+    stay, or where none does of those that leave.
+
+    Args:
+        state: of the rows before.
+        before: the kernel as it was held.
+        after: as it is held now.
+    """
+    stays = before.trained[after.index]
+    places = torch.searchsorted(before.index, after.index[stays])
+    second = state["exp_avg_sq"]
+    known = second[places] if len(places) else second
+    # In the memory format of the rows: the fused Adam walks through memory.
+    first, seconds = torch.zeros_like(after.rows), torch.empty_like(after.rows)
+    first[stays] = state["exp_avg"][places]
+    seconds.copy_(known.mean(0, keepdim=True))
+    seconds[stays] = second[places]
+    return {**state, "exp_avg": first, "exp_avg_sq": seconds}

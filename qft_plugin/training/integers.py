@@ -1,0 +1,120 @@
+"""From trained degrees of freedom to what hardware holds: integers, folded tensors, integer biases, accumulators."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qft_plugin.graph.scales import out_slices
+from qft_plugin.training.offline import Dof, LayerDof, accumulator_step, on_hardware, on_weight, weight_steps
+
+
+@dataclass(frozen=True)
+class DeployedWeight:
+    """A quantized weight as it leaves the training.
+
+    Attributes:
+        integers: the integers, held in float, of the shape of the weight.
+        step: `[]` or `[out]`, real per step.
+        step_in: `[in]`, relative to `step`, of a doubly per-channel kernel, else `None`.
+        bits: bit width.
+    """
+
+    integers: Tensor
+    step: Tensor
+    step_in: Tensor | None
+    bits: int
+
+
+@torch.no_grad()
+def deployed_weights(dof: Dof) -> dict[str, DeployedWeight]:
+    """Return the integers and steps of all quantized weights by name."""
+    c, scales = dof.factors(), dof.activation_scales()
+    steps = weight_steps(dof, scales)
+    result = {}
+    for module in dof.quantized():
+        layer, grid = module.layer, dof.weight_grids[module.layer.weight]
+        W = module.folded_weight(module.channels(c))
+        step = steps[layer.weight]
+        assert module.element is not None
+        integers = module.element.integers(W, on_weight(step, module.scale_in, W, layer))
+        result[layer.weight] = DeployedWeight(integers, step, module.scale_in, grid.bits)
+    return result
+
+
+@torch.no_grad()
+def folded_tensors(dof: Dof) -> dict[str, Tensor]:
+    """Return weights and biases by name with the trained cross-layer factors folded in, real units.
+
+    Weights are not yet rounded; where an element has decided on another integer than the nearest one, the weight is
+    moved next to it. Biases are what the hardware holds.
+    """
+    c, scales = dof.factors(), dof.activation_scales()
+    steps = weight_steps(dof, scales)
+    tensors: dict[str, Tensor] = {}
+    for module in dof.layers:
+        assert isinstance(module, LayerDof)
+        W, B = module.folded(module.channels(c))
+        if module.element is not None:
+            W = module.element.near(W, on_weight(steps[module.layer.weight], module.scale_in, W, module.layer))
+        tensors[module.layer.weight] = W
+        if module.layer.bias is not None and B is not None:
+            tensors[module.layer.bias] = on_hardware(dof, module, B, steps, scales)
+    return tensors
+
+
+@torch.no_grad()
+def integer_biases(dof: Dof) -> dict[str, Tensor]:
+    """Return the integers that an accumulator starts from: the bias and what the zero point of the input adds (Eq. 7).
+
+    sum_i (q_i - Z) W_int[o, i] + B / S_acc  =  sum_i q_i W_int[o, i] + (B / S_acc - Z sum_i W_int[o, i])
+
+    The second bracket is constant, so that a kernel multiplies the integers q alone. An input that is padded is padded
+    with Z, which stands for the real 0.
+
+    Args:
+        dof: the degrees of freedom.
+
+    Returns:
+        `[out]` by name of the weight, for every layer whose accumulator has one scale, held in float.
+    """
+    c, scales, Z = dof.factors(), dof.activation_scales(), dof.zero_points()
+    steps, deployed = weight_steps(dof, scales), deployed_weights(dof)
+    found = {}
+    for module in dof.quantized():
+        layer, grid = module.layer, dof.weight_grids[module.layer.weight]
+        S_acc = accumulator_step(dof, module, steps, scales)
+        if S_acc is None or grid.s_in is None or not layer.is_kernel:
+            continue
+        sums = out_slices(deployed[layer.weight].integers, kind=layer.kind, groups=layer.groups).sum(1)
+        B = module.folded_bias(module.channels(c))
+        start = torch.zeros_like(sums) if B is None else (on_hardware(dof, module, B, steps, scales) / S_acc).round()
+        zero_point = Z.get(grid.s_in, sums.new_tensor(dof.activation_grids[grid.s_in].zero_point))
+        found[layer.weight] = start - zero_point * sums
+    return found
+
+
+@torch.no_grad()
+def accumulator_bits(dof: Dof) -> dict[str, int]:
+    """Return how wide the accumulator of each layer must be so that no input can overflow it.
+
+    Args:
+        dof: the degrees of freedom.
+
+    Returns:
+        Bits of a signed accumulator by name of the weight, for every layer whose accumulator has one scale.
+    """
+    deployed, biases = deployed_weights(dof), integer_biases(dof)
+    found = {}
+    for name, bias in biases.items():
+        layer = dof.map.layer(name)
+        # Of a concatenation, parts may have integers of different widths: the widest could meet every weight.
+        read = dof.input_grids(name)
+        W_int = out_slices(deployed[name].integers, kind=layer.kind, groups=layer.groups)
+        ends = torch.stack([W_int * min(g.low for g in read), W_int * max(g.high for g in read)])
+        largest = torch.maximum(ends.amax(0).sum(1) + bias.clamp(min=0), bias)
+        smallest = torch.minimum(ends.amin(0).sum(1) + bias.clamp(max=0), bias)
+        peak = max(float(largest.max()), -float(smallest.min()) - 1, 1.0)
+        found[name] = 1 + math.floor(math.log2(peak)) + 1
+    return found

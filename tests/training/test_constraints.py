@@ -1,0 +1,486 @@
+"""What hardware asks of scales, biases and accumulators, and that training keeps it."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import reference
+import torch
+from graphs import chain, conv_op, mapped, parameters_of, unary_op
+from hypothesis import given
+from hypothesis import strategies as st
+from models import CHANNELS, Concat, Residual, conv, image
+from torch import nn
+
+from qft_plugin.config import HardwareSpec, QFTConfig
+from qft_plugin.errors import QFTWarning
+from qft_plugin.graph.dof_map import map_dof
+from qft_plugin.graph.layer_graph import Layer, LayerGraph
+from qft_plugin.graph.placement import ActivationGrid, Placement, WeightPlace
+from qft_plugin.graph.scales import nearest_factor, out_slices
+from qft_plugin.job.run import check_accumulators
+from qft_plugin.job.start import _with_bits
+from qft_plugin.tensors.fake_quantize import quantize_factor
+from qft_plugin.training.integers import accumulator_bits, deployed_weights, folded_tensors, integer_biases
+from qft_plugin.training.offline import Dof, WeightGrid, accumulator_step, solve, tied_grids, weight_steps
+
+EXACT = 1e-12
+"""A handful of float64 operations in another order."""
+
+INTEGER = 1e-9
+"""An integer that was computed by dividing float64 numbers by a scale."""
+
+FACTORS = st.floats(1e-6, 1e6)
+
+
+def significant(F: float, bits: int) -> bool:
+    """Whether a number is an integer of so many bits before a shift."""
+    mantissa, _ = math.frexp(F)
+    return (mantissa * 2**bits).is_integer()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(F=FACTORS)
+def test_a_factor_that_is_a_power_of_two(dtype: torch.dtype, F: float) -> None:
+    """The result is a power of two exactly, the nearest one in the logarithm, and stays where it is."""
+    given_factor = torch.tensor(F, dtype=dtype)
+    found = quantize_factor(given_factor, "power_of_two")
+    assert found.dtype == dtype
+    assert math.frexp(found.item())[0] == 0.5
+    assert abs(math.log2(found.item() / given_factor.item())) <= 0.5 + 1e-6
+    assert torch.equal(quantize_factor(found, "power_of_two"), found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(F=FACTORS, bits=st.integers(2, 24))
+def test_a_factor_of_some_bits(dtype: torch.dtype, F: float, bits: int) -> None:
+    """The result has so many significant bits exactly, is the nearest such number, and stays where it is."""
+    given_factor = torch.tensor(F, dtype=dtype)
+    found = quantize_factor(given_factor, bits).item()
+    assert significant(found, bits)
+    step = 2.0 ** (math.frexp(given_factor.item())[1] - bits)
+    assert abs(found - given_factor.item()) <= step / 2
+    assert quantize_factor(torch.tensor(found, dtype=dtype), bits).item() == found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["power_of_two", 2, 4, 8, 24])
+def test_every_shift_is_a_fixed_point(kind: str | int, dtype: torch.dtype) -> None:
+    """Powers of two, in vectors as kernels of the library see them, come back in every bit."""
+    F = torch.tensor([2.0**k for k in range(-40, 41)], dtype=dtype)
+    assert torch.equal(quantize_factor(F, kind), F)
+
+
+def test_any_factor_may_stay() -> None:
+    """As floats, factors are the given tensor."""
+    F = torch.tensor([0.3, 7.0])
+    assert quantize_factor(F, "float") is F
+
+
+@pytest.mark.parametrize("bits", [2, 5, 12])
+def test_the_gradient_passes_the_rounding_of_a_factor(bits: int) -> None:
+    """Of an integer multiplier the gradient is 1, of a shift it is relative: d log F_q / d log F = 1."""
+    F = torch.tensor([0.3, 1.0, 7.1], dtype=torch.float64, requires_grad=True)
+    (g,) = torch.autograd.grad(quantize_factor(F, bits).sum(), F)
+    torch.testing.assert_close(g, torch.ones_like(g), rtol=EXACT, atol=0)
+    log_F = F.detach().log().requires_grad_()
+    (g,) = torch.autograd.grad(quantize_factor(log_F.exp(), "power_of_two").log().sum(), log_F)
+    torch.testing.assert_close(g, torch.ones_like(g), rtol=EXACT, atol=0)
+
+
+def layer_of(kind: str, groups: int = 1) -> Layer:
+    """Return a layer of which only the layout counts."""
+    none = torch.zeros(0).long()
+    return Layer("w", None, kind, groups, (), (), (), none, none)
+
+
+WEIGHTS = [("conv2d", (4, 3, 2, 2), 1, 4), ("linear", (5, 9), 1, 5), ("conv_transpose2d", (4, 3, 2, 2), 2, 6)]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize(("kind", "shape", "groups", "outs"), WEIGHTS)
+def test_the_nearest_shift_is_the_better_of_two(
+    kind: str, shape: tuple[int, ...], groups: int, outs: int, per_channel: bool, bits: int
+) -> None:
+    """Of the powers of two on both sides of the free factor, each channel has the one with the smaller error."""
+    W, layer, high = torch.randn(shape, dtype=torch.float64), layer_of(kind, groups), 2 ** (bits - 1) - 1
+    F = torch.exp(torch.randn((outs,) if per_channel else (), dtype=torch.float64)) / high
+    found = nearest_factor(W, layer, F, unit=0.7, kind="power_of_two", bits=bits)
+    assert found.shape == F.shape
+    slices = out_slices(W, kind=kind, groups=groups) if per_channel else W.reshape(1, -1)
+    chosen = set()
+    for row, free, taken in zip(slices, F.reshape(-1), found.reshape(-1), strict=True):
+        candidates = [2.0 ** math.floor(math.log2(free)), 2.0 ** (math.floor(math.log2(free)) + 1)]
+        errors = [reference.squared_error(row.numpy(), c * 0.7, high) for c in candidates]
+        assert taken == candidates[int(errors[1] < errors[0])]
+        chosen.add(int(taken == candidates[1]))
+    assert not per_channel or bits != 4 or kind == "linear" or chosen == {0, 1}
+
+
+def test_a_factor_of_some_bits_is_rounded_to_the_nearest() -> None:
+    """With several significant bits the nearest factor is as good as any, and a float factor stays."""
+    W, F = torch.randn(4, 3), torch.rand(4) + 0.1
+    for kind in ("float", 6):
+        found = nearest_factor(W, layer_of("linear"), F, unit=1.0, kind=kind, bits=4)
+        assert torch.equal(found, quantize_factor(F, kind))
+
+
+GRIDS = {"a": ActivationGrid(0.1, 0, 255), "b": ActivationGrid(0.35, -128, 127), "c": ActivationGrid(0.022, 0, 15)}
+
+
+def test_tied_grids() -> None:
+    """One scale: the largest of the group. Shifts: the nearest power of two times the first. Neither: as they were."""
+    shared = tied_grids(GRIDS, [["a", "b"]], "none")
+    assert [g.scale for g in shared.values()] == [0.35, 0.35, 0.022]
+    shifted = tied_grids(GRIDS, [["a", "b", "c"]], "power_of_two")
+    assert [g.scale for g in shifted.values()] == [0.1, 0.4, 0.025]
+    assert tied_grids(GRIDS, [["a", "b"]], "tensor") == GRIDS
+    for found in (shared, shifted):
+        assert all((g.low, g.high, g.zero_point) == (GRIDS[n].low, GRIDS[n].high, 0) for n, g in found.items())
+    assert tied_grids(shifted, [["a", "b", "c"]], "power_of_two") == shifted
+    assert [g.scale for g in GRIDS.values()] == [0.1, 0.35, 0.022]
+
+
+def residual(hardware: HardwareSpec, *, channelwise: bool = True, seed: int = 0) -> Dof:
+    """Return the degrees of freedom of conv -> x + conv(relu(conv(x))) -> conv, quantized everywhere.
+
+    Grid `a` is behind the first convolution and is added to `c`; `d` is behind the addition.
+    """
+    torch.manual_seed(seed)
+    model = nn.Sequential(conv(), Residual(nn.Sequential(conv(), nn.ReLU(), conv())), conv(4)).double()
+    dof_map = mapped(model, image())
+    activations = {
+        "in": ActivationGrid(0.03, -128, 127),
+        "a": ActivationGrid(0.02, -128, 127),
+        "b": ActivationGrid(0.011, 0, 255),
+        "c": ActivationGrid(0.071, -128, 127),
+        "d": ActivationGrid(0.05, -128, 127),
+    }
+    edges = {
+        "0.weight": ("in", "a"),
+        "1.body.0.weight": ("a", "b"),
+        "1.body.2.weight": ("b", "c"),
+        "2.weight": ("d", None),
+    }
+    weights = {}
+    for layer in dof_map.layers:
+        outs = (len(layer.out_index),) if channelwise else ()
+        weights[layer.weight] = WeightGrid(4, 0.02 + 0.02 * torch.rand(outs).double(), *edges[layer.weight])
+    groups = () if hardware.elementwise_rescale == "tensor" else [["a", "c"]]
+    return Dof(dof_map, parameters_of(model), weights, activations, hardware=hardware, addends=groups)
+
+
+def trained(dof: Dof, steps: int = 3) -> Iterator[Dof]:
+    """Take some optimizer steps on a random loss and yield the degrees of freedom after each."""
+    generator = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.Adam([p for p in dof.parameters() if p.requires_grad], lr=0.2)
+    for _ in range(steps):
+        solution = solve(dof)
+        values = [*solution.tensors.values(), *solution.activation_scales.values()]
+        loss = sum((t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum() for t in values)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        yield dof
+
+
+def states(dof: Dof) -> Iterator[Dof]:
+    """Yield the degrees of freedom before and after each of some training steps."""
+    yield dof
+    yield from trained(dof)
+
+
+def test_addends_share_one_scale() -> None:
+    """With no rescaling at additions there is one trained scale for the group, which starts at the largest."""
+    dof = residual(HardwareSpec(elementwise_rescale="none"))
+    assert len(dof.log_s) == 4
+    seen = set()
+    for state in states(dof):
+        scales = state.activation_scales()
+        assert torch.equal(scales["a"], scales["c"])
+        seen.add(scales["a"].item())
+    assert len(seen) == 4
+    assert residual(HardwareSpec(elementwise_rescale="none")).activation_scales()["a"].item() == pytest.approx(0.071)
+    _, group = dof.parameter_groups(learning_rate=1, scale_learning_rate=1)
+    assert len({id(p) for p in group["params"]}) == len(group["params"])
+    _, alone = dof.parameter_groups(learning_rate=1, scale_learning_rate=1, layers=(), quantizers={"c"}, factors=False)
+    assert alone["params"] == []
+    every = dof.activation_scales().keys()
+    _, group = dof.parameter_groups(learning_rate=1, scale_learning_rate=1, layers=(), quantizers=every, factors=False)
+    assert id(dof.log_s[1]) in [id(p) for p in group["params"]]
+
+
+def concatenated(hardware: HardwareSpec, grids: dict[str, ActivationGrid]) -> Dof:
+    """Return the degrees of freedom of conv(cat([conv(x), conv(x)])), whose parts `p` and `q` have one scale."""
+    model = Concat().double()
+    weights = {
+        "left.weight": WeightGrid(4, torch.tensor(0.02).double(), None, "p"),
+        "right.weight": WeightGrid(4, torch.tensor(0.02).double(), None, "q"),
+        "mix.weight": WeightGrid(4, torch.tensor(0.02).double(), "p", None),
+    }
+    dof_map = mapped(model, image())
+    return Dof(dof_map, parameters_of(model), weights, grids, hardware=hardware, shared=[["p", "q"]])
+
+
+@pytest.mark.parametrize("kind", ["tensor", "none", "power_of_two"])
+def test_parts_of_a_concatenation_share_one_scale(kind: str) -> None:
+    """One scale is trained for both, whatever additions need; it starts at the larger, and the wider grid counts."""
+    grids = {"p": ActivationGrid(0.03, 0, 15), "q": ActivationGrid(0.07, -128, 127)}
+    dof = concatenated(HardwareSpec(elementwise_rescale=kind, bias_bits=16), grids)
+    assert dof.activation_scales()["p"].item() == pytest.approx(0.07)
+    seen = set()
+    for state in states(dof):
+        scales = state.activation_scales()
+        assert scales["p"].item() == scales["q"].item()
+        seen.add(scales["p"].item())
+        S_acc = accumulator_step(state, state.trained_weight("mix.weight"), weight_steps(state, scales), scales)
+        integers = (solve(state).tensors["mix.bias"] / S_acc).detach()
+        torch.testing.assert_close(integers, integers.round(), rtol=0, atol=INTEGER * 2**8)
+    assert len(seen) == 4
+    assert dof.input_grids("mix.weight") == tuple(dof.activation_grids.values())
+    assert dof.input_grids("left.weight") == ()
+    W = deployed_weights(dof)["mix.weight"].integers.flatten(1)
+    bias = integer_biases(dof)["mix.weight"]
+    largest = max(float(((W * -128).maximum(W * 127)).sum(1).add(bias.clamp(min=0)).max()), 1)
+    assert 2 ** (accumulator_bits(dof)["mix.weight"] - 1) > largest
+
+
+def test_parts_of_a_concatenation_share_one_zero_point() -> None:
+    """Zero points that train are one parameter over a range that holds both; the accumulator absorbs it."""
+    grids = {"p": ActivationGrid(0.03, 0, 255, 200, shifts=True), "q": ActivationGrid(0.05, 0, 255, 20, shifts=True)}
+    dof = concatenated(HardwareSpec(bias_bits=16), grids)
+    p, q = dof.activation_grids.values()
+    assert (p.scale, p.zero_point) == (q.scale, q.zero_point)
+    assert p.scale * (0 - p.zero_point) == pytest.approx(-6, abs=p.scale)
+    assert p.scale * (255 - p.zero_point) == pytest.approx(11.75, abs=p.scale)
+    assert len(dof.shift) == len(dof.log_s) == 1
+    with torch.no_grad():
+        dof.shift[0].add_(20 / 255)
+    points = dof.zero_points()
+    assert points["p"].item() == points["q"].item() == p.zero_point + 20
+    _, group = dof.parameter_groups(learning_rate=1, scale_learning_rate=1)
+    assert len({id(p) for p in group["params"]}) == len(group["params"])
+
+
+def test_addends_differ_by_a_shift() -> None:
+    """The ratio of the scales is a power of two exactly, before and after training, and both scales train."""
+    dof = residual(HardwareSpec(elementwise_rescale="power_of_two"))
+    assert len(dof.log_s) == 5
+    seen = set()
+    for state in states(dof):
+        scales = state.activation_scales()
+        ratio = (scales["c"] / scales["a"]).item()
+        assert math.frexp(ratio)[0] == 0.5
+        seen.add(scales["a"].item())
+    assert len(seen) == 4
+    assert all(p.grad is not None and float(p.grad) != 0 for p in dof.log_s)
+
+
+def test_a_shift_between_addends_can_change() -> None:
+    """A scale that moves by a factor of 3 takes another shift: the gradient has reached it."""
+    dof = residual(HardwareSpec(elementwise_rescale="power_of_two"))
+    ratios = []
+    for move in (0.0, math.log(3)):
+        with torch.no_grad():
+            dof.log_s[3].add_(move)
+        scales = dof.activation_scales()
+        ratios.append((scales["c"] / scales["a"]).item())
+    assert ratios == [4, 16]
+
+
+def test_without_a_constraint_addends_are_free() -> None:
+    """Each has its scale, and none is moved at the start."""
+    dof = residual(HardwareSpec())
+    assert [round(s.item(), 9) for s in dof.activation_scales().values()] == [0.03, 0.02, 0.011, 0.071, 0.05]
+
+
+@pytest.mark.parametrize("channelwise", [True, False])
+@pytest.mark.parametrize("kind", ["power_of_two", 2, 4, 8])
+def test_rescale_factors_are_what_hardware_can_multiply_by(kind: str | int, channelwise: bool) -> None:
+    """Between two integer activations S_acc / s_out is a shift, or has so many bits, before and after training."""
+    dof = residual(HardwareSpec(rescale_factor=kind), channelwise=channelwise)
+    inside = [name for name, grid in dof.weight_grids.items() if grid.s_out is not None]
+    assert len(inside) == 3
+    for state in states(dof):
+        scales = state.activation_scales()
+        steps = weight_steps(state, scales)
+        for name in inside:
+            module, grid = state.trained_weight(name), state.weight_grids[name]
+            S_acc = accumulator_step(state, module, steps, scales)
+            factors = (S_acc / scales[grid.s_out]).reshape(-1)
+            assert factors.numel() == (CHANNELS if channelwise else 1)
+            held = state.rescale_factor(module)
+            torch.testing.assert_close(factors, held.reshape(-1), rtol=EXACT, atol=0)
+            bits = 1 if kind == "power_of_two" else kind
+            assert all(significant(F, bits) for F in held.reshape(-1).tolist())
+            assert deployed_weights(state)[name].step is not None
+            torch.testing.assert_close(deployed_weights(state)[name].step, steps[name], rtol=EXACT, atol=0)
+        last = state.trained_weight("2.weight")
+        assert torch.equal(state.rescale_factor(last), last.log_F.exp())
+    assert all(state.trained_weight(name).log_F.grad.abs().sum() > 0 for name in inside)
+
+
+@pytest.mark.parametrize("channelwise", [True, False])
+@pytest.mark.parametrize("bits", [4, 8, 24, 32])
+def test_biases_are_integers_of_the_accumulator(bits: int, channelwise: bool) -> None:
+    """Solved biases are whole numbers of s_in * S_w within their bits, in the student and in what is written."""
+    dof = residual(HardwareSpec(bias_bits=bits), channelwise=channelwise)
+    with torch.no_grad():
+        for module in dof.layers:
+            module.bias.mul_(30)
+    clipped = 0
+    for state in states(dof):
+        solution, scales = solve(state), state.activation_scales()
+        steps = weight_steps(state, scales)
+        absorbed = integer_biases(state)
+        for layer in state.map.layers:
+            S_acc = accumulator_step(state, state.trained_weight(layer.weight), steps, scales)
+            integers = (solution.tensors[layer.bias] / S_acc).detach()
+            torch.testing.assert_close(integers, integers.round(), rtol=0, atol=INTEGER * 2 ** (bits // 2))
+            assert -(2 ** (bits - 1)) <= integers.min().round()
+            assert integers.max().round() <= 2 ** (bits - 1) - 1
+            clipped += int((integers.round() == 2 ** (bits - 1) - 1).sum())
+            assert torch.equal(folded_tensors(state)[layer.bias], solution.tensors[layer.bias].detach())
+            assert torch.equal(absorbed[layer.weight], integers.round())
+    assert (clipped > 0) == (bits <= 8)
+    assert all(module.bias.grad is not None for module in dof.layers)
+
+
+def test_float_biases_stay() -> None:
+    """Without bias bits a bias is any number."""
+    dof = residual(HardwareSpec())
+    biases = {layer.bias: dof.trained_weight(layer.weight) for layer in dof.map.layers}
+    for name, module in biases.items():
+        expected = module.bias * module.bias_unit
+        torch.testing.assert_close(solve(dof).tensors[name], expected, rtol=EXACT, atol=EXACT)
+
+
+def test_a_layer_that_reads_floats_keeps_a_float_bias() -> None:
+    """Where the input is not quantized there is no accumulator, and the bias stays as it is."""
+    model = nn.Sequential(nn.Linear(3, 2)).double()
+    grids = {"0.weight": WeightGrid(4, torch.tensor(0.2).double(), None, None)}
+    dof_map = mapped(model, torch.zeros(1, 3, dtype=torch.float64))
+    dof = Dof(dof_map, parameters_of(model), grids, {}, hardware=HardwareSpec(bias_bits=4))
+    torch.testing.assert_close(solve(dof).tensors["0.bias"], model[0].bias, rtol=EXACT, atol=EXACT)
+    assert accumulator_bits(dof) == {}
+
+
+KERNELS = {
+    "conv": ("conv2d", (2, 2, 1, 2), 1),
+    "grouped": ("conv2d", (4, 2, 1, 2), 2),
+    "linear": ("linear", (3, 4), 1),
+    "transposed": ("conv_transpose2d", (2, 3, 1, 2), 1),
+}
+INPUTS = [(0, 15, 0), (-8, 7, 0), (0, 15, 6), (-7, 7, 0), (0, 255, 200)]
+
+
+@pytest.mark.parametrize("grid", INPUTS)
+@pytest.mark.parametrize("kernel", KERNELS)
+@given(seed=st.integers(0, 10**6), size=st.floats(0.1, 100))
+def test_accumulators_are_as_wide_as_the_worst_input_needs(
+    kernel: str, grid: tuple[int, int, int], seed: int, size: float
+) -> None:
+    """The width holds every sum of extreme inputs in any order, bias first or last, and one bit less does not."""
+    torch.manual_seed(seed)
+    kind, shape, groups = KERNELS[kernel]
+    model = {
+        "conv": lambda: nn.Conv2d(2, 2, (1, 2)),
+        "grouped": lambda: nn.Conv2d(4, 4, (1, 2), groups=2),
+        "linear": lambda: nn.Linear(4, 3),
+        "transposed": lambda: nn.ConvTranspose2d(2, 3, (1, 2)),
+    }[kernel]()
+    net = nn.Sequential(model).double()
+    x = torch.zeros((1, 4) if kind == "linear" else (1, shape[0] if "transpose" in kind else shape[1] * groups, 3, 3))
+    with torch.no_grad():
+        model.bias.mul_(size)
+    dof_map = mapped(net, x.double())
+    weights = {"0.weight": WeightGrid(4, torch.tensor(0.2).double(), "in", None)}
+    activations = {"in": ActivationGrid(0.1, *grid)}
+    dof = Dof(dof_map, parameters_of(net), weights, activations, hardware=HardwareSpec(bias_bits=16))
+    rows = out_slices(deployed_weights(dof)["0.weight"].integers, kind=kind, groups=groups).numpy()
+    assert rows.shape == ({"conv": 2, "grouped": 4}.get(kernel, 3), 4)
+    biases = integer_biases(dof)["0.weight"].numpy()
+    ends = [reference.widest_sum(row, int(bias), *grid[:2]) for row, bias in zip(rows, biases, strict=True)]
+    smallest, largest = min(low for low, _ in ends), max(high for _, high in ends)
+    bits = accumulator_bits(dof)["0.weight"]
+    assert -(2 ** (bits - 1)) <= smallest
+    assert largest <= 2 ** (bits - 1) - 1
+    assert smallest < -(2 ** (bits - 2)) or largest > 2 ** (bits - 2) - 1 or bits == 2
+
+
+def one_linear(W_int: list[int], grid: tuple[int, int, int], bias: int = 0) -> Dof:
+    """Return a linear layer of given integers."""
+    net = nn.Sequential(nn.Linear(len(W_int), 1)).double()
+    tensors = {"0.weight": torch.tensor([W_int]).double(), "0.bias": torch.tensor([bias]).double()}
+    weights = {"0.weight": WeightGrid(8, torch.tensor(1.0).double(), "in", None)}
+    activations = {"in": ActivationGrid(1.0, *grid)}
+    return Dof(mapped(net, torch.zeros(1, len(W_int)).double()), tensors, weights, activations)
+
+
+@pytest.mark.parametrize(
+    ("W_int", "grid", "bias", "bits"),
+    [
+        ([127], (0, 1, 0), 0, 8),  # 127
+        ([127], (0, 1, 0), 1, 9),  # 128
+        ([-127], (0, 1, 0), -1, 8),  # -128
+        ([-127], (0, 1, 0), -2, 9),  # -129
+        ([127, -127], (0, 1, 0), 0, 8),  # 127 and -127, never both
+        ([1], (-128, 127, 0), 0, 8),
+        ([-1], (-128, 127, 0), 0, 9),  # 128
+        ([0], (0, 255, 0), 0, 2),  # nothing to hold: a sign and a bit
+        ([127] * 10, (0, 255, 0), 0, 20),  # 323850 is below 2^19
+        ([127] * 10, (0, 255, 128), 0, 20),  # 323850 - 162560 is below 2^18, but the bias may come last
+    ],
+)
+def test_accumulator_bits_by_hand(W_int: list[int], grid: tuple[int, int, int], bias: int, bits: int) -> None:
+    """The ends of two's complement, by numbers that just fit and just do not."""
+    assert accumulator_bits(one_linear(W_int, grid, bias)) == {"0.weight": bits}
+
+
+def test_a_layer_that_could_overflow_is_named() -> None:
+    """A warning names it with the width that it needs; a wide accumulator, or none, is silent."""
+    dof = one_linear([127] * 10, (0, 255, 0))
+    dof.hardware = HardwareSpec(accumulator_bits=19)
+    with pytest.warns(QFTWarning, match=r"accumulator of 19 bits.*0\.weight needs 20"):
+        check_accumulators(dof)
+    for width in (20, None):
+        dof.hardware = HardwareSpec(accumulator_bits=width)
+        check_accumulators(dof)
+
+
+def fork() -> tuple[LayerGraph, Placement]:
+    """Return a -> relu -> (b and c), c -> d, with a quantizer in front of a, behind relu and behind c."""
+    shape = (1, 4, 2, 2)
+    graph = chain(
+        conv_op("a", "x", shape=(4, 4)),
+        unary_op("act", "relu", "a"),
+        conv_op("b", "act", shape=(4, 4)),
+        conv_op("c", "act", shape=(4, 4)),
+        conv_op("d", "c", shape=(4, 4)),
+        shapes=dict.fromkeys(["x", "a", "act", "b", "c", "d"], shape),
+        outputs=("b", "d"),
+    )
+    on_tensor = {"x": "in", "act": "after relu", "c": "after c", "d": "out"}
+    grids = {name: ActivationGrid(0.1, *((0, 255) if "relu" in name else (-128, 127))) for name in on_tensor.values()}
+    places = {f"{name}.weight": WeightPlace(per_channel=True) for name in "abcd"}
+    return graph, Placement(grids, on_tensor, {}, places)
+
+
+def bits_of(placement: Placement) -> dict[str, int]:
+    return {name: (g.high - g.low).bit_length() for name, g in placement.activations.items()}
+
+
+def test_activations_have_the_bits_that_their_readers_ask_for() -> None:
+    """Of several readers the widest wins, what no layer reads has the default, and the rest of the placement stays."""
+    graph, placement = fork()
+    dof_map = map_dof(graph)
+    config = QFTConfig(
+        layer_activation_bits={"a.*": 5, "b.weight": 4, "c.weight": 7}, hardware=HardwareSpec(activation_bits=6)
+    )
+    found = _with_bits(graph, placement, dof_map, config)
+    assert bits_of(found) == {"in": 5, "after relu": 7, "after c": 6, "out": 6}
+    assert (found.on_tensor, found.weights) == (placement.on_tensor, placement.weights)
+    config = QFTConfig(layer_activation_bits={"b.weight": 4, "c.weight": 4})
+    assert bits_of(_with_bits(graph, placement, dof_map, config))["after relu"] == 4
+    assert _with_bits(graph, placement, dof_map, QFTConfig()).activations == placement.activations

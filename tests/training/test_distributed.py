@@ -1,0 +1,265 @@
+"""Several processes that train together do what one does alone: who owns what, and two real processes."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import processes
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from qft_plugin.errors import ConfigError, DataError
+from qft_plugin.job import activation_ranges, bias_correction, start
+from qft_plugin.training.data import HEAD_IMAGES, Inputs, read_inputs
+from qft_plugin.training.distributed import ALONE, STRATA, World, agreed, check_alike, joined, once, orders, strata_of
+from qft_plugin.training.finetune import Loss, Prediction, Whole, distillation_loss
+
+EXACT = 1e-12
+"""A hundred steps in float64, with sums in another order."""
+
+FLOAT32 = 1e-6
+"""A few dozen float32 terms in another order."""
+
+SECONDS = 120
+"""The two processes need about five."""
+
+HERE = Path(__file__).parent.parent
+
+
+@given(batch_size=st.integers(1, 200), size=st.integers(1, 40))
+def test_strata_divide_every_batch_and_are_those_of_one_process_where_they_can_be(batch_size: int, size: int) -> None:
+    """The number of strata divides the batch and is a multiple of the number of processes; it is that of one process
+    where the number of processes divides gcd(batch size, 8); where no such number exists, that is an error.
+    """
+    if batch_size % size:
+        with pytest.raises(ConfigError, match=rf"batch_size should be a multiple.* {size},.*Found batches of"):
+            strata_of(batch_size, size)
+        return
+    strata = strata_of(batch_size, size)
+    assert batch_size % strata == strata % size == 0
+    if math.gcd(batch_size, STRATA) % size == 0:
+        assert strata == strata_of(batch_size, 1)
+
+
+@given(parts=st.integers(1, 6), strata=st.integers(1, 9), extra=st.integers(0, 50), seed=st.integers(0, 99))
+def test_every_epoch_shows_every_image_once_in_even_batches(parts: int, strata: int, extra: int, seed: int) -> None:
+    """An epoch has as many whole batches as fit, without an image twice, in a new order each time; every batch has
+    equally many images of each stratum, so that processes that own some strata have equal shares.
+    """
+    batch_size = parts * strata
+    count = batch_size + extra
+    found = orders(count, batch_size, strata=strata, seed=seed)
+    epochs = [[next(found) for _ in range(count // batch_size)] for _ in range(2)]
+    for epoch in epochs:
+        shown = torch.cat(epoch).tolist()
+        assert len(set(shown)) == len(shown) == count // batch_size * batch_size
+        assert set(shown) <= set(range(count))
+        for batch in epoch:
+            assert torch.equal(torch.bincount(batch % strata), torch.full((strata,), parts))
+            assert torch.equal(batch, batch.sort().values)
+    again = orders(count, batch_size, strata=strata, seed=seed)
+    assert all(torch.equal(batch, next(again)) for epoch in epochs for batch in epoch)
+
+
+def test_orders_differ_between_epochs_and_seeds() -> None:
+    """Another epoch, and another seed, is another order."""
+    found = orders(64, 16, strata=8, seed=0)
+    first, second = ([next(found).tolist() for _ in range(4)] for _ in range(2))
+    assert first != second
+    assert first[0] != next(orders(64, 16, strata=8, seed=1)).tolist()
+
+
+@given(size=st.integers(1, 7), count=st.integers(0, 60), start=st.integers(0, 60))
+def test_every_image_belongs_to_one_process(size: int, count: int, start: int) -> None:
+    """The rows that the processes hold are, put together, those that were asked for: by index and by range."""
+    index = torch.randperm(200)[:count]
+    asked = torch.arange(start, start + count)
+    by_index, by_range = [], []
+    for rank in range(size):
+        world, own = World(rank, size), torch.arange(200)[rank::size]
+        by_index.append(own[world.rows(index)])
+        by_range.append(own[world.row_range(start, start + count)])
+    assert torch.equal(torch.cat(by_index).sort().values, index.sort().values)
+    assert torch.equal(torch.cat(by_range).sort().values, asked)
+
+
+def read(world: World, *, head_items: int = 0, count: int = 700, max_images: int = 650) -> Inputs:
+    """Read images in items of 90, with a second input by keyword."""
+    x = torch.arange(float(count)).unsqueeze(1)
+    items = [{"x": part, "y": -part} for part in x.split(90)]
+    return read_inputs(
+        items,
+        accepts=lambda **_: True,
+        like=torch.zeros(1),
+        max_images=max_images,
+        memory_limit=1000,
+        world=world,
+        head_items=head_items,
+    )
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(("head_items", "head"), [(0, HEAD_IMAGES), (4, 360), (99, 650)])
+def test_a_process_keeps_the_first_images_and_its_own(size: int, head_items: int, head: int) -> None:
+    """What is read is, for all processes together, what one process reads, and the first images are the same."""
+    whole = read(ALONE)
+    assert whole.share is whole
+    assert whole.own is None
+    for rank in range(size):
+        inputs = read(World(rank, size), head_items=head_items)
+        assert inputs.total == whole.total == 650
+        assert inputs.sizes == whole.sizes
+        assert len(inputs) == head
+        for key in ("x", "y"):
+            assert torch.equal(inputs.kwargs[key], whole.kwargs[key][:head])
+            assert torch.equal(inputs.share.kwargs[key], whole.kwargs[key][rank::size])
+        assert inputs.laid_out(channels_last=True).share.channels_last
+
+
+def test_all_that_the_start_looks_at_is_kept() -> None:
+    """Every process has the images that ranges, compensation and biases start from."""
+    assert max(activation_ranges.RANGE_IMAGES, start.COMPENSATION_IMAGES, bias_correction.BIAS_IMAGES) <= HEAD_IMAGES
+
+
+def test_every_process_needs_an_image() -> None:
+    """Fewer images than processes is an error that says what to do."""
+    with pytest.raises(DataError, match=r"each of the 3 processes.*Found 2.*fewer processes"):
+        read(World(2, 3), count=2)
+
+
+def test_one_process_stays_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without torchrun, or with one process of it, no group is made, and nothing is asked of others."""
+    monkeypatch.setattr(torch.distributed, "init_process_group", None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", None)
+    for environment in ({}, {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}):
+        monkeypatch.setattr(os, "environ", environment)
+        with joined(nn.Linear(1, 1)) as world, agreed(world):
+            assert world is ALONE
+            check_alike(world, marks=[], settings="", model=nn.Linear(1, 1))
+            assert once(lambda: 3)() == 3
+            processes.trained()
+
+
+def test_a_group_that_cannot_serve_the_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group for GPUs alone and a model on the CPU: an error before anything is exchanged."""
+    answers = {"is_initialized": True, "get_world_size": 2, "get_rank": 1, "get_backend_config": "cuda:nccl"}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.distributed, name, lambda answer=answer: answer)
+    with pytest.raises(ConfigError, match=r"model's device cpu.*Found the backends 'cuda:nccl'.*gloo"):
+        joined(nn.Linear(1, 1)).__enter__()
+    with joined() as world:
+        assert (world.rank, world.size, world.is_first) == (1, 2, False)
+
+
+def test_parts_of_a_batch_add_up_to_its_loss() -> None:
+    """The shares of both parts of a batch, cut unevenly, are together the loss of the batch."""
+    student, teacher = (Prediction((torch.randn(9, 3), torch.randn(9, 4, 2)), torch.randn(9, 5)) for _ in range(2))
+    loss = Loss((1.0, 3.0), 0.25)
+    whole = Whole(torch.stack([t.square().sum() for t in teacher.features]), 9)
+    shares = [
+        float(distillation_loss(*(_cut(p, part) for p in (student, teacher)), loss, whole=whole))
+        for part in (slice(0, 2), slice(2, 9))
+    ]
+    assert sum(shares) == pytest.approx(float(distillation_loss(student, teacher, loss)), rel=FLOAT32)
+
+
+def _cut(p: Prediction, part: slice) -> Prediction:
+    assert p.logits is not None
+    return Prediction(tuple(f[part] for f in p.features), p.logits[part])
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]], list[str]]:
+    """Run two processes, and return their folder, what each of them says, and what each of them printed."""
+    folder = tmp_path_factory.mktemp("processes")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "processes.py"), str(rank), "2", str(folder)],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]
+    try:
+        printed = [process.communicate(timeout=SECONDS)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 3], printed
+    return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)], printed
+
+
+@pytest.mark.parametrize("name", processes.TRAINED)
+def test_two_processes_train_what_one_trains(told: Any, name: str) -> None:
+    """Losses, kept state and the step at which a loss was not finite are those of one process; both have the same."""
+    _, (first, second), _ = told
+    if name == "exploding":
+        assert not math.isfinite(first[name]["losses"][-1])
+    else:
+        assert first[name]["final"] < 0.9 * first[name]["start"]
+    one = processes.TRAINED[name]()
+    for key, expected in one.items():
+        torch.testing.assert_close(first[name][key], second[name][key], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(first[name][key], expected, rtol=EXACT, atol=EXACT, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "message"),
+    [
+        ("stopped", ("QFTError", "KeyboardInterrupt"), r"Process 1 of 2: KeyboardInterrupt"),
+        ("wrong_item", ("DataError", "DataError"), r"Process 1 of 2: Dataset item 2.*finite"),
+        ("other_error", ("IndexError", "QFTError"), "nothing there"),
+        ("other_order", ("DataError", "DataError"), r"same images in the same order.*item 0 of process 1.*same seed"),
+        ("fewer_images", ("DataError", "DataError"), r"item 4 of process 1.*no DistributedSampler"),
+        ("other_settings", ("ConfigError", "ConfigError"), r"seed=1.* in process 1 and .*seed=0.* in process 0"),
+        ("other_model", ("ConfigError", "ConfigError"), r"other weights in process 1"),
+        ("uneven", ("ConfigError", "ConfigError"), r"multiple of the number of processes, 2.*Found batches of 15"),
+        ("not written", ("ModelError", "ModelError"), "it cannot be written"),
+    ],
+)
+def test_an_error_of_one_process_is_one_of_both(told: Any, name: str, kinds: tuple[str, str], message: str) -> None:
+    """No process waits for one that has failed, and the others say why: in the same class where it is one of ours."""
+    _, found, _ = told
+    assert tuple(answer[name][0] for answer in found) == kinds
+    assert re.search(message, found[0][name][1], re.DOTALL)
+
+
+def test_the_state_of_the_first_process_is_shared(told: Any) -> None:
+    """Parameters and buffers of any dtype and layout are those of the first process afterwards, bit for bit."""
+    _, (first, second), _ = told
+    expected = processes.shared()  # one process is the first one, and shares nothing
+    for found in (first["shared"], second["shared"]):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(t, expected[name]) for name, t in found.items())
+
+
+def test_files_are_written_by_the_first_process(told: Any) -> None:
+    """It writes once; both return what it returned."""
+    folder, found, _ = told
+    assert [p.name for p in folder.glob("written*")] == ["written by 0"]
+    assert [answer["written"] for answer in found] == [str(folder / "file")] * 2
+
+
+def test_the_first_process_speaks_for_all(told: Any) -> None:
+    """Warnings and messages of the library come once, and torch has nothing to complain of."""
+    _, _, printed = told
+    assert "said by all" in printed[0]
+    assert "warned of by all" in printed[0]
+    assert not printed[1]
+    assert "find_unused_parameters" not in printed[0]
+
+
+def test_a_process_that_dies_does_not_leave_the_other_waiting(told: Any) -> None:
+    """Where one ends in the middle of a step, the other raises."""
+    folder, _, _ = told
+    assert (folder / "noticed").exists()
