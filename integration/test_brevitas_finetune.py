@@ -459,11 +459,11 @@ def test_relus_left_to_the_quantizers_behind_them(name, relus, monkeypatch):
     """ReLUs, bounded or in place, that only a quantizer reads are left to it, and the losses of the steps stay: all but
     those in front of a pool.
     """
-    from qft_plugin.brevitas import attach
+    from qft_plugin.brevitas import _attach
 
     model, batches = nets.build(name), nets.items(name)
     found, losses = [], []
-    original = attach.Student._relus
+    original = _attach.Student._relus
 
     def counted(self, source):
         found.append(original(self, source))
@@ -472,7 +472,7 @@ def test_relus_left_to_the_quantizers_behind_them(name, relus, monkeypatch):
     for function in (counted, lambda *_: {}):
         seen = []
         with monkeypatch.context() as patch:
-            patch.setattr(attach.Student, "_relus", function)
+            patch.setattr(_attach.Student, "_relus", function)
             config = QFTConfig(small_layer_share=0, finetune=few_steps())
             quantize(model, batches, config=config, callback=lambda step, seen=seen: seen.append(step.loss))
         losses.append(torch.tensor(seen))
@@ -506,15 +506,15 @@ class ReadTwice(nn.Module):
 @pytest.mark.parametrize("how", ["changed later", "a view from before"])
 def test_a_relu_whose_input_is_read_elsewhere_is_run(how, monkeypatch):
     """It is not left to the quantizer: the student computes what it computes when all ReLUs are run, and trains."""
-    from qft_plugin.brevitas import attach
+    from qft_plugin.brevitas import _attach
 
     torch.manual_seed(0)
     model, batches = ReadTwice(how).eval(), list(torch.randn(4, 16, 4, 6, 6))
     teacher = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     losses = []
-    for relus in (attach.Student._relus, lambda *_: {}):
+    for relus in (_attach.Student._relus, lambda *_: {}):
         with monkeypatch.context() as patch:
-            patch.setattr(attach.Student, "_relus", relus)
+            patch.setattr(_attach.Student, "_relus", relus)
             losses.append(
                 finetune(copy.deepcopy(model), teacher, batches, few(finetune=few_steps(loss_at=None))).losses
             )

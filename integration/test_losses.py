@@ -5,8 +5,9 @@ import pytest
 import torch
 from conftest import few_steps, four_bits
 
-from qft_plugin import ConfigError, pipeline
+from qft_plugin import ConfigError
 from qft_plugin.graph.torch_model import tensors_in
+from qft_plugin.job import run
 from qft_plugin.training.finetune import finetune
 
 pytestmark = pytest.mark.wide
@@ -129,7 +130,7 @@ def test_a_block_trains_what_belongs_to_it(host, monkeypatch):
         report = lambda _: seen.append((state, {n: t.clone() for n, t in state.state_dict().items()}))  # noqa: E731
         return finetune(student, state, phases, **{**settings, "callback": report})
 
-    monkeypatch.setattr(pipeline, "finetune", watched)
+    monkeypatch.setattr(run, "finetune", watched)
     settings = few_steps(blocks=["conv1", "conv3"], cross_entropy=0.5, images_fed=48)  # one step for each phase
     host.finetuned(nets.build("residual"), nets.items("residual"), four_bits(finetune=settings))
     assert len(seen) == 4

@@ -88,7 +88,7 @@ def test_two_processes_quantize_what_one_does(host, train, tmp_path):
 def test_brevitas_calibrates_on_images_that_every_process_keeps():
     """The host's own ranges look at no more images than each process has in memory."""
     host_of("brevitas")
-    from qft_plugin.brevitas import attach, swap
+    from qft_plugin.brevitas import _attach, _swap
     from qft_plugin.training.data import HEAD_IMAGES
 
-    assert max(attach.CALIBRATION_IMAGES, swap.RANGE_IMAGES) <= HEAD_IMAGES
+    assert max(_attach.CALIBRATION_IMAGES, _swap.RANGE_IMAGES) <= HEAD_IMAGES

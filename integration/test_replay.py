@@ -12,7 +12,7 @@ import nncf
 from nncf.torch.function_hook import get_hook_storage, wrap_model
 
 import qft_plugin.nncf as host
-from qft_plugin.nncf import attach
+from qft_plugin.nncf import _attach
 from qft_plugin.nncf._replay import Replay, replay
 
 SAME = 1e-3
@@ -53,7 +53,7 @@ def losses(model, items, config, monkeypatch, *, found):
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(attach, "replay", spied)
+        patch.setattr(_attach, "replay", spied)
         return torch.tensor(host.quantize(model, nncf.Dataset(items), config).result.losses)
 
 

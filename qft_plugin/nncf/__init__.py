@@ -8,7 +8,9 @@ from qft_plugin.nncf._version import check_version
 
 check_version()
 
-from qft_plugin.nncf._attach import Student, place, teacher  # noqa: E402  (only after the check that NNCF is there)
+from qft_plugin.deploy.openvino import set_weight_storage  # noqa: E402  (only after the check that NNCF is there)
+from qft_plugin.graph.channel_clip import replace_by_relu  # noqa: E402
+from qft_plugin.nncf._attach import Student, place, teacher  # noqa: E402
 from qft_plugin.nncf._read import check_model, read  # noqa: E402
 from qft_plugin.nncf._register import quantize, register, unregister  # noqa: E402
 from qft_plugin.nncf._save import save_openvino  # noqa: E402
@@ -24,7 +26,9 @@ __all__ = [
     "quantize",
     "read",
     "register",
+    "replace_by_relu",
     "save_openvino",
+    "set_weight_storage",
     "teacher",
     "unregister",
     "widened",
