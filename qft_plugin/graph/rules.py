@@ -132,7 +132,7 @@ def rows_of(shadow: Tensor, axis: int) -> Tensor:
     for dim in range(shadow.dim()):
         if dim != axis % shadow.dim() and shadow.shape[dim] > 1 and shadow.stride(dim) == 0:
             shadow = shadow.narrow(dim, 0, 1)
-    return shadow.movedim(axis, 0).reshape(shadow.shape[axis], -1)
+    return shadow.movedim(axis, 0).unsqueeze(-1).flatten(1)  # an activation may have no channels at all
 
 
 Rule = Callable[[Solver, Op], None]

@@ -65,6 +65,7 @@ TRANSPARENT: dict[str, nn.Module | Callable[[Tensor], Tensor]] = {
     "reshape as": lambda x: x.reshape_as(x.flatten(2)).view_as(x),
     "expand as": lambda x: x[:, :, :1].expand_as(x),
     "broadcast to": lambda x: torch.broadcast_to(x[..., :1], x.shape),
+    "no channels": lambda x: torch.cat([x[:, :0], x], 1),
     "repeated pixels": lambda x: torch.repeat_interleave(x, 2, dim=3),
 }
 
