@@ -10,7 +10,7 @@ import torch
 from nncf.torch.function_hook import get_hook_storage
 from nncf.torch.function_hook.hook_storage import decode_hook_name
 from nncf.torch.quantization.extensions import QuantizedFunctionsCPU
-from nncf.torch.quantization.layers import AsymmetricQuantizer, PTQuantizerSpec, SQMultiply, SymmetricQuantizer
+from nncf.torch.quantization.layers import AsymmetricQuantizer, PTQuantizerSpec, SymmetricQuantizer
 from torch import Tensor, nn
 
 from qft_plugin.graph.batch_norms import set_affine
@@ -23,6 +23,11 @@ from qft_plugin.nncf._attach import Placed, rename_hooks
 from qft_plugin.tensors.fake_quantize import per_in
 from qft_plugin.training.integers import DeployedWeight, deployed_weights
 from qft_plugin.training.offline import Dof, solve
+
+try:
+    from nncf.torch.quantization.layers import SQMultiply
+except ImportError:  # NNCF 2.17
+    from nncf.quantization.algorithms.smooth_quant.torch_backend import SQMultiply
 
 
 @torch.no_grad()
