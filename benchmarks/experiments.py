@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from qft_plugin import DeployabilityError, EfQAT, FinetuneConfig, HardwareSpec, ParityError, QFTConfig
 from qft_plugin.graph.rules import LAYERS
-from qft_plugin.graph.scales import apq, out_slices, ppq
+from qft_plugin.graph.scales import apq, ppq
+from qft_plugin.tensors.axes import Axes
 from qft_plugin.training.offline import fold_network
 
 logger = logging.getLogger("experiments")
@@ -145,7 +146,7 @@ def kernel_errors(net: nn.Module) -> Iterator[dict[str, Any]]:
         if kind not in LAYERS:
             continue
         W, groups = module.weight.detach(), getattr(module, "groups", 1)
-        slices = out_slices(W, kind=kind, groups=groups)
+        slices = Axes(kind, groups).out_slices(W)
         S_tensor, S_channel = ppq(W.reshape(1, -1), high=7), ppq(slices, high=7)
         parts = W.reshape(groups, W.shape[0] // groups, W.shape[1], -1)
         pairs = [apq(part, high=7) for part in parts]

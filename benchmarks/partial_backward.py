@@ -68,7 +68,9 @@ def times(model: nn.Module, x: Tensor, ratio: float | None, steps: int) -> tuple
     dof_map = map_dof(record(model, ((x[:1],), {})))
     tensors = {name: laid_out(p.detach()) for name, p in model.named_parameters()}
     grids = {
-        layer.weight: WeightGrid(4, weight_scale(tensors[layer.weight], layer, bits=4, per_channel=True), None, None)
+        layer.weight: WeightGrid(
+            4, weight_scale(tensors[layer.weight], layer.axes, bits=4, per_channel=True), None, None
+        )
         for layer in dof_map.layers
     }
     dof = Dof(dof_map, tensors, grids, {}, train_cross_layer=ratio is None)

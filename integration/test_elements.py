@@ -9,6 +9,7 @@ from conftest import few_steps, four_bits, relative_error
 from hosts import HOSTS
 
 from qft_plugin.graph.torch_model import tensors_in
+from qft_plugin.tensors.axes import Axes
 from qft_plugin.training.rounding import two_of_four
 
 pytestmark = pytest.mark.wide
@@ -49,7 +50,7 @@ def test_elements_and_masks(rounding, sparsity, host):
             assert zeros >= round(SHARE * found.numel()), name
             assert zeros < 0.8 * found.numel()
         elif sparsity == "2:4" and name != "stem.weight":
-            kept = two_of_four(found.float(), kind="linear", groups=1)
+            kept = two_of_four(found.float(), Axes("linear"))
             assert not found[~kept].any(), name
             assert zeros < 0.8 * found.numel()
         else:

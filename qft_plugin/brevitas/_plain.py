@@ -14,6 +14,7 @@ from qft_plugin.graph.batch_norms import NORMS
 from qft_plugin.graph.record import function_name
 from qft_plugin.graph.rules import LAYERS
 from qft_plugin.graph.torch_model import Call, replace_modules, version_of
+from qft_plugin.tensors.axes import Axes
 
 NORM: Final = "batch_norm"
 
@@ -233,10 +234,7 @@ def _layer(seen: _Seen) -> nn.Module | None:
     names = inspect.signature(kind).parameters
     if not set(given) <= set(names):
         return None
-    groups = int(given.get("groups", 1))
-    ins, outs = weight.shape[1] * groups, weight.shape[0]
-    if "transpose" in seen.function:
-        ins, outs = weight.shape[0], weight.shape[1] * groups
+    ins, outs = Axes(seen.function, int(given.get("groups", 1))).channels(weight)
     sizes = () if kind is nn.Linear else (tuple(weight.shape[2:]),)
     layer: Any = kind(ins, outs, *sizes, **given, bias=bias is not None, device="meta", dtype=weight.dtype)
     layer.weight, layer.bias = weight, bias

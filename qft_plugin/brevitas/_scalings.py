@@ -10,11 +10,9 @@ import torch
 from brevitas import config as brevitas_config
 from torch import Tensor, nn
 
-from qft_plugin.graph.batch_norms import kind_of
-from qft_plugin.graph.layer_graph import DofMap, Layer
+from qft_plugin.graph.batch_norms import axes_of
+from qft_plugin.graph.layer_graph import DofMap
 from qft_plugin.graph.scales import doubly_scales, range_max, shifted_range_max, weight_scale
-from qft_plugin.tensors.fake_quantize import TRANSPOSED_KINDS, per_in, per_out
-from qft_plugin.training.offline import on_weight
 
 
 class CrossLayerFactors(nn.Module):
@@ -263,12 +261,8 @@ class WeightScaling(Scaling):
         super().__init__()
         W = module.weight
         assert isinstance(W, Tensor)
-        self.high, self.kind, self.groups = high, kind_of(module), int(getattr(module, "groups", 1))
-        ins, outs = W.shape[1] * self.groups, W.shape[0]
-        if self.kind in TRANSPOSED_KINDS:
-            ins, outs = W.shape[0], W.shape[1] * self.groups
-        none = torch.zeros(0, dtype=torch.int64)
-        self.layer = Layer("weight", None, self.kind, self.groups, (), (), (), none, none)
+        self.high, self.axes = high, axes_of(module)
+        ins, outs = self.axes.channels(W)
         self.per_channel = per_channel or doubly
         self.full_shape = tuple(W.shape)
         # Brevitas' GPTQ sets it: from where to where the weight that comes is cut on each axis (0.13.1 to 0.13.4).
@@ -330,14 +324,14 @@ class WeightScaling(Scaling):
     def _start(self, W: Tensor) -> None:
         c_in, c_out = self.cross_layer()
         if c_in is not None:
-            W = W * per_in(c_in, W, groups=self.groups, kind=self.kind)
+            W = W * self.axes.per_in(c_in, W)
         if c_out is not None:
-            W = W / per_out(c_out, W, groups=self.groups, kind=self.kind)
+            W = W / self.axes.per_out(c_out, W)
         if self.log_L is not None:
-            scale, left = doubly_scales(W, self.layer, bits=self.bits)
+            scale, left = doubly_scales(W, self.axes, bits=self.bits)
             self.log_L.copy_(left.log())
         else:
-            scale = weight_scale(W, self.layer, bits=self.bits, per_channel=self.per_channel)
+            scale = weight_scale(W, self.axes, bits=self.bits, per_channel=self.per_channel)
         self.log_F.copy_(scale.log() - self._log_ratio())
         self.ready = True
 
@@ -352,7 +346,7 @@ class WeightScaling(Scaling):
         left = None if self.log_L is None else self.log_L.exp()
         if c_in is not None:
             left = 1 / c_in if left is None else left / c_in
-        return self._cut(on_weight(step, left, step.new_empty(()).expand(self.full_shape), self.layer))
+        return self._cut(self.axes.on_weight(step, left, step.new_empty(()).expand(self.full_shape)))
 
     def _cut(self, scale: Tensor) -> Tensor:
         """Return the part of the scale that belongs to a part of the weight."""

@@ -29,7 +29,7 @@ from qft_plugin.graph.layer_graph import PINNED, DofMap
 from qft_plugin.graph.torch_model import replace_modules, tensor_of
 from qft_plugin.job.start import Start
 from qft_plugin.training.integers import deployed_weights, folded_tensors
-from qft_plugin.training.offline import fold_network, names_of, on_weight
+from qft_plugin.training.offline import fold_network, names_of
 from qft_plugin.training.rounding import moved_to
 
 
@@ -46,7 +46,7 @@ def write(model: nn.Module, source: Source, start: Start) -> None:
     log_c = start.log_c + dof.log_c
     values = folded_tensors(dof)
     for name, deployed in deployed_weights(dof).items():
-        step = on_weight(deployed.step, deployed.step_in, values[name], dof.map.layer(name))
+        step = dof.map.layer(name).axes.on_weight(deployed.step, deployed.step_in, values[name])
         values[name] = moved_to(deployed.integers, values[name], step)
     unfolded = fold_network(dof.map, -log_c, values)
     for layer in dof.map.layers:
@@ -188,7 +188,7 @@ def _fix_weight(layer: Any, scaling: WeightScaling, integers: Tensor, proxies: d
     left = None if scaling.log_L is None else scaling.log_L.exp()
     if left is None:
         take_any_inputs(layer)
-    step = on_weight(scaling.folded_step(), left, layer.weight, scaling.layer)
+    step = scaling.axes.on_weight(scaling.folded_step(), left, layer.weight)
     injector = FoldedWeight.let(
         bit_width=scaling.bits,
         scaling_init=step * scaling.high,

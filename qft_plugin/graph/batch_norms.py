@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qft_plugin.graph.layer_graph import MADE_INSIDE, Const, LayerGraph, Op
 from qft_plugin.graph.torch_model import replace_modules, tensor_of
-from qft_plugin.tensors.fake_quantize import per_out
+from qft_plugin.tensors.axes import Axes
 
 CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 TRANSPOSED: Final = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -23,6 +23,11 @@ def kind_of(layer: nn.Module) -> str:
         return "linear"
     assert isinstance(layer, CONVOLUTIONS)
     return f"{'conv_transpose' if isinstance(layer, TRANSPOSED) else 'conv'}{layer.weight.dim() - 2}d"
+
+
+def axes_of(layer: nn.Module) -> Axes:
+    """Return the meaning of the axes of a convolution's or linear layer's weight."""
+    return Axes(kind_of(layer), int(getattr(layer, "groups", 1)))
 
 
 def can_fold(layer: nn.Module, norm: nn.Module, shape: Sequence[int]) -> bool:
@@ -126,7 +131,7 @@ def folded_norm(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
     if layer.bias is not None:
         shift = shift + layer.bias.double() * factor
     W = layer.weight.double()
-    return W * per_out(factor, W, groups=getattr(layer, "groups", 1), kind=kind_of(layer)), shift
+    return W * axes_of(layer).per_out(factor, W), shift
 
 
 @torch.no_grad()

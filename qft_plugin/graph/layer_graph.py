@@ -7,6 +7,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from qft_plugin.tensors.axes import Axes
+
 PINNED = 0
 """The variable of channels that cannot be rescaled."""
 
@@ -109,6 +111,11 @@ class Layer:
     in_index: Tensor
     out_index: Tensor
     axis: int = -1
+
+    @property
+    def axes(self) -> Axes:
+        """The meaning of its weight's axes."""
+        return Axes(self.kind, self.groups)
 
     @property
     def is_kernel(self) -> bool:

@@ -6,8 +6,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from qft_plugin.graph.layer_graph import PINNED, DofMap, Layer
-from qft_plugin.tensors.fake_quantize import TRANSPOSED_KINDS, per_in, quantize_factor, to_integer
+from qft_plugin.graph.layer_graph import PINNED, DofMap
+from qft_plugin.tensors.axes import Axes
+from qft_plugin.tensors.fake_quantize import quantize_factor, to_integer
 
 SMALLEST_SCALE: Final = 1e-12
 """Keeps the scale of an all-zero slice positive; its integers are 0 whatever the scale is."""
@@ -164,22 +165,6 @@ def _ppq_block(X: Tensor, high: int) -> Tensor:
     return torch.where(peak > 0, best * peak, S_zero)
 
 
-def _second_axis_slices(W: Tensor, groups: int) -> Tensor:
-    """Arrange a weight as one row per channel of its second axis, which is counted inside each group."""
-    per_group = W.reshape(groups, W.shape[0] // groups, W.shape[1], -1)
-    return per_group.transpose(1, 2).reshape(groups * W.shape[1], -1)
-
-
-def out_slices(W: Tensor, *, kind: str, groups: int) -> Tensor:
-    """Arrange a weight as one row per output channel, `[out, elements]`."""
-    return _second_axis_slices(W, groups) if kind in TRANSPOSED_KINDS else W.flatten(1)
-
-
-def in_slices(W: Tensor, *, kind: str, groups: int) -> Tensor:
-    """Arrange a weight as one row per input channel, `[in, elements]`."""
-    return W.flatten(1) if kind in TRANSPOSED_KINDS else _second_axis_slices(W, groups)
-
-
 def equalization_factor(producer: Tensor, consumer: Tensor, *, beta: float) -> Tensor:
     """Share the range of a channel between the kernel that makes it and those that read it.
 
@@ -234,8 +219,8 @@ def equalize(
         high = 2 ** (bits[layer.weight] - 1) - 1
         whole = ppq(W.reshape(1, -1), high=high)
         for side, slices, index in (
-            ("p", out_slices(W, kind=layer.kind, groups=layer.groups), layer.out_index),
-            ("q", in_slices(W, kind=layer.kind, groups=layer.groups), layer.in_index),
+            ("p", layer.axes.out_slices(W), layer.out_index),
+            ("q", layer.axes.in_slices(W), layer.in_index),
         ):
             size = torch.full((slices.shape[0],), float(slices.shape[1]), dtype=torch.float64)
             relative = _relative_scales(slices, high=high, whole=whole)
@@ -322,24 +307,24 @@ def _positive(factor: Tensor, before: Tensor) -> Tensor:
     return torch.where(factor > 0, factor, before)
 
 
-def weight_scale(W: Tensor, layer: Layer, *, bits: int, per_channel: bool) -> Tensor:
+def weight_scale(W: Tensor, axes: Axes, *, bits: int, per_channel: bool) -> Tensor:
     """Return the MMSE scale of a weight: `[out]` per channel or `[]` per tensor, real per step."""
-    slices = out_slices(W, kind=layer.kind, groups=layer.groups) if per_channel else W.reshape(1, -1)
+    slices = axes.out_slices(W) if per_channel else W.reshape(1, -1)
     S = ppq(slices, high=2 ** (bits - 1) - 1)
     return S if per_channel else S.squeeze(0)
 
 
-def doubly_scales(W: Tensor, layer: Layer, *, bits: int) -> tuple[Tensor, Tensor]:
+def doubly_scales(W: Tensor, axes: Axes, *, bits: int) -> tuple[Tensor, Tensor]:
     """Return the MMSE scales of the output channels, `[out]`, real per step, and of the input channels, `[in]`, 1."""
-    transposed = layer.kind in TRANSPOSED_KINDS
-    # Each group is a kernel of its own: [first axis in the group, second axis, elements].
-    parts = W.reshape(layer.groups, W.shape[0] // layer.groups, W.shape[1], -1)
-    pairs = [apq(part.transpose(0, 1) if transposed else part, high=2 ** (bits - 1) - 1) for part in parts]
+    V = axes.by_output(W)
+    # Each group is a kernel of its own: [out, in, elements].
+    parts = V.reshape(axes.groups, V.shape[0] // axes.groups, V.shape[1], -1)
+    pairs = [apq(part, high=2 ** (bits - 1) - 1) for part in parts]
     return torch.cat([S for S, _ in pairs]), torch.cat([T for _, T in pairs])
 
 
 def nearest_factor(
-    W: Tensor, layer: Layer, F: Tensor, *, unit: float, kind: str | int, bits: int, scale_in: Tensor | None = None
+    W: Tensor, axes: Axes, F: Tensor, *, unit: float, kind: str | int, bits: int, scale_in: Tensor | None = None
 ) -> Tensor:
     """Choose the rescale factor that hardware can multiply by and that rounds a weight best.
 
@@ -347,7 +332,7 @@ def nearest_factor(
 
     Args:
         W: the weight, real units.
-        layer: its layer.
+        axes: the meaning of its axes.
         F: the factor that a free scale would give, `[]` or `[out]`.
         unit: the weight's step over the factor.
         kind: see `quantize.quantize_factor`.
@@ -362,8 +347,8 @@ def nearest_factor(
         return quantize_factor(F, kind)
     high = 2 ** (bits - 1) - 1
     if scale_in is not None:
-        W = W / per_in(scale_in, W, groups=layer.groups, kind=layer.kind)
-    slices = out_slices(W, kind=layer.kind, groups=layer.groups) if F.dim() else W.reshape(1, -1)
+        W = W / axes.per_in(scale_in, W)
+    slices = axes.out_slices(W) if F.dim() else W.reshape(1, -1)
     held = quantize_factor(F, kind)
     candidates = torch.stack([torch.exp2(F.log2().floor() + k) for k in (0, 1)])
     steps = (candidates * unit).reshape(2, -1, 1)

@@ -37,7 +37,6 @@ from qft_plugin.training.offline import (
     WeightGrid,
     fold_network,
     names_of,
-    on_weight,
     shared_grids,
     solve,
     tied_grids,
@@ -321,7 +320,7 @@ def _compensated(
     result = {}
     for layer in layers:
         W, grid = tensors[layer.weight], grids[layer.weight]
-        step = on_weight(grid.scale, grid.scale_in, W, layer)
+        step = layer.axes.on_weight(grid.scale, grid.scale_in, W)
         H = moments.pop(layer.weight)
         try:
             result[layer.weight] = compensated_kernel(W, step, H, layer, high=2 ** (grid.bits - 1) - 1)
@@ -382,16 +381,16 @@ def _weight_grids(
         width = 8 if layer.kind == "layer_norm" else bits[layer.weight]
         W, scale, scale_in = tensors[layer.weight], place.scale, place.scale_in
         if scale is None and place.doubly:
-            scale, scale_in = doubly_scales(W, layer, bits=width)
+            scale, scale_in = doubly_scales(W, layer.axes, bits=width)
         elif scale is None:
             per_channel = config.hardware.rescale == "channelwise" and place.per_channel
-            scale = weight_scale(W, layer, bits=width, per_channel=per_channel)
+            scale = weight_scale(W, layer.axes, bits=width, per_channel=per_channel)
         s_in = _one_of(quantizers_before(source.graph, placement, layer), shared)
         s_out = quantizer_after(source.graph, placement, layer)
         if s_in is not None and s_out is not None:
             F_unit = activations[s_out].scale / activations[s_in].scale
             kind = config.hardware.rescale_factor
-            F = nearest_factor(W, layer, scale / F_unit, unit=F_unit, kind=kind, bits=width, scale_in=scale_in)
+            F = nearest_factor(W, layer.axes, scale / F_unit, unit=F_unit, kind=kind, bits=width, scale_in=scale_in)
             scale = F * F_unit
         grids[layer.weight] = WeightGrid(bits=width, scale=scale, s_in=s_in, s_out=s_out, scale_in=scale_in)
     return grids

@@ -20,7 +20,6 @@ from qft_plugin.graph.layer_graph import PINNED, on_axis
 from qft_plugin.graph.placement import ActivationGrid
 from qft_plugin.graph.torch_model import replace_modules, tensor_of
 from qft_plugin.nncf._attach import Placed, rename_hooks
-from qft_plugin.tensors.fake_quantize import per_in
 from qft_plugin.training.integers import DeployedWeight, deployed_weights
 from qft_plugin.training.offline import Dof, solve
 
@@ -59,8 +58,7 @@ def write(placed: Placed, dof: Dof) -> nn.Module:
         if deployed.step_in is not None:
             # NNCF's quantizer has one scale for each output channel: the other factor is multiplied behind it.
             W = tensor_of(model, weight)
-            layer = dof.map.layer(weight)
-            left = per_in(deployed.step_in, W, groups=layer.groups, kind=layer.kind)
+            left = dof.map.layer(weight).axes.per_in(deployed.step_in, W)
             W.div_(left)
         for name in placed.weight_hooks[weight]:
             old = storage.get_submodule(name)

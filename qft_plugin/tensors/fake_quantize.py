@@ -1,4 +1,4 @@
-"""Fake-quantization with its native gradient, and the two helpers that put a vector onto a weight's axes."""
+"""Fake-quantization with its native gradient."""
 
 import functools
 import logging
@@ -19,8 +19,6 @@ ZeroPoint = int | Tensor
 IN_CACHE: Final = 1 << 20
 """Elements of an activation that are worked on at a time on a CPU: few enough for its cache, and many for one call."""
 
-TRANSPOSED_KINDS: Final = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
-
 
 def integer_range(bits: int, *, signed: bool, narrow: bool = False) -> tuple[int, int]:
     """Return the smallest and the largest integer of a grid.
@@ -34,50 +32,6 @@ def integer_range(bits: int, *, signed: bool, narrow: bool = False) -> tuple[int
         return 0, 2**bits - 1
     high = 2 ** (bits - 1) - 1
     return (-high if narrow else -high - 1), high
-
-
-def per_in(v: Tensor, W: Tensor, *, groups: int = 1, kind: str = "conv2d") -> Tensor:
-    """Put a vector over input channels onto the axes of a weight, so that it broadcasts against it.
-
-    The paper writes W[m, n] with m = in, n = out; torch orders a weight `[out, in/groups, *k]`, a transposed
-    convolution's `[in, out/groups, *k]`. In a grouped layer the vector is indexed inside each group.
-
-    Args:
-        v: one value per input channel, `[in]`.
-        W: the weight.
-        groups: number of groups.
-        kind: the layer's torch function, `"linear"`, `"conv2d"`, `"conv_transpose2d"`, ...
-    """
-    if W.dim() == 1:
-        return v
-    return _first_axis(v, W) if kind in TRANSPOSED_KINDS else _second_axis(v, W, groups)
-
-
-def per_out(v: Tensor, W: Tensor, *, groups: int = 1, kind: str = "conv2d") -> Tensor:
-    """Put a vector over output channels onto the axes of a weight, so that it broadcasts against it.
-
-    Args:
-        v: one value per output channel, `[out]`.
-        W: the weight (a normalisation layer's has one axis only).
-        groups: number of groups.
-        kind: the layer's torch function.
-    """
-    if W.dim() == 1:
-        return v
-    return _second_axis(v, W, groups) if kind in TRANSPOSED_KINDS else _first_axis(v, W)
-
-
-def _first_axis(v: Tensor, W: Tensor) -> Tensor:
-    return v.reshape(-1, 1, *(1,) * (W.dim() - 2))
-
-
-def _second_axis(v: Tensor, W: Tensor, groups: int) -> Tensor:
-    """Put a vector onto the axis that is counted inside each group."""
-    tail = (1,) * (W.dim() - 2)
-    if groups == 1:
-        return v.reshape(1, -1, *tail)
-    inside = v.reshape(groups, 1, -1).expand(groups, W.shape[0] // groups, W.shape[1])
-    return inside.reshape(W.shape[0], W.shape[1], *tail)
 
 
 def to_integer(x: Tensor, scale: Tensor, *, low: int, high: int, zero_point: ZeroPoint = 0) -> Tensor:

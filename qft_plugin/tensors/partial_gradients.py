@@ -9,7 +9,7 @@ with y the layer's output and g its gradient. What is left of the weight's gradi
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from qft_plugin.tensors.fake_quantize import TRANSPOSED_KINDS, in_cache, same_layout
+from qft_plugin.tensors.axes import Axes
+from qft_plugin.tensors.fake_quantize import in_cache, same_layout
 
 NARROW: Final = 32
 """Output channels: a CPU's convolution computes 16 together, so that of fewer than this a part costs as much as all."""
@@ -28,31 +29,6 @@ kernel, from which that of the steps follows, in the time that <g, y> alone take
 
 MOST: Final = 0.75
 """Share of a kernel from which on slicing costs more than it saves."""
-
-
-def by_output(W: Tensor, *, kind: str, groups: int) -> Tensor:
-    """Bring the output channels of a kernel to the first axis: `[out, in/groups, *k]`.
-
-    Args:
-        W: a kernel in torch order, which is this order already unless the convolution is transposed.
-        kind: the layer's torch function.
-        groups: number of groups.
-    """
-    if kind not in TRANSPOSED_KINDS:
-        return W
-    return _exchanged(W, groups)
-
-
-def from_output(V: Tensor, *, kind: str, groups: int) -> Tensor:
-    """Bring `[out, in/groups, *k]` back to torch order; the inverse of `by_output`."""
-    if kind not in TRANSPOSED_KINDS:
-        return V
-    return _exchanged(V, groups)
-
-
-def _exchanged(W: Tensor, groups: int) -> Tensor:
-    """Exchange the first two axes inside each group: its own inverse."""
-    return W.reshape(groups, W.shape[0] // groups, *W.shape[1:]).transpose(1, 2).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -78,8 +54,7 @@ class PartialWeight:
 class Linear:
     """A linear layer, `x [..., in]`, `W [out, in]`."""
 
-    kind: str = "linear"
-    groups: int = 1
+    axes: Axes
     axis: int = -1
 
     def run(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
@@ -107,23 +82,17 @@ class Linear:
 class Convolution:
     """A convolution of images or sequences with a batch axis; each setting has one number for each axis of space."""
 
-    kind: str
+    axes: Axes
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     output_padding: tuple[int, ...]
-    groups: int
     axis: int = 1
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the convolution is transposed."""
-        return self.kind in TRANSPOSED_KINDS
 
     def run(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
         """Return the layer's output, `[N, out, *space]`."""
-        settings = (self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups)
-        return torch.convolution(x, W, bias, *settings)
+        settings = (self.stride, self.padding, self.dilation, self.axes.transposed, self.output_padding)
+        return torch.convolution(x, W, bias, *settings, self.axes.groups)
 
     def _backward(self, g: Tensor, x: Tensor, W: Tensor, groups: int, *, of_input: bool) -> Tensor:
         found = torch.ops.aten.convolution_backward(
@@ -134,7 +103,7 @@ class Convolution:
             self.stride,
             self.padding,
             self.dilation,
-            self.transposed,
+            self.axes.transposed,
             self.output_padding,
             groups,
             [of_input, not of_input, False],
@@ -144,36 +113,35 @@ class Convolution:
 
     def input_gradient(self, g: Tensor, x: Tensor, W: Tensor) -> Tensor:
         """Return dL/dx."""
-        return self._backward(g, x, W, self.groups, of_input=True)
+        return self._backward(g, x, W, self.axes.groups, of_input=True)
 
     def weight_gradient(self, g: Tensor, x: Tensor, W: Tensor) -> Tensor:
         """Return dL/dW, `[out, in/groups, *k]`."""
-        gradient = self._backward(g, x, W, self.groups, of_input=False)
-        return by_output(gradient, kind=self.kind, groups=self.groups)
+        return self.axes.by_output(self._backward(g, x, W, self.axes.groups, of_input=False))
 
     def row_gradient(self, g: Tensor, x: Tensor, W: Tensor, index: Tensor, touched: Tensor) -> Tensor:
         """Return the rows of dL/dW that train; in a grouped kernel, those of the groups that they are in."""
         # Of the kernel only the shape counts here: a slice will do.
-        if self.groups == 1:
-            rows = W.narrow(1 if self.transposed else 0, 0, len(index))
-            gradient = self._backward(_channels(g, index), x, rows, 1, of_input=False)
-            return by_output(gradient, kind=self.kind, groups=1)
-        ins, outs = x.shape[1] // self.groups, g.shape[1] // self.groups
+        groups, transposed = self.axes.groups, self.axes.transposed
+        if groups == 1:
+            rows = W.narrow(1 if transposed else 0, 0, len(index))
+            return self.axes.by_output(self._backward(_channels(g, index), x, rows, 1, of_input=False))
+        ins, outs = x.shape[1] // groups, g.shape[1] // groups
         count = len(touched)
-        rows = W.narrow(0, 0, count * (ins if self.transposed else outs))
+        rows = W.narrow(0, 0, count * (ins if transposed else outs))
         gradient = self._backward(
             _channels(g, _members(touched, outs)), _channels(x, _members(touched, ins)), rows, count, of_input=False
         )
         group = torch.div(index, outs, rounding_mode="floor")
         places = torch.searchsorted(touched, group) * outs + index % outs
-        return by_output(gradient, kind=self.kind, groups=count).index_select(0, places)
+        return replace(self.axes, groups=count).by_output(gradient).index_select(0, places)
 
     def whole_is_faster(self, g: Tensor, x: Tensor, W: Tensor, index: Tensor, touched: Tensor) -> bool:
         """Whether the gradient of the whole kernel costs less than that of its rows."""
         out = g.shape[1]
         if g.device.type == "cpu" and (out < NARROW or W.numel() < FEW * out):
             return True
-        return len(index) > MOST * out if self.groups == 1 else len(touched) > MOST * self.groups
+        return len(index) > MOST * out if self.axes.groups == 1 else len(touched) > MOST * self.axes.groups
 
 
 def _members(groups: Tensor, size: int) -> Tensor:
@@ -238,8 +206,7 @@ class _PartialKernel(torch.autograd.Function):
         elif of_bias:
             (sums,) = _channel_sums(g, operation=operation, dtype=ctx.gain.dtype)
         if of_gain and whole is not None:
-            by_out = by_output(W, kind=operation.kind, groups=operation.groups)
-            log_step = (whole * by_out).flatten(1).sum(1, dtype=ctx.gain.dtype)
+            log_step = (whole * operation.axes.by_output(W)).flatten(1).sum(1, dtype=ctx.gain.dtype)
         if log_step is not None:
             frozen = log_step.index_fill(0, index, 0)
             log_step = frozen if ctx.gain.dim() else frozen.sum()
@@ -299,7 +266,7 @@ def _operation(kind: str, arguments: Mapping[str, Any], *, axes: int, like: Tens
         like: the input.
     """
     if kind == "linear":
-        return Linear() if like.dim() > 1 else None
+        return Linear(Axes(kind)) if like.dim() > 1 else None
     padding = arguments.get("padding", 0)
     dilation = _each(arguments.get("dilation", 1), axes)
     if padding == "valid":
@@ -316,7 +283,7 @@ def _operation(kind: str, arguments: Mapping[str, Any], *, axes: int, like: Tens
     assert dilation is not None
     assert stride is not None
     assert output_padding is not None
-    return Convolution(kind, stride, padding, dilation, output_padding, arguments.get("groups", 1))
+    return Convolution(Axes(kind, arguments.get("groups", 1)), stride, padding, dilation, output_padding)
 
 
 def _each(value: Any, axes: int) -> tuple[int, ...] | None:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qft_plugin.graph.scales import out_slices
-from qft_plugin.training.offline import Dof, LayerDof, accumulator_step, on_hardware, on_weight, weight_steps
+from qft_plugin.training.offline import Dof, LayerDof, accumulator_step, on_hardware, weight_steps
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def deployed_weights(dof: Dof) -> dict[str, DeployedWeight]:
         W = module.folded_weight(module.channels(c))
         step = steps[layer.weight]
         assert module.element is not None
-        integers = module.element.integers(W, on_weight(step, module.scale_in, W, layer))
+        integers = module.element.integers(W, layer.axes.on_weight(step, module.scale_in, W))
         result[layer.weight] = DeployedWeight(integers, step, module.scale_in, grid.bits)
     return result
 
@@ -57,7 +56,7 @@ def folded_tensors(dof: Dof) -> dict[str, Tensor]:
         assert isinstance(module, LayerDof)
         W, B = module.folded(module.channels(c))
         if module.element is not None:
-            W = module.element.near(W, on_weight(steps[module.layer.weight], module.scale_in, W, module.layer))
+            W = module.element.near(W, module.layer.axes.on_weight(steps[module.layer.weight], module.scale_in, W))
         tensors[module.layer.weight] = W
         if module.layer.bias is not None and B is not None:
             tensors[module.layer.bias] = on_hardware(dof, module, B, steps, scales)
@@ -87,7 +86,7 @@ def integer_biases(dof: Dof) -> dict[str, Tensor]:
         S_acc = accumulator_step(dof, module, steps, scales)
         if S_acc is None or grid.s_in is None or not layer.is_kernel:
             continue
-        sums = out_slices(deployed[layer.weight].integers, kind=layer.kind, groups=layer.groups).sum(1)
+        sums = layer.axes.out_slices(deployed[layer.weight].integers).sum(1)
         B = module.folded_bias(module.channels(c))
         start = torch.zeros_like(sums) if B is None else (on_hardware(dof, module, B, steps, scales) / S_acc).round()
         zero_point = Z.get(grid.s_in, sums.new_tensor(dof.activation_grids[grid.s_in].zero_point))
@@ -108,10 +107,9 @@ def accumulator_bits(dof: Dof) -> dict[str, int]:
     deployed, biases = deployed_weights(dof), integer_biases(dof)
     found = {}
     for name, bias in biases.items():
-        layer = dof.map.layer(name)
         # Of a concatenation, parts may have integers of different widths: the widest could meet every weight.
         read = dof.input_grids(name)
-        W_int = out_slices(deployed[name].integers, kind=layer.kind, groups=layer.groups)
+        W_int = dof.map.layer(name).axes.out_slices(deployed[name].integers)
         ends = torch.stack([W_int * min(g.low for g in read), W_int * max(g.high for g in read)])
         largest = torch.maximum(ends.amax(0).sum(1) + bias.clamp(min=0), bias)
         smallest = torch.minimum(ends.amin(0).sum(1) + bias.clamp(max=0), bias)

@@ -22,13 +22,11 @@ from torch import Tensor, nn
 from qft_plugin.config import Elementwise, HardwareSpec, Rounding, Sparsity
 from qft_plugin.graph.layer_graph import PINNED, DofMap, Layer, absorbs_input
 from qft_plugin.graph.placement import ActivationGrid, can_share_zero_point, merged
-from qft_plugin.graph.scales import out_slices
+from qft_plugin.tensors.axes import Axes
 from qft_plugin.tensors.fake_quantize import (
     fake_quantize,
     integer_range,
     multiplied,
-    per_in,
-    per_out,
     quantize_factor,
     round_ste,
 )
@@ -77,35 +75,21 @@ def weight_scales(S_a_in: Tensor, S_a_out: Tensor, F: Tensor) -> tuple[Tensor, T
     return 1 / S_a_in, S_a_out * F
 
 
-def on_weight(scale: Tensor, scale_in: Tensor | None, W: Tensor, layer: Layer) -> Tensor:
-    """Put the scales of a kernel onto its axes, so that they broadcast against it.
-
-    Args:
-        scale: `[]` or `[out]`.
-        scale_in: `[in]`, or `None`.
-        W: the weight.
-        layer: its layer.
-    """
-    step = per_out(scale, W, groups=layer.groups, kind=layer.kind) if scale.dim() else scale
-    return step if scale_in is None else step * per_in(scale_in, W, groups=layer.groups, kind=layer.kind)
-
-
-def fold(W: Tensor, c_in: Tensor, c_out: Tensor, *, kind: str, groups: int) -> Tensor:
+def fold(W: Tensor, c_in: Tensor, c_out: Tensor, *, axes: Axes) -> Tensor:
     """Move the cross-layer factors on both sides of a kernel into the kernel.
 
     Args:
         W: weight, real units.
         c_in: factor of each input channel, `[in]`.
         c_out: factor of each output channel, `[out]`.
-        kind: the layer's torch function.
-        groups: number of groups.
+        axes: the meaning of its axes.
 
     Returns:
         W * c_in / c_out, of the shape of `W`.
     """
-    if absorbs_input(kind):
-        W = W * per_in(c_in, W, groups=groups, kind=kind)
-    return W / per_out(c_out, W, groups=groups, kind=kind)
+    if absorbs_input(axes.kind):
+        W = W * axes.per_in(c_in, W)
+    return W / axes.per_out(c_out, W)
 
 
 def fold_network(dof_map: DofMap, log_c: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -124,7 +108,7 @@ def fold_network(dof_map: DofMap, log_c: Tensor, tensors: Mapping[str, Tensor]) 
         W = tensors[layer.weight]
         c = torch.cat([log_c.new_zeros(1), log_c]).exp().to(W)
         c_in, c_out = c[layer.in_index.to(c.device)], c[layer.out_index.to(c.device)]
-        folded[layer.weight] = fold(W, c_in, c_out, kind=layer.kind, groups=layer.groups)
+        folded[layer.weight] = fold(W, c_in, c_out, axes=layer.axes)
         if layer.bias is not None:
             folded[layer.bias] = tensors[layer.bias] / c_out
     return folded
@@ -422,7 +406,7 @@ class Dof(nn.Module):
         """Return the mean magnitude of each output channel of the quantized kernels by name, `[out]`, folded units."""
         c = self.factors()
         return {
-            d.layer.weight: out_slices(W, kind=d.layer.kind, groups=d.layer.groups).abs().mean(1)
+            d.layer.weight: d.layer.axes.out_slices(W).abs().mean(1)
             for d in self._kernels()
             for W in [d.folded_weight(d.channels(c))]
         }
@@ -447,8 +431,8 @@ class Dof(nn.Module):
             layer = self.trained_weight(name)
             W = layer.folded_weight(layer.channels(c))
             assert layer.element is not None
-            integers = layer.element.integers(W, on_weight(steps[name], layer.scale_in, W, layer.layer))
-            layer.held = hold(layer.W, integers, mask, layer.layer)
+            integers = layer.element.integers(W, layer.layer.axes.on_weight(steps[name], layer.scale_in, W))
+            layer.held = hold(layer.W, integers, mask, layer.layer.axes)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -459,8 +443,8 @@ class Dof(nn.Module):
         c, steps = self.factors(), weight_steps(self, self.activation_scales())
         for name, held in self.held().items():
             layer = self.trained_weight(name)
-            step = on_weight(steps[name], layer.scale_in, layer.W, layer.layer)
-            layer.W.copy_(settled(held, layer.W, layer.units(layer.channels(c)), step, layer.layer))
+            step = layer.layer.axes.on_weight(steps[name], layer.scale_in, layer.W)
+            layer.W.copy_(settled(held, layer.W, layer.units(layer.channels(c)), step, layer.layer.axes))
 
     def release(self) -> None:
         """Let all weights train again, from what is stored of them."""
@@ -498,7 +482,7 @@ class LayerDof(nn.Module):
         step = grid.scale.to(W) if grid is not None else W.new_ones(())
         left = grid.scale_in.to(W) if grid is not None and grid.scale_in is not None else None
         trains = grid is not None
-        unit = on_weight(step, left, W, layer)
+        unit = layer.axes.on_weight(step, left, W)
         self.register_buffer("unit", unit)
         self.register_buffer("bias_unit", step * input_magnitude)
         self.register_buffer("in_index", layer.in_index.to(W.device))
@@ -551,10 +535,10 @@ class LayerDof(nn.Module):
         Args:
             c: the factors of the layer's channels.
         """
-        layer, out = self.layer, self.unit
+        axes, out = self.layer.axes, self.unit
         if self.folds_out:
-            out = out / per_out(c.outputs, self.W, groups=layer.groups, kind=layer.kind)
-        return (out, per_in(c.inputs, self.W, groups=layer.groups, kind=layer.kind)) if self.folds_in else (out,)
+            out = out / axes.per_out(c.outputs, self.W)
+        return (out, axes.per_in(c.inputs, self.W)) if self.folds_in else (out,)
 
     def folded_bias(self, c: "Channels") -> Tensor | None:
         """Return the bias with the cross-layer factors moved into it, `[out]`, real units; `None` where there is none.
@@ -647,7 +631,7 @@ def solve(dof: Dof) -> Solution:
             W, cheaper = _partly_trained(module, module.element, module.held, channels, steps[layer.weight])
             partial += [] if cheaper is None else [cheaper]
         elif module.element is not None:
-            step = on_weight(steps[layer.weight], module.scale_in, module.W, layer)
+            step = layer.axes.on_weight(steps[layer.weight], module.scale_in, module.W)
             W = module.element.folded(module.W, module.units(channels), step, dof.progress)
         else:
             W = module.folded_weight(channels)
@@ -663,8 +647,8 @@ def _partly_trained(
 ) -> tuple[Tensor, PartialWeight | None]:
     """Compute a kernel of which a part trains; fixed integers follow neither cross-layer factors nor a left scale."""
     left = None if layer.scale_in is None else layer.scale_in.detach()
-    step = on_weight(scale, left, layer.W, layer.layer)
-    return partly_trained(held, layer.units(c.detach()), step, scale, element, layer.layer)
+    step = layer.layer.axes.on_weight(scale, left, layer.W)
+    return partly_trained(held, layer.units(c.detach()), step, scale, element, layer.layer.axes)
 
 
 def accumulator_step(

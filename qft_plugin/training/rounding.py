@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from qft_plugin.config import Rounding, Sparsity
 from qft_plugin.errors import ModelError
 from qft_plugin.graph.layer_graph import Layer
+from qft_plugin.tensors.axes import Axes
 from qft_plugin.tensors.fake_quantize import (
-    TRANSPOSED_KINDS,
     fake_quantize,
     fake_quantize_folded,
     integer_range,
@@ -81,7 +81,7 @@ def smallest_dropped(u: Tensor, *, share: float) -> Tensor:
     return torch.ones_like(magnitude, dtype=torch.bool).index_fill_(0, dropped, False).view(u.shape)
 
 
-def two_of_four(u: Tensor, *, kind: str, groups: int) -> Tensor:
+def two_of_four(u: Tensor, axes: Axes) -> Tensor:
     """Keep the two largest of every four weights that stand side by side on the axis of the input channels.
 
     This is the axis that sparse matrix kernels sum over. Fours are counted inside each group from its first channel,
@@ -91,14 +91,13 @@ def two_of_four(u: Tensor, *, kind: str, groups: int) -> Tensor:
 
     Args:
         u: a weight in units of its step, in torch order.
-        kind: the layer's torch function.
-        groups: number of groups.
+        axes: the meaning of its axes.
 
     Returns:
         A boolean tensor of the shape of `u`, true where the weight is kept.
     """
-    grouped = u.abs().reshape(groups if kind in TRANSPOSED_KINDS else 1, -1, *u.shape[1:])
-    axis = 1 if kind in TRANSPOSED_KINDS else 2
+    grouped = u.abs().reshape(axes.groups if axes.transposed else 1, -1, *u.shape[1:])
+    axis = 1 if axes.transposed else 2
     last = grouped.movedim(axis, -1)
     channels = last.shape[-1]
     # What fills up the last four is smaller than any magnitude, so it is dropped first.
@@ -121,10 +120,10 @@ def mask_of(layer: Layer, W: Tensor, sparsity: Sparsity) -> Mask | None:
     if sparsity is None or layer.kind == "layer_norm":
         return None
     if sparsity == "2:4":
-        channels = W.shape[0] // layer.groups if layer.kind in TRANSPOSED_KINDS else W.shape[1]
-        if channels < FOUR:
+        axes = layer.axes
+        if axes.channels(W)[0] // axes.groups < FOUR:
             return None
-        return functools.partial(two_of_four, kind=layer.kind, groups=layer.groups)
+        return functools.partial(two_of_four, axes=axes)
     return functools.partial(smallest_dropped, share=float(sparsity))
 
 

@@ -15,20 +15,19 @@ from models import chained, image
 from torch import Tensor
 
 from qft_plugin.graph.dof_map import map_dof
-from qft_plugin.graph.layer_graph import DofMap, Layer, Op, Ref
+from qft_plugin.graph.layer_graph import DofMap, Op, Ref
 from qft_plugin.graph.scales import (
     SMALLEST_SCALE,
     apq,
     doubly_scales,
     equalization_factor,
     equalize,
-    in_slices,
-    out_slices,
     ppq,
     range_max,
     range_mse,
     weight_scale,
 )
+from qft_plugin.tensors.axes import Axes
 from qft_plugin.tensors.fake_quantize import fake_quantize
 from qft_plugin.training.offline import fold_network
 
@@ -148,43 +147,13 @@ def test_ppq_of_zeros_is_positive() -> None:
     assert torch.equal(found[[0, 2]], expected[[0, 2]])
 
 
-@pytest.mark.parametrize(
-    ("kind", "shape", "groups", "ins", "outs"),
-    [
-        ("linear", (4, 6), 1, 6, 4),
-        ("conv2d", (4, 3, 2, 2), 2, 6, 4),
-        ("conv1d", (6, 1, 3), 6, 6, 6),
-        ("conv_transpose2d", (6, 2, 2, 2), 2, 6, 4),
-        ("conv_transpose1d", (6, 4, 2), 1, 6, 4),
-    ],
-)
-def test_slices_hold_what_a_channel_touches(
-    kind: str, shape: tuple[int, ...], groups: int, ins: int, outs: int
-) -> None:
-    """Row c of the slices is what the kernel's gradient is nonzero at when only channel c is active."""
-    W = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    x = torch.rand(1, ins, *(4,) * (len(shape) - 2), dtype=torch.float64) + 0.1
-    function = getattr(torch.nn.functional, kind)
-    extra = {} if kind == "linear" else {"groups": groups}
-    assert W.requires_grad
-    for slices, count, of_output in ((out_slices, outs, True), (in_slices, ins, False)):
-        found = slices(W.detach(), kind=kind, groups=groups)
-        assert found.shape[0] == count
-        for c in range(count):
-            alone = torch.zeros_like(x)
-            alone[:, c : c + 1] = x[:, c : c + 1]
-            y = function(x, W, **extra)[:, c] if of_output else function(alone, W, **extra)
-            (g,) = torch.autograd.grad(y.sum(), W)
-            assert sorted(W.detach()[g != 0].tolist()) == sorted(found[c].tolist())
-
-
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_weight_scale_is_ppq_of_its_slices(per_channel: bool) -> None:
     """Per channel there is one scale for every output channel, per tensor a single one without an axis."""
     dof = mapped(chained("grouped transposed"), image())
     layer = next(la for la in dof.layers if "transpose" in la.kind)
     W = torch.randn(8, 2, 3, 3)
-    S = weight_scale(W, layer, bits=4, per_channel=per_channel)
+    S = weight_scale(W, layer.axes, bits=4, per_channel=per_channel)
     if per_channel:
         expected = torch.stack(
             [ppq(W[2 * (o // 2) : 2 * (o // 2) + 2, o % 2].reshape(1, -1), high=7)[0] for o in range(8)]
@@ -357,8 +326,7 @@ def test_doubly_scales_belong_to_their_channels(name: str) -> None:
         # Without elements the columns stand in for them; each row has the end code.
         Q = torch.tensor([7.0, -7.0, 7.0, -7.0, 7.0, -7.0]).double().expand(first, second)
     W = Q * torch.from_numpy(steps)
-    layer = Layer("w", None, kind, groups, (), (), (), torch.zeros(ins).long(), torch.zeros(outs).long())
-    found_S, found_T = doubly_scales(W, layer, bits=4)
+    found_S, found_T = doubly_scales(W, Axes(kind, groups), bits=4)
     assert found_S.shape == (outs,)
     assert found_T.shape == (ins,)
     found_steps = reference.kernel_steps(W.shape, found_S.numpy(), found_T.numpy(), groups, transposed=transposed)
@@ -373,10 +341,9 @@ def test_doubly_scales_belong_to_their_channels(name: str) -> None:
 
 def test_doubly_scales_depend_on_bits() -> None:
     """The largest integer is that of the narrow grid: a kernel of the values -1, 0 and 1 alone has step 1 at 2 bits."""
-    layer = Layer("w", None, "linear", 1, (), (), (), torch.zeros(3).long(), torch.zeros(2).long())
     W = torch.tensor([[1.0, -1.0, 0.0], [0.0, 1.0, 1.0]]).double()
     for bits, step in ((2, 1.0), (3, 1 / 3)):
-        S, T = doubly_scales(W, layer, bits=bits)
+        S, T = doubly_scales(W, Axes("linear"), bits=bits)
         integers = (W / (S[:, None] * T)).round()
         assert float(integers.abs().max()) <= 2 ** (bits - 1) - 1
         torch.testing.assert_close(integers * S[:, None] * T, W, rtol=EXACT, atol=EXACT)

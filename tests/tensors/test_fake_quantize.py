@@ -1,4 +1,4 @@
-"""Fake-quantization: every code, ties, clip edges, its native gradient, and vectors on a weight's axes."""
+"""Fake-quantization: every code, ties, clip edges, and its native gradient."""
 
 import functools
 import operator
@@ -18,8 +18,6 @@ from qft_plugin.tensors.fake_quantize import (
     fake_quantize_composed,
     fake_quantize_folded,
     integer_range,
-    per_in,
-    per_out,
     round_ste,
     same_layout,
     to_integer,
@@ -354,41 +352,3 @@ def test_scaling_data_and_scale_scales_the_result(seed: int, power: int, bits: i
     assert torch.equal(fake_quantize(k * x, k * s, low=low, high=high), k * once)
     assert torch.equal(fake_quantize(once, s, low=low, high=high), once)
     assert torch.equal(fake_quantize(-x, s, low=low, high=high), -once)
-
-
-AXES = [
-    ("linear", (4, 6), 1, 6, 4),
-    ("conv1d", (4, 6, 3), 1, 6, 4),
-    ("conv2d", (4, 3, 2, 2), 2, 6, 4),
-    ("conv2d", (8, 1, 2, 2), 4, 4, 8),
-    ("conv3d", (4, 2, 1, 2, 1), 1, 2, 4),
-    ("conv_transpose1d", (6, 4, 3), 1, 6, 4),
-    ("conv_transpose2d", (6, 2, 2, 2), 2, 6, 4),
-    ("conv_transpose3d", (4, 3, 1, 1, 2), 4, 4, 12),
-]
-
-
-@pytest.mark.parametrize(("kind", "shape", "groups", "ins", "outs"), AXES)
-def test_per_in_and_per_out_scale_what_they_say(
-    kind: str, shape: tuple[int, ...], groups: int, ins: int, outs: int
-) -> None:
-    """A factor of an input channel undoes its inverse on the input; one of an output channel scales the output."""
-    W = torch.randn(shape, dtype=torch.float64)
-    x = torch.randn(2, ins, *(5,) * (len(shape) - 2), dtype=torch.float64)
-    a, b = torch.rand(ins, dtype=torch.float64) + 0.5, torch.rand(outs, dtype=torch.float64) + 0.5
-    function = getattr(torch.nn.functional, kind)
-
-    def layer(x: Tensor, W: Tensor) -> Tensor:
-        return function(x, W) if kind == "linear" else function(x, W, groups=groups)
-
-    spatial = (1, -1, *(1,) * (len(shape) - 2))
-    scaled = W * per_in(a, W, groups=groups, kind=kind) * per_out(b, W, groups=groups, kind=kind)
-    assert scaled.shape == W.shape
-    found = layer(x / a.view(spatial), scaled)
-    torch.testing.assert_close(found, layer(x, W) * b.view(spatial), rtol=EXACT, atol=EXACT)
-
-
-def test_per_out_of_a_normalisation_is_the_vector() -> None:
-    """A weight with one axis holds one value per channel already."""
-    v = torch.rand(5)
-    assert torch.equal(per_out(v, torch.ones(5), kind="layer_norm"), v)

@@ -11,7 +11,8 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from qft_plugin.tensors import partial_gradients
-from qft_plugin.tensors.partial_gradients import Convolution, PartialBackward, PartialWeight, by_output, from_output
+from qft_plugin.tensors.axes import Axes
+from qft_plugin.tensors.partial_gradients import Convolution, PartialBackward, PartialWeight
 
 EXACT = 1e-10
 """float64 sums of up to a thousand terms in another order."""
@@ -80,21 +81,21 @@ class Part:
 
     def __init__(self, case: Case, *, count: int | None = None, per_channel: bool = True, bias: bool = True) -> None:
         self.layer = case.layer(*case.args, bias=bias, **case.settings).double()
-        self.names = {"kind": kind_of(self.layer), "groups": getattr(self.layer, "groups", 1)}
-        shape = by_output(self.layer.weight, **self.names).shape
+        self.axes = Axes(kind_of(self.layer), getattr(self.layer, "groups", 1))
+        shape = self.axes.by_output(self.layer.weight).shape
         self.index = torch.tensor(case.some[:count], dtype=torch.long)
         self.integers = torch.randint(-7, 8, shape).double()
         self.log_step = (torch.randn((shape[0],) if per_channel else ()).double() / 4).requires_grad_()
         self.rows = torch.randn(len(self.index), *shape[1:], dtype=torch.float64, requires_grad=True)
         self.bias = torch.randn(shape[0], dtype=torch.float64, requires_grad=True) if bias else None
         self.x = torch.randn(case.shape, dtype=torch.float64, requires_grad=True)
-        self.groups_of_rows = torch.unique(self.index // (shape[0] // self.names["groups"]))
+        self.groups_of_rows = torch.unique(self.index // (shape[0] // self.axes.groups))
 
     def weight(self) -> PartialWeight:
         step = self.log_step.exp()
         on_rows = step.view(-1, *(1,) * (self.integers.dim() - 1)) if step.dim() else step
         W = (self.integers * on_rows).index_copy(0, self.index, self.rows)
-        used = from_output(W, **self.names)
+        used = self.axes.from_output(W)
         return PartialWeight(used, self.rows, self.index, self.groups_of_rows, step / step.detach())
 
     def gradients(
@@ -132,19 +133,6 @@ def sliced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slice kernels that are too small to gain from it."""
     monkeypatch.setattr(partial_gradients, "NARROW", 0)
     monkeypatch.setattr(partial_gradients, "FEW", 0)
-
-
-@pytest.mark.parametrize("name", [name for name in CASES if "transposed" in name])
-def test_output_channels_come_first_and_go_back(name: str) -> None:
-    """The order of a transposed kernel is that of the loops over groups and channels, and it is undone."""
-    layer = CASES[name].layer(*CASES[name].args, **CASES[name].settings)
-    W, kind, groups = layer.weight.detach(), kind_of(layer), layer.groups
-    V = by_output(W, kind=kind, groups=groups)
-    outs, ins = W.shape[1], W.shape[0] // groups
-    for o in range(outs * groups):
-        for i in range(ins):
-            assert torch.equal(V[o, i], W[o // outs * ins + i, o % outs])
-    assert torch.equal(from_output(V, kind=kind, groups=groups), W)
 
 
 @pytest.mark.usefixtures("sliced")

@@ -15,11 +15,12 @@ from torch import nn
 from qft_plugin.config import HardwareSpec, QFTConfig
 from qft_plugin.errors import QFTWarning
 from qft_plugin.graph.dof_map import map_dof
-from qft_plugin.graph.layer_graph import Layer, LayerGraph
+from qft_plugin.graph.layer_graph import LayerGraph
 from qft_plugin.graph.placement import ActivationGrid, Placement, WeightPlace
-from qft_plugin.graph.scales import nearest_factor, out_slices
+from qft_plugin.graph.scales import nearest_factor
 from qft_plugin.job.run import check_accumulators
 from qft_plugin.job.start import _with_bits
+from qft_plugin.tensors.axes import Axes
 from qft_plugin.tensors.fake_quantize import quantize_factor
 from qft_plugin.training.integers import accumulator_bits, deployed_weights, folded_tensors, integer_biases
 from qft_plugin.training.offline import Dof, WeightGrid, accumulator_step, solve, tied_grids, weight_steps
@@ -88,12 +89,6 @@ def test_the_gradient_passes_the_rounding_of_a_factor(bits: int) -> None:
     torch.testing.assert_close(g, torch.ones_like(g), rtol=EXACT, atol=0)
 
 
-def layer_of(kind: str, groups: int = 1) -> Layer:
-    """Return a layer of which only the layout counts."""
-    none = torch.zeros(0).long()
-    return Layer("w", None, kind, groups, (), (), (), none, none)
-
-
 WEIGHTS = [("conv2d", (4, 3, 2, 2), 1, 4), ("linear", (5, 9), 1, 5), ("conv_transpose2d", (4, 3, 2, 2), 2, 6)]
 
 
@@ -104,11 +99,11 @@ def test_the_nearest_shift_is_the_better_of_two(
     kind: str, shape: tuple[int, ...], groups: int, outs: int, per_channel: bool, bits: int
 ) -> None:
     """Of the powers of two on both sides of the free factor, each channel has the one with the smaller error."""
-    W, layer, high = torch.randn(shape, dtype=torch.float64), layer_of(kind, groups), 2 ** (bits - 1) - 1
+    W, axes, high = torch.randn(shape, dtype=torch.float64), Axes(kind, groups), 2 ** (bits - 1) - 1
     F = torch.exp(torch.randn((outs,) if per_channel else (), dtype=torch.float64)) / high
-    found = nearest_factor(W, layer, F, unit=0.7, kind="power_of_two", bits=bits)
+    found = nearest_factor(W, axes, F, unit=0.7, kind="power_of_two", bits=bits)
     assert found.shape == F.shape
-    slices = out_slices(W, kind=kind, groups=groups) if per_channel else W.reshape(1, -1)
+    slices = axes.out_slices(W) if per_channel else W.reshape(1, -1)
     chosen = set()
     for row, free, taken in zip(slices, F.reshape(-1), found.reshape(-1), strict=True):
         candidates = [2.0 ** math.floor(math.log2(free)), 2.0 ** (math.floor(math.log2(free)) + 1)]
@@ -122,7 +117,7 @@ def test_a_factor_of_some_bits_is_rounded_to_the_nearest() -> None:
     """With several significant bits the nearest factor is as good as any, and a float factor stays."""
     W, F = torch.randn(4, 3), torch.rand(4) + 0.1
     for kind in ("float", 6):
-        found = nearest_factor(W, layer_of("linear"), F, unit=1.0, kind=kind, bits=4)
+        found = nearest_factor(W, Axes("linear"), F, unit=1.0, kind=kind, bits=4)
         assert torch.equal(found, quantize_factor(F, kind))
 
 
@@ -398,7 +393,7 @@ def test_accumulators_are_as_wide_as_the_worst_input_needs(
     weights = {"0.weight": WeightGrid(4, torch.tensor(0.2).double(), "in", None)}
     activations = {"in": ActivationGrid(0.1, *grid)}
     dof = Dof(dof_map, parameters_of(net), weights, activations, hardware=HardwareSpec(bias_bits=16))
-    rows = out_slices(deployed_weights(dof)["0.weight"].integers, kind=kind, groups=groups).numpy()
+    rows = Axes(kind, groups).out_slices(deployed_weights(dof)["0.weight"].integers).numpy()
     assert rows.shape == ({"conv": 2, "grouped": 4}.get(kernel, 3), 4)
     biases = integer_biases(dof)["0.weight"].numpy()
     ends = [reference.widest_sum(row, int(bias), *grid[:2]) for row, bias in zip(rows, biases, strict=True)]

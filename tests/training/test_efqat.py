@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qft_plugin.config import EfQAT, FinetuneConfig
 from qft_plugin.graph.placement import ActivationGrid
-from qft_plugin.graph.scales import out_slices, weight_scale
+from qft_plugin.graph.scales import weight_scale
 from qft_plugin.graph.torch_model import Call
 from qft_plugin.tensors.partial_gradients import PartialBackward
 from qft_plugin.training.data import Inputs
@@ -43,7 +43,7 @@ def make_dof(model: nn.Module, *, per_channel: bool = True, doubly: bool = False
     for layer in dof_map.layers:
         W, norm = tensors[layer.weight], layer.kind == "layer_norm"
         bits = 8 if norm else 4
-        scale = weight_scale(W, layer, bits=bits, per_channel=per_channel and not norm)
+        scale = weight_scale(W, layer.axes, bits=bits, per_channel=per_channel and not norm)
         left = torch.rand(len(layer.in_index), dtype=torch.float64) + 0.5 if doubly and not norm else None
         grids[layer.weight] = WeightGrid(bits, scale, "a", "b", left)
     return Dof(dof_map, tensors, grids, ACTIVATIONS, train_scales=train_scales)
@@ -81,7 +81,7 @@ def integers(dof: Dof) -> dict[str, Tensor]:
 def channels(dof: Dof, name: str, W: Tensor) -> Tensor:
     """Arrange a weight as one row per output channel."""
     layer = dof.map.layer(name)
-    return out_slices(W, kind=layer.kind, groups=layer.groups) if layer.is_kernel else W.unsqueeze(1)
+    return layer.axes.out_slices(W) if layer.is_kernel else W.unsqueeze(1)
 
 
 RATIOS = [0.0, 0.01, 0.05, 0.25, 0.5, 0.7, 0.99, 1.0]

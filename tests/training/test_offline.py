@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qft_plugin.graph.dof_map import map_dof
 from qft_plugin.graph.layer_graph import DofMap, Layer
 from qft_plugin.graph.placement import ActivationGrid
+from qft_plugin.tensors.axes import Axes
 from qft_plugin.tensors.fake_quantize import fake_quantize
 from qft_plugin.training.integers import deployed_weights, folded_tensors
 from qft_plugin.training.offline import (
@@ -21,7 +22,6 @@ from qft_plugin.training.offline import (
     fold,
     fold_network,
     names_of,
-    on_weight,
     solve,
     weight_scales,
     weight_steps,
@@ -102,7 +102,7 @@ def test_fold_is_differentiable(kind: str, shape: tuple[int, ...], groups: int, 
     """The gradient of folding is that of W * c_in / c_out for weight and factors."""
     W = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     c_in, c_out = (torch.rand(n, dtype=torch.float64).add(0.5).requires_grad_() for n in (ins, outs))
-    assert torch.autograd.gradcheck(lambda *t: fold(*t, kind=kind, groups=groups), (W, c_in, c_out))
+    assert torch.autograd.gradcheck(lambda *t: fold(*t, axes=Axes(kind, groups)), (W, c_in, c_out))
 
 
 def two_layers(kind: str) -> tuple[nn.Module, Tensor]:
@@ -213,7 +213,7 @@ def test_scales_stand_on_the_axes_of_their_channels(
     S = torch.rand((outs,) if per_channel else (), dtype=torch.float64) + 0.5
     T = torch.rand(ins, dtype=torch.float64) + 0.5
     W = torch.zeros(shape, dtype=torch.float64)
-    found = on_weight(S, T if doubly else None, W, layer).expand_as(W)
+    found = layer.axes.on_weight(S, T if doubly else None, W).expand_as(W)
     left = T.numpy() if doubly else np.ones(ins)
     right = S.expand(outs).numpy()
     expected = reference.kernel_steps(shape, right, left, groups, transposed="transpose" in kind)
@@ -228,7 +228,7 @@ def test_scales_on_the_axes_are_differentiable(
     layer = Layer("w", None, kind, groups, (), (), (), torch.zeros(ins).long(), torch.zeros(outs).long())
     S, T = (torch.rand(n, dtype=torch.float64).add(0.5).requires_grad_() for n in (outs, ins))
     W = torch.zeros(shape, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda S, T: on_weight(S, T, W, layer), (S, T))
+    assert torch.autograd.gradcheck(lambda S, T: layer.axes.on_weight(S, T, W), (S, T))
 
 
 def test_weight_scales_is_equation_2() -> None:
@@ -272,7 +272,7 @@ def test_doubly_per_channel_training_starts_at_the_given_scales(kind: str) -> No
     torch.testing.assert_close(found.step_in, T, rtol=EXACT, atol=0)
     for name, t in folded_tensors(dof).items():
         torch.testing.assert_close(t, tensors[name], rtol=EXACT, atol=EXACT)
-    steps = on_weight(S, T, tensors["2.weight"], layer)
+    steps = layer.axes.on_weight(S, T, tensors["2.weight"])
     torch.testing.assert_close(
         dof.trained_weight("2.weight").W.detach(), tensors["2.weight"] / steps, rtol=EXACT, atol=0
     )

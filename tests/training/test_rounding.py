@@ -19,11 +19,12 @@ from qft_plugin.errors import ModelError
 from qft_plugin.graph.layer_graph import Layer
 from qft_plugin.graph.placement import ActivationGrid
 from qft_plugin.graph.torch_model import Call
+from qft_plugin.tensors.axes import Axes
 from qft_plugin.tensors.fake_quantize import fake_quantize, integer_range, to_integer
 from qft_plugin.training.data import Inputs, Kept
 from qft_plugin.training.finetune import FinetuneResult, Loss, Phase, Prediction, Targets, finetune, teacher_predictions
 from qft_plugin.training.integers import deployed_weights, folded_tensors
-from qft_plugin.training.offline import Dof, WeightGrid, on_weight, solve
+from qft_plugin.training.offline import Dof, WeightGrid, solve
 from qft_plugin.training.rounding import (
     ELEMENTS,
     INSIDE,
@@ -270,7 +271,7 @@ def test_two_of_four(name: str) -> None:
     """The mask is that of the loops for every kind of layer; of n channels in a group's last four min(n, 2) stay."""
     kind, shape, groups = SHAPES[name]
     u = torch.randn(shape, dtype=torch.float64)
-    kept = two_of_four(u, kind=kind, groups=groups)
+    kept = two_of_four(u, Axes(kind, groups))
     transposed = "transpose" in kind
     np.testing.assert_array_equal(kept.numpy(), reference.two_of_four(u.numpy(), groups, transposed=transposed))
     channels = shape[0] // groups if transposed else shape[1]
@@ -281,15 +282,15 @@ def test_two_of_four(name: str) -> None:
 def test_two_of_four_among_equals_and_zeros() -> None:
     """Ties and zeros do not change how many are kept, also next to channels that are only imagined."""
     for u in (torch.ones(3, 8), torch.zeros(3, 8)):
-        assert (two_of_four(u, kind="linear", groups=1).view(3, 2, 4).sum(-1) == 2).all()
-    assert two_of_four(torch.zeros(3, 6), kind="linear", groups=1)[:, 4:].all()
+        assert (two_of_four(u, Axes("linear")).view(3, 2, 4).sum(-1) == 2).all()
+    assert two_of_four(torch.zeros(3, 6), Axes("linear"))[:, 4:].all()
 
 
 def test_a_mask_does_not_depend_on_the_memory_layout() -> None:
     """A kernel in channels-last order has the same mask."""
     u = torch.randn(4, 8, 3, 3)
     other = u.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(two_of_four(u, kind="conv2d", groups=1), two_of_four(other, kind="conv2d", groups=1))
+    assert torch.equal(two_of_four(u, Axes("conv2d")), two_of_four(other, Axes("conv2d")))
     assert torch.equal(smallest_dropped(u, share=0.4), smallest_dropped(other, share=0.4))
 
 
@@ -424,7 +425,7 @@ def test_what_is_solved_is_what_is_deployed(rounding: Rounding, sparsity: Sparsi
     solution, folded = solve(dof), folded_tensors(dof)
     for name, found in deployed_weights(dof).items():
         layer = dof.map.layer(name)
-        step = on_weight(found.step, found.step_in, found.integers, layer)
+        step = layer.axes.on_weight(found.step, found.step_in, found.integers)
         assert torch.equal(solution.tensors[name].detach(), found.integers * step)
         assert torch.equal(to_integer(folded[name], step, low=LOW, high=HIGH), found.integers)
         channels = layer.in_index.numel() // layer.groups
@@ -548,7 +549,7 @@ def test_every_element_lowers_the_loss(rounding: Rounding, sparsity: Sparsity) -
     tensors = {name: t.detach() for name, t in solve(dof).tensors.items()}
     for name, found in deployed_weights(dof).items():
         layer = dof.map.layer(name)
-        tensors[name] = found.integers * on_weight(found.step, found.step_in, found.integers, layer)
+        tensors[name] = found.integers * layer.axes.on_weight(found.step, found.step_in, found.integers)
     y, t = torch.func.functional_call(model, tensors, x), targets.features[0].values
     losses = [(y[i : i + 64] - t[i : i + 64]).square().sum() / t[i : i + 64].square().sum() for i in (0, 64)]
     assert float(sum(losses)) / 2 == pytest.approx(result.final_loss, rel=FLOAT32)
