@@ -1,5 +1,7 @@
 """Slow and obvious: the paper's equations as NumPy loops, one line of mathematics to one line of code."""
 
+import math
+
 import numpy as np
 
 
@@ -229,3 +231,9 @@ def undecided(h: np.ndarray, beta: float) -> float:
 def blended(W: float, scale: float, alpha: float, high: int) -> float:
     """Alpha-blending:  (1 - alpha) W + alpha Q(W)."""
     return (1 - alpha) * W + alpha * scale * integer_of(W, scale, -high, high)
+
+
+def significant(F: float, bits: int) -> bool:
+    """Whether a number is an integer of so many bits before a shift."""
+    mantissa, _ = math.frexp(F)
+    return (mantissa * 2**bits).is_integer()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qft_plugin.brevitas._scalings import ActivationScaling, Scaling, WeightScaling, ZeroPoint
 from qft_plugin.errors import ConfigError, ModelError
 from qft_plugin.graph.batch_norms import CONVOLUTIONS
-from qft_plugin.tensors.fake_quantize import integer_range
+from qft_plugin.tensors.grid import integer_range
 
 KEPT: Final = "_qft_scaling"
 """Attribute of a proxy that holds its trained state; not registered, because its quantizer registers it already."""

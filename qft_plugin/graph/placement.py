@@ -10,7 +10,7 @@ from torch import Tensor
 from qft_plugin.errors import ConfigError
 from qft_plugin.graph.layer_graph import ADDS, Layer, LayerGraph, Op, Ref
 from qft_plugin.graph.rules import DIVIDES, JOINS, MOVES
-from qft_plugin.tensors.fake_quantize import integer_range
+from qft_plugin.tensors.grid import integer_range
 
 KEEPS_GRID: Final = frozenset(MOVES) | frozenset(
     [

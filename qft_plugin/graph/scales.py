@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qft_plugin.graph.layer_graph import PINNED, DofMap
 from qft_plugin.tensors.axes import Axes
-from qft_plugin.tensors.fake_quantize import quantize_factor, to_integer
+from qft_plugin.tensors.grid import quantize_factor, to_integer
 
 SMALLEST_SCALE: Final = 1e-12
 """Keeps the scale of an all-zero slice positive; its integers are 0 whatever the scale is."""

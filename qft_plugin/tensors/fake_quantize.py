@@ -1,7 +1,6 @@
 """Fake-quantization with its native gradient."""
 
 import functools
-import logging
 import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,40 +10,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-logger = logging.getLogger("qft_plugin")
-
-ZeroPoint = int | Tensor
-"""An integer, or one held in a float tensor `[]` that trains."""
+from qft_plugin.tensors.grid import ZeroPoint, round_ste
 
 IN_CACHE: Final = 1 << 20
 """Elements of an activation that are worked on at a time on a CPU: few enough for its cache, and many for one call."""
-
-
-def integer_range(bits: int, *, signed: bool, narrow: bool = False) -> tuple[int, int]:
-    """Return the smallest and the largest integer of a grid.
-
-    Args:
-        bits: bit width, at least 2 where `narrow`, else at least 1.
-        signed: two's complement, else starting at 0.
-        narrow: drop the most negative integer, so that the signed grid is symmetric (Eq. 1).
-    """
-    if not signed:
-        return 0, 2**bits - 1
-    high = 2 ** (bits - 1) - 1
-    return (-high if narrow else -high - 1), high
-
-
-def to_integer(x: Tensor, scale: Tensor, *, low: int, high: int, zero_point: ZeroPoint = 0) -> Tensor:
-    """Quantize to integers held in float.  Eq. (1):  x_int = clip(round(x / scale) + zero_point, low, high).
-
-    Ties round to even, as in torch, NumPy and the CPU runtimes.
-    """
-    return (x / scale).round_().add_(zero_point).clamp_(low, high)
-
-
-def round_ste(x: Tensor) -> Tensor:
-    """Round to the nearest integer; the straight-through estimator lets the gradient pass unchanged."""
-    return x + (x.round() - x).detach()
 
 
 def fake_quantize_composed(
@@ -356,18 +325,3 @@ def fake_quantize_folded(W: Tensor, units: Sequence[Tensor], step: Tensor, *, lo
     """
     out: Tensor = _FoldedFakeQuantize.apply(W, step, low, high, *units)  # type: ignore[no-untyped-call]
     return out
-
-
-def quantize_factor(F: Tensor, kind: str | int) -> Tensor:
-    """Round a rescale factor to what the hardware can multiply by; the straight-through estimator passes the gradient.
-
-    Args:
-        F: any shape, greater than 0, output steps per accumulator step.
-        kind: `"float"` keeps it; `"power_of_two"` rounds its logarithm; a number keeps so many significant bits.
-    """
-    if kind == "float":
-        return F
-    if kind == "power_of_two":
-        return torch.exp2(round_ste(F.log2()))
-    unit = torch.exp2(F.detach().log2().floor() + 1 - int(kind))
-    return round_ste(F / unit) * unit

@@ -23,13 +23,8 @@ from qft_plugin.config import Elementwise, HardwareSpec, Rounding, Sparsity
 from qft_plugin.graph.layer_graph import PINNED, DofMap, Layer, absorbs_input
 from qft_plugin.graph.placement import ActivationGrid, can_share_zero_point, merged
 from qft_plugin.tensors.axes import Axes
-from qft_plugin.tensors.fake_quantize import (
-    fake_quantize,
-    integer_range,
-    multiplied,
-    quantize_factor,
-    round_ste,
-)
+from qft_plugin.tensors.fake_quantize import fake_quantize, multiplied
+from qft_plugin.tensors.grid import integer_range, quantize_factor, round_ste
 from qft_plugin.tensors.partial_gradients import PartialWeight
 from qft_plugin.training.efqat import Held, hold, partly_trained, settled
 from qft_plugin.training.rounding import NearestRounding, check_masks, element_of, undecided

@@ -18,13 +18,8 @@ from qft_plugin.config import Rounding, Sparsity
 from qft_plugin.errors import ModelError
 from qft_plugin.graph.layer_graph import Layer
 from qft_plugin.tensors.axes import Axes
-from qft_plugin.tensors.fake_quantize import (
-    fake_quantize,
-    fake_quantize_folded,
-    integer_range,
-    multiplied,
-    to_integer,
-)
+from qft_plugin.tensors.fake_quantize import fake_quantize, fake_quantize_folded, multiplied
+from qft_plugin.tensors.grid import integer_range, to_integer
 
 logger = logging.getLogger("qft_plugin")
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from qft_plugin.graph.layer_graph import on_axis
 from qft_plugin.graph.placement import ActivationGrid
-from qft_plugin.tensors.fake_quantize import ZeroPoint, by_channel, fake_quantize, fake_quantize_composed, has_channels
+from qft_plugin.tensors.fake_quantize import by_channel, fake_quantize, fake_quantize_composed, has_channels
+from qft_plugin.tensors.grid import ZeroPoint
 from qft_plugin.training.finetune import Prediction
 from qft_plugin.training.offline import Solution
 

@@ -13,15 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qft_plugin.tensors.fake_quantize import (
-    fake_quantize,
-    fake_quantize_composed,
-    fake_quantize_folded,
-    integer_range,
-    round_ste,
-    same_layout,
-    to_integer,
-)
+from qft_plugin.tensors.fake_quantize import fake_quantize, fake_quantize_composed, fake_quantize_folded, same_layout
+from qft_plugin.tensors.grid import integer_range, to_integer
 
 EXACT = 1e-12
 """float64 sums of at most a few hundred terms in another order."""
@@ -35,22 +28,6 @@ def clear_of_ties(x: Tensor, scale: Tensor) -> Tensor:
     u = x / scale
     near = ((u - u.floor()) - 0.5).abs() < 1e-6
     return torch.where(near, (u + 0.1) * scale, x)
-
-
-@pytest.mark.parametrize(
-    ("bits", "signed", "narrow", "expected"),
-    [
-        (4, True, True, (-7, 7)),
-        (4, True, False, (-8, 7)),
-        (4, False, False, (0, 15)),
-        (8, True, False, (-128, 127)),
-        (2, True, True, (-1, 1)),
-        (1, False, False, (0, 1)),
-    ],
-)
-def test_integer_range(bits: int, signed: bool, narrow: bool, expected: tuple[int, int]) -> None:
-    """Narrow grids are symmetric, full ones two's complement, unsigned ones start at 0."""
-    assert integer_range(bits, signed=signed, narrow=narrow) == expected
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.125, 0.3])
@@ -70,13 +47,6 @@ def test_everything_between_two_codes_goes_to_the_nearer_one() -> None:
     distance = np.abs(x.numpy()[:, None] - codes)
     np.testing.assert_allclose(np.abs(found - x.numpy()), distance.min(1), rtol=0, atol=EXACT)
     assert set(found) == set(codes)
-
-
-def test_ties_go_to_even() -> None:
-    """Halves round to the even neighbour on both sides of 0, and at the clip edges."""
-    x = torch.tensor([0.5, 1.5, 2.5, 3.5, 6.5, 7.5, -0.5, -1.5, -2.5, -6.5, -7.5])
-    expected = torch.tensor([0.0, 2, 2, 4, 6, 7, 0, -2, -2, -6, -7])
-    assert torch.equal(to_integer(x, torch.tensor(1.0), low=-7, high=7), expected)
 
 
 @pytest.mark.parametrize(("low", "high", "zero_point"), GRIDS)
@@ -104,16 +74,6 @@ def test_arguments_stay_as_they_are() -> None:
     fake_quantize(x, s, low=-7, high=7, zero_point=2)
     assert torch.equal(x, before)
     assert s.tolist() == torch.tensor([0.3]).tolist()
-
-
-def test_round_ste_rounds_and_lets_the_gradient_through() -> None:
-    """The value is the nearest integer, the gradient is 1."""
-    x = torch.tensor([0.2, 0.5, 1.5, -2.7], requires_grad=True)
-    y = round_ste(x)
-    y.sum().backward()
-    assert y.tolist() == [0, 0, 2, -3]
-    assert x.grad is not None
-    assert x.grad.tolist() == [1, 1, 1, 1]
 
 
 SHAPES = {

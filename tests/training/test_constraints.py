@@ -21,7 +21,7 @@ from qft_plugin.graph.scales import nearest_factor
 from qft_plugin.job.run import check_accumulators
 from qft_plugin.job.start import _with_bits
 from qft_plugin.tensors.axes import Axes
-from qft_plugin.tensors.fake_quantize import quantize_factor
+from qft_plugin.tensors.grid import quantize_factor
 from qft_plugin.training.integers import accumulator_bits, deployed_weights, folded_tensors, integer_biases
 from qft_plugin.training.offline import Dof, WeightGrid, accumulator_step, solve, tied_grids, weight_steps
 
@@ -30,63 +30,6 @@ EXACT = 1e-12
 
 INTEGER = 1e-9
 """An integer that was computed by dividing float64 numbers by a scale."""
-
-FACTORS = st.floats(1e-6, 1e6)
-
-
-def significant(F: float, bits: int) -> bool:
-    """Whether a number is an integer of so many bits before a shift."""
-    mantissa, _ = math.frexp(F)
-    return (mantissa * 2**bits).is_integer()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@given(F=FACTORS)
-def test_a_factor_that_is_a_power_of_two(dtype: torch.dtype, F: float) -> None:
-    """The result is a power of two exactly, the nearest one in the logarithm, and stays where it is."""
-    given_factor = torch.tensor(F, dtype=dtype)
-    found = quantize_factor(given_factor, "power_of_two")
-    assert found.dtype == dtype
-    assert math.frexp(found.item())[0] == 0.5
-    assert abs(math.log2(found.item() / given_factor.item())) <= 0.5 + 1e-6
-    assert torch.equal(quantize_factor(found, "power_of_two"), found)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@given(F=FACTORS, bits=st.integers(2, 24))
-def test_a_factor_of_some_bits(dtype: torch.dtype, F: float, bits: int) -> None:
-    """The result has so many significant bits exactly, is the nearest such number, and stays where it is."""
-    given_factor = torch.tensor(F, dtype=dtype)
-    found = quantize_factor(given_factor, bits).item()
-    assert significant(found, bits)
-    step = 2.0 ** (math.frexp(given_factor.item())[1] - bits)
-    assert abs(found - given_factor.item()) <= step / 2
-    assert quantize_factor(torch.tensor(found, dtype=dtype), bits).item() == found
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", ["power_of_two", 2, 4, 8, 24])
-def test_every_shift_is_a_fixed_point(kind: str | int, dtype: torch.dtype) -> None:
-    """Powers of two, in vectors as kernels of the library see them, come back in every bit."""
-    F = torch.tensor([2.0**k for k in range(-40, 41)], dtype=dtype)
-    assert torch.equal(quantize_factor(F, kind), F)
-
-
-def test_any_factor_may_stay() -> None:
-    """As floats, factors are the given tensor."""
-    F = torch.tensor([0.3, 7.0])
-    assert quantize_factor(F, "float") is F
-
-
-@pytest.mark.parametrize("bits", [2, 5, 12])
-def test_the_gradient_passes_the_rounding_of_a_factor(bits: int) -> None:
-    """Of an integer multiplier the gradient is 1, of a shift it is relative: d log F_q / d log F = 1."""
-    F = torch.tensor([0.3, 1.0, 7.1], dtype=torch.float64, requires_grad=True)
-    (g,) = torch.autograd.grad(quantize_factor(F, bits).sum(), F)
-    torch.testing.assert_close(g, torch.ones_like(g), rtol=EXACT, atol=0)
-    log_F = F.detach().log().requires_grad_()
-    (g,) = torch.autograd.grad(quantize_factor(log_F.exp(), "power_of_two").log().sum(), log_F)
-    torch.testing.assert_close(g, torch.ones_like(g), rtol=EXACT, atol=0)
 
 
 WEIGHTS = [("conv2d", (4, 3, 2, 2), 1, 4), ("linear", (5, 9), 1, 5), ("conv_transpose2d", (4, 3, 2, 2), 2, 6)]
@@ -308,7 +251,7 @@ def test_rescale_factors_are_what_hardware_can_multiply_by(kind: str | int, chan
             held = state.rescale_factor(module)
             torch.testing.assert_close(factors, held.reshape(-1), rtol=EXACT, atol=0)
             bits = 1 if kind == "power_of_two" else kind
-            assert all(significant(F, bits) for F in held.reshape(-1).tolist())
+            assert all(reference.significant(F, bits) for F in held.reshape(-1).tolist())
             assert deployed_weights(state)[name].step is not None
             torch.testing.assert_close(deployed_weights(state)[name].step, steps[name], rtol=EXACT, atol=0)
         last = state.trained_weight("2.weight")

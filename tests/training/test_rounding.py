@@ -20,7 +20,8 @@ from qft_plugin.graph.layer_graph import Layer
 from qft_plugin.graph.placement import ActivationGrid
 from qft_plugin.graph.torch_model import Call
 from qft_plugin.tensors.axes import Axes
-from qft_plugin.tensors.fake_quantize import fake_quantize, integer_range, to_integer
+from qft_plugin.tensors.fake_quantize import fake_quantize
+from qft_plugin.tensors.grid import integer_range, to_integer
 from qft_plugin.training.data import Inputs, Kept
 from qft_plugin.training.finetune import FinetuneResult, Loss, Phase, Prediction, Targets, finetune, teacher_predictions
 from qft_plugin.training.integers import deployed_weights, folded_tensors
