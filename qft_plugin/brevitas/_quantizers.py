@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qft_plugin.brevitas._scalings import ActivationScaling, Scaling, WeightScaling, ZeroPoint
 from qft_plugin.errors import ConfigError, ModelError
 from qft_plugin.graph.batch_norms import CONVOLUTIONS
-from qft_plugin.tensors.grid import integer_range
+from qft_plugin.tensors.grid import integer_range, largest_integer
 
 KEPT: Final = "_qft_scaling"
 """Attribute of a proxy that holds its trained state; not registered, because its quantizer registers it already."""
@@ -166,7 +166,7 @@ class _QFTWeight(NarrowIntQuant, WeightQuantSolver, metaclass=_TrueInjector):
             )
         if scaling_per_input_channel:
             take_plain_inputs(first)
-        high = 2 ** (int(bit_width) - 1) - 1
+        high = largest_integer(int(bit_width))
         return _kept(
             proxy_module,
             lambda: WeightScaling(

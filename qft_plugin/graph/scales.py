@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qft_plugin.graph.layer_graph import PINNED, DofMap
 from qft_plugin.tensors.axes import Axes
-from qft_plugin.tensors.grid import quantize_factor, to_integer
+from qft_plugin.tensors.grid import largest_integer, quantize_factor, to_integer
 
 SMALLEST_SCALE: Final = 1e-12
 """Keeps the scale of an all-zero slice positive; its integers are 0 whatever the scale is."""
@@ -216,7 +216,7 @@ def equalize(
         if layer.weight not in bits:
             continue
         W = weights[layer.weight].detach().double().cpu()
-        high = 2 ** (bits[layer.weight] - 1) - 1
+        high = largest_integer(bits[layer.weight])
         whole = ppq(W.reshape(1, -1), high=high)
         for side, slices, index in (
             ("p", layer.axes.out_slices(W), layer.out_index),
@@ -310,7 +310,7 @@ def _positive(factor: Tensor, before: Tensor) -> Tensor:
 def weight_scale(W: Tensor, axes: Axes, *, bits: int, per_channel: bool) -> Tensor:
     """Return the MMSE scale of a weight: `[out]` per channel or `[]` per tensor, real per step."""
     slices = axes.out_slices(W) if per_channel else W.reshape(1, -1)
-    S = ppq(slices, high=2 ** (bits - 1) - 1)
+    S = ppq(slices, high=largest_integer(bits))
     return S if per_channel else S.squeeze(0)
 
 
@@ -319,7 +319,7 @@ def doubly_scales(W: Tensor, axes: Axes, *, bits: int) -> tuple[Tensor, Tensor]:
     V = axes.by_output(W)
     # Each group is a kernel of its own: [out, in, elements].
     parts = V.reshape(axes.groups, V.shape[0] // axes.groups, V.shape[1], -1)
-    pairs = [apq(part, high=2 ** (bits - 1) - 1) for part in parts]
+    pairs = [apq(part, high=largest_integer(bits)) for part in parts]
     return torch.cat([S for S, _ in pairs]), torch.cat([T for _, T in pairs])
 
 
@@ -345,7 +345,7 @@ def nearest_factor(
     """
     if kind != "power_of_two":
         return quantize_factor(F, kind)
-    high = 2 ** (bits - 1) - 1
+    high = largest_integer(bits)
     if scale_in is not None:
         W = W / axes.per_in(scale_in, W)
     slices = axes.out_slices(W) if F.dim() else W.reshape(1, -1)

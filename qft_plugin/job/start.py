@@ -31,6 +31,7 @@ from qft_plugin.job.activation_ranges import BATCH, activation_grids
 from qft_plugin.job.bias_correction import BIAS_IMAGES, correctable, corrections, output_means
 from qft_plugin.job.health import Ranges, warn_of_images, warn_of_ranges
 from qft_plugin.job.understand import Problem, laid_out
+from qft_plugin.tensors.grid import largest_integer
 from qft_plugin.training.data import Inputs
 from qft_plugin.training.offline import (
     Dof,
@@ -323,7 +324,7 @@ def _compensated(
         step = layer.axes.on_weight(grid.scale, grid.scale_in, W)
         H = moments.pop(layer.weight)
         try:
-            result[layer.weight] = compensated_kernel(W, step, H, layer, high=2 ** (grid.bits - 1) - 1)
+            result[layer.weight] = compensated_kernel(W, step, H, layer, high=largest_integer(grid.bits))
         except RuntimeError as error:  # the moment matrix is not positive definite
             logger.warning("%s starts from rounding to nearest: %s", layer.weight, error)
     return result

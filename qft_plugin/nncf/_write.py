@@ -20,6 +20,7 @@ from qft_plugin.graph.layer_graph import PINNED, on_axis
 from qft_plugin.graph.placement import ActivationGrid
 from qft_plugin.graph.torch_model import replace_modules, tensor_of
 from qft_plugin.nncf._attach import Placed, rename_hooks
+from qft_plugin.tensors.grid import largest_integer
 from qft_plugin.training.integers import DeployedWeight, deployed_weights
 from qft_plugin.training.offline import Dof, solve
 
@@ -156,7 +157,7 @@ def _symmetric(old: Any, *, bits: int, step: Tensor) -> nn.Module:
     quantizer: Any = SymmetricQuantizer(PTQuantizerSpec.from_state(state))
     quantizer.to(step.device)
     quantizer.signed = True
-    high = 2 ** (bits - 1) - 1
+    high = largest_integer(bits)
     scale = (step * high).expand(quantizer.scale.numel()) if step.dim() == 0 else step * high
     quantizer.scale.data.copy_(scale.reshape(quantizer.scale.shape))
     module: nn.Module = quantizer

@@ -7,6 +7,11 @@ ZeroPoint = int | Tensor
 """An integer, or one held in a float tensor `[]` that trains."""
 
 
+def largest_integer(bits: int) -> int:
+    """Return the largest integer of a signed grid: 2^(bits - 1) - 1."""
+    return (1 << (bits - 1)) - 1
+
+
 def integer_range(bits: int, *, signed: bool, narrow: bool = False) -> tuple[int, int]:
     """Return the smallest and the largest integer of a grid.
 
@@ -17,7 +22,7 @@ def integer_range(bits: int, *, signed: bool, narrow: bool = False) -> tuple[int
     """
     if not signed:
         return 0, 2**bits - 1
-    high = 2 ** (bits - 1) - 1
+    high = largest_integer(bits)
     return (-high if narrow else -high - 1), high
 
 

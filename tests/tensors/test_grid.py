@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qft_plugin.tensors.grid import integer_range, quantize_factor, round_ste, to_integer
+from qft_plugin.tensors.grid import integer_range, largest_integer, quantize_factor, round_ste, to_integer
 
 EXACT = 1e-12
 """A handful of float64 operations in another order."""
@@ -30,6 +30,14 @@ FACTORS = st.floats(1e-6, 1e6)
 def test_integer_range(bits: int, signed: bool, narrow: bool, expected: tuple[int, int]) -> None:
     """Narrow grids are symmetric, full ones two's complement, unsigned ones start at 0."""
     assert integer_range(bits, signed=signed, narrow=narrow) == expected
+
+
+def test_largest_integer_is_that_of_both_signed_grids() -> None:
+    """Narrow and full grids end at the same integer."""
+    for bits in range(2, 33):
+        assert {integer_range(bits, signed=True, narrow=narrow)[1] for narrow in (True, False)} == {
+            largest_integer(bits)
+        }
 
 
 def test_ties_go_to_even() -> None:
