@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from qft_plugin import DeployabilityError, EfQAT, FinetuneConfig, HardwareSpec, ParityError, QFTConfig
 from qft_plugin.graph.rules import LAYERS
-from qft_plugin.graph.scales import apq, ppq
 from qft_plugin.tensors.axes import Axes
+from qft_plugin.tensors.mmse import apq, ppq
 from qft_plugin.training.offline import fold_network
 
 logger = logging.getLogger("experiments")

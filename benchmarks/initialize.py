@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from qft_plugin.graph.scales import apq, ppq
+from qft_plugin.tensors.mmse import apq, ppq
 
 SHAPES = [(1000, 1000, 1), (512, 512, 4)]
 HIGH = 7

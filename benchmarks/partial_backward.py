@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qft_plugin import EfQAT
 from qft_plugin.graph.dof_map import map_dof
 from qft_plugin.graph.record import record
-from qft_plugin.graph.scales import weight_scale
+from qft_plugin.tensors.mmse import weight_scale
 from qft_plugin.tensors.partial_gradients import PartialBackward
 from qft_plugin.training.efqat import PartialTraining
 from qft_plugin.training.offline import Dof, WeightGrid, solve

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from qft_plugin.graph.batch_norms import axes_of
 from qft_plugin.graph.layer_graph import DofMap
-from qft_plugin.graph.scales import doubly_scales, range_max, shifted_range_max, weight_scale
+from qft_plugin.tensors.mmse import doubly_scales, weight_scale
+from qft_plugin.tensors.ranges import range_max, shifted_range_max
 
 
 class CrossLayerFactors(nn.Module):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from qft_plugin.graph.placement import ActivationGrid
-from qft_plugin.graph.scales import range_max, range_mse, shifted_range_max, shifted_range_mse
 from qft_plugin.graph.torch_model import Call
+from qft_plugin.tensors.ranges import range_max, range_mse, shifted_range_max, shifted_range_mse
 from qft_plugin.training.data import Inputs
 from qft_plugin.training.student import Watcher
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qft_plugin.config import QFTConfig
 from qft_plugin.errors import ModelError, QFTWarning
-from qft_plugin.graph.gptq import can_compensate, compensated_kernel, input_rows, moments_of, parts_of
+from qft_plugin.graph.equalize import equalize
 from qft_plugin.graph.layer_graph import MADE_INSIDE, PINNED, Const, DofMap, Layer, LayerGraph
 from qft_plugin.graph.placement import (
     ActivationGrid,
@@ -26,12 +26,14 @@ from qft_plugin.graph.placement import (
     quantizers_before,
 )
 from qft_plugin.graph.rules import LAYERS
-from qft_plugin.graph.scales import doubly_scales, equalize, nearest_factor, weight_scale
 from qft_plugin.job.activation_ranges import BATCH, activation_grids
 from qft_plugin.job.bias_correction import BIAS_IMAGES, correctable, corrections, output_means
+from qft_plugin.job.gptq_inputs import can_compensate, input_rows
 from qft_plugin.job.health import Ranges, warn_of_images, warn_of_ranges
 from qft_plugin.job.understand import Problem, laid_out
+from qft_plugin.tensors.gptq import compensated_kernel, moments_of, parts_of
 from qft_plugin.tensors.grid import largest_integer
+from qft_plugin.tensors.mmse import doubly_scales, nearest_factor, weight_scale
 from qft_plugin.training.data import Inputs
 from qft_plugin.training.offline import (
     Dof,
@@ -324,7 +326,7 @@ def _compensated(
         step = layer.axes.on_weight(grid.scale, grid.scale_in, W)
         H = moments.pop(layer.weight)
         try:
-            result[layer.weight] = compensated_kernel(W, step, H, layer, high=largest_integer(grid.bits))
+            result[layer.weight] = compensated_kernel(W, step, H, groups=layer.groups, high=largest_integer(grid.bits))
         except RuntimeError as error:  # the moment matrix is not positive definite
             logger.warning("%s starts from rounding to nearest: %s", layer.weight, error)
     return result

@@ -17,11 +17,9 @@ from qft_plugin.errors import QFTWarning
 from qft_plugin.graph.dof_map import map_dof
 from qft_plugin.graph.layer_graph import LayerGraph
 from qft_plugin.graph.placement import ActivationGrid, Placement, WeightPlace
-from qft_plugin.graph.scales import nearest_factor
 from qft_plugin.job.run import check_accumulators
 from qft_plugin.job.start import _with_bits
 from qft_plugin.tensors.axes import Axes
-from qft_plugin.tensors.grid import quantize_factor
 from qft_plugin.training.integers import accumulator_bits, deployed_weights, folded_tensors, integer_biases
 from qft_plugin.training.offline import Dof, WeightGrid, accumulator_step, solve, tied_grids, weight_steps
 
@@ -30,38 +28,6 @@ EXACT = 1e-12
 
 INTEGER = 1e-9
 """An integer that was computed by dividing float64 numbers by a scale."""
-
-
-WEIGHTS = [("conv2d", (4, 3, 2, 2), 1, 4), ("linear", (5, 9), 1, 5), ("conv_transpose2d", (4, 3, 2, 2), 2, 6)]
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("per_channel", [True, False])
-@pytest.mark.parametrize(("kind", "shape", "groups", "outs"), WEIGHTS)
-def test_the_nearest_shift_is_the_better_of_two(
-    kind: str, shape: tuple[int, ...], groups: int, outs: int, per_channel: bool, bits: int
-) -> None:
-    """Of the powers of two on both sides of the free factor, each channel has the one with the smaller error."""
-    W, axes, high = torch.randn(shape, dtype=torch.float64), Axes(kind, groups), 2 ** (bits - 1) - 1
-    F = torch.exp(torch.randn((outs,) if per_channel else (), dtype=torch.float64)) / high
-    found = nearest_factor(W, axes, F, unit=0.7, kind="power_of_two", bits=bits)
-    assert found.shape == F.shape
-    slices = axes.out_slices(W) if per_channel else W.reshape(1, -1)
-    chosen = set()
-    for row, free, taken in zip(slices, F.reshape(-1), found.reshape(-1), strict=True):
-        candidates = [2.0 ** math.floor(math.log2(free)), 2.0 ** (math.floor(math.log2(free)) + 1)]
-        errors = [reference.squared_error(row.numpy(), c * 0.7, high) for c in candidates]
-        assert taken == candidates[int(errors[1] < errors[0])]
-        chosen.add(int(taken == candidates[1]))
-    assert not per_channel or bits != 4 or kind == "linear" or chosen == {0, 1}
-
-
-def test_a_factor_of_some_bits_is_rounded_to_the_nearest() -> None:
-    """With several significant bits the nearest factor is as good as any, and a float factor stays."""
-    W, F = torch.randn(4, 3), torch.rand(4) + 0.1
-    for kind in ("float", 6):
-        found = nearest_factor(W, Axes("linear"), F, unit=1.0, kind=kind, bits=4)
-        assert torch.equal(found, quantize_factor(F, kind))
 
 
 GRIDS = {"a": ActivationGrid(0.1, 0, 255), "b": ActivationGrid(0.35, -128, 127), "c": ActivationGrid(0.022, 0, 15)}

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from qft_plugin.config import EfQAT, FinetuneConfig
 from qft_plugin.graph.placement import ActivationGrid
-from qft_plugin.graph.scales import weight_scale
 from qft_plugin.graph.torch_model import Call
+from qft_plugin.tensors.mmse import weight_scale
 from qft_plugin.tensors.partial_gradients import PartialBackward
 from qft_plugin.training.data import Inputs
 from qft_plugin.training.efqat import Held, PartialTraining, carried, choose, exchange

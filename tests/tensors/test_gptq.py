@@ -4,21 +4,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from qft_plugin.graph.gptq import (
-    BLOCK,
-    LARGEST,
-    can_compensate,
-    compensated,
-    compensated_kernel,
-    input_rows,
-    moments_of,
-    parts_of,
-)
-from qft_plugin.graph.layer_graph import Const, Layer, Op, Ref
+from qft_plugin.tensors.gptq import BLOCK, LARGEST, compensated, compensated_kernel, moments_of, parts_of
 
 HIGH = 7
+
 EXACT = 1e-9
 """float64 after a Cholesky factorisation of a well conditioned matrix."""
 
@@ -41,20 +31,6 @@ def output_error(W: Tensor, Q: Tensor, X: Tensor) -> Tensor:
     return ((W - Q) @ X.transpose(1, 2)).square().sum()
 
 
-def layer_of(module: nn.Module, kind: str, groups: int = 1) -> Layer:
-    W = module.weight
-    index = torch.zeros(1, dtype=torch.int64)
-    return Layer("w", None, kind, groups, ("op",), ("x",), ("y",), index, index.expand(W.shape[0]))
-
-
-def op_of(module: nn.Module, kind: str) -> Op:
-    """Describe the call of a module the way a host does, by position."""
-    args: tuple[object, ...] = (Ref(0), Const("w", tuple(module.weight.shape)), None)
-    if kind != "linear":
-        args = (*args, module.stride, module.padding, module.dilation, module.groups)
-    return Op("op", kind, ("x",), ("y",), args, {})
-
-
 @pytest.mark.parametrize("columns", [9, BLOCK + 17])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_the_error_of_the_output_is_smaller_than_of_rounding_to_nearest(columns: int, groups: int) -> None:
@@ -67,39 +43,39 @@ def test_the_error_of_the_output_is_smaller_than_of_rounding_to_nearest(columns:
 
 
 KERNELS = {
-    "linear": ("linear", nn.Linear(29, 6), 1),
-    "convolution": ("conv2d", nn.Conv2d(10, 6, 3), 1),
-    "in groups": ("conv2d", nn.Conv2d(14, 6, (1, 2), groups=2), 2),
+    "linear": (nn.Linear(29, 6), 1),
+    "convolution": (nn.Conv2d(10, 6, 3), 1),
+    "in groups": (nn.Conv2d(14, 6, (1, 2), groups=2), 2),
 }
 
 
-def cut(kernel: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor, Layer]:
-    """Limit the columns of a part; return weight, step and layer."""
-    kind, module, groups = KERNELS[kernel]
-    monkeypatch.setattr("qft_plugin.graph.gptq.LARGEST", limit)
+def cut(kernel: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor, int]:
+    """Limit the columns of a part; return weight, step and number of groups."""
+    module, groups = KERNELS[kernel]
+    monkeypatch.setattr("qft_plugin.tensors.gptq.LARGEST", limit)
     W = module.weight.detach().double()
-    return W, W.abs().amax() / HIGH, layer_of(module, kind, groups)
+    return W, W.abs().amax() / HIGH, groups
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_parts_of_a_wide_kernel_are_compensated_as_a_whole_is(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where inputs of different parts are not correlated, parts give what the whole gives, by any rows at a time."""
-    W, step, layer = cut(kernel, 10, monkeypatch)
+    W, step, groups = cut(kernel, 10, monkeypatch)
     parts = parts_of(W)
     assert parts.count > 1
     assert parts.size % (W[0, 0].numel()) == 0
-    X = correlated(80, parts.columns, layer.groups)
+    X = correlated(80, parts.columns, groups)
     H = moments_of(X, parts)
     whole = torch.stack(
         [
             torch.block_diag(*H[g * parts.count : (g + 1) * parts.count])[: parts.columns, : parts.columns]
-            for g in range(layer.groups)
+            for g in range(groups)
         ]
     )
-    expected = compensated(W.reshape(layer.groups, -1, parts.columns), step.expand(1), whole, high=HIGH)
+    expected = compensated(W.reshape(groups, -1, parts.columns), step.expand(1), whole, high=HIGH)
     for elements in (1, 10**6):
-        monkeypatch.setattr("qft_plugin.graph.gptq.ELEMENTS", elements)
-        found = compensated_kernel(W, step, H, layer, high=HIGH)
+        monkeypatch.setattr("qft_plugin.tensors.gptq.ELEMENTS", elements)
+        found = compensated_kernel(W, step, H, groups=groups, high=HIGH)
         torch.testing.assert_close(found, expected.reshape(W.shape), rtol=EXACT, atol=EXACT)
 
 
@@ -108,11 +84,11 @@ def test_parts_of_a_wide_kernel_are_better_than_rounding_to_nearest(
     kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On inputs whose parts are correlated too, the error of the outputs is smaller than of the nearest integers."""
-    W, step, layer = cut(kernel, 10, monkeypatch)
+    W, step, groups = cut(kernel, 10, monkeypatch)
     parts = parts_of(W)
-    X = correlated(200, parts.columns, layer.groups)
-    found = compensated_kernel(W, step, moments_of(X, parts), layer, high=HIGH)
-    rows, moved = (t.reshape(layer.groups, -1, parts.columns) for t in (W, found))
+    X = correlated(200, parts.columns, groups)
+    found = compensated_kernel(W, step, moments_of(X, parts), groups=groups, high=HIGH)
+    rows, moved = (t.reshape(groups, -1, parts.columns) for t in (W, found))
     assert output_error(rows, rounded(moved, step), X) < output_error(rows, rounded(rows, step), X)
 
 
@@ -128,7 +104,7 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     X, W = correlated(200, 40), torch.randn(1, 5, 40, dtype=torch.float64)
     step = W.abs().amax(-1, keepdim=True) / HIGH
     whole = compensated(W, step, moment(X), high=HIGH)
-    monkeypatch.setattr("qft_plugin.graph.gptq.BLOCK", 7)
+    monkeypatch.setattr("qft_plugin.tensors.gptq.BLOCK", 7)
     torch.testing.assert_close(compensated(W, step, moment(X), high=HIGH), whole, rtol=EXACT, atol=EXACT)
 
 
@@ -169,43 +145,3 @@ def test_a_constant_zero_input_is_no_error() -> None:
     X[..., 3] = 0
     W = torch.randn(1, 3, 8, dtype=torch.float64)
     assert torch.isfinite(compensated(W, W.abs().amax(-1, keepdim=True) / HIGH, moment(X), high=HIGH)).all()
-
-
-CONVOLUTIONS = {
-    "plain": nn.Conv2d(4, 6, 3, padding=1),
-    "strided": nn.Conv2d(4, 6, (3, 1), stride=(2, 1), padding=(1, 0)),
-    "dilated": nn.Conv2d(4, 6, 3, dilation=2, padding=2),
-    "same": nn.Conv2d(4, 6, 3, padding="same"),
-    "grouped": nn.Conv2d(4, 6, 3, groups=2),
-    "depthwise": nn.Conv2d(4, 4, 3, groups=4),
-    "sequence": nn.Conv1d(4, 6, 3, stride=2, padding=1),
-    "linear": nn.Linear(4, 6),
-}
-
-
-@pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_rows_are_what_the_weights_meet(name: str) -> None:
-    """Weights times rows are outputs of the layer, for every position that was picked."""
-    module = CONVOLUTIONS[name]
-    kind = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Linear: "linear"}[type(module)]
-    groups = getattr(module, "groups", 1)
-    x = {"conv1d": torch.randn(3, 4, 9), "conv2d": torch.randn(3, 4, 8, 8), "linear": torch.randn(3, 5, 4)}[kind]
-    layer = layer_of(module, kind, groups)
-    assert can_compensate(layer)
-    rows = input_rows(x, op_of(module, kind), layer, module.weight.detach(), generator=torch.Generator())
-    W = module.weight.detach().reshape(groups, module.weight.shape[0] // groups, -1)
-    found = (rows @ W.transpose(1, 2)).permute(1, 0, 2).flatten(1)
-    function = {"conv1d": functional.conv1d, "conv2d": functional.conv2d}.get(kind)
-    if function is None:
-        outputs = functional.linear(x, module.weight).flatten(0, 1)
-    else:
-        y = function(x, module.weight, None, module.stride, module.padding, module.dilation, groups)
-        outputs = y.flatten(2).transpose(1, 2).flatten(0, 1)
-    distance = torch.cdist(found.double(), outputs.detach().double(), compute_mode="donot_use_mm_for_euclid_dist")
-    assert distance.amin(1).max() < 1e-5  # float32 sums of at most 36 products
-
-
-def test_what_cannot_be_listed_is_left_alone() -> None:
-    """Transposed and 3-d convolutions and normalisations start from rounding to nearest."""
-    for kind in ("conv_transpose2d", "conv3d", "layer_norm"):
-        assert not can_compensate(layer_of(nn.Conv2d(1, 1, 1), kind))

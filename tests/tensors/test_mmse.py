@@ -1,41 +1,25 @@
-"""Where training starts: ranges, PPQ, and equalization, with the symmetries that they must have."""
+"""PPQ and APQ: as good as a search, with the symmetries that they must have."""
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import reference
 import torch
-from graphs import chain, conv_op, linear_op, mapped, parameters_of, unary_op
+from graphs import mapped
 from hypothesis import given
 from hypothesis import strategies as st
 from models import chained, image
 from torch import Tensor
 
-from qft_plugin.graph.dof_map import map_dof
-from qft_plugin.graph.layer_graph import DofMap, Op, Ref
-from qft_plugin.graph.scales import (
-    SMALLEST_SCALE,
-    apq,
-    doubly_scales,
-    equalization_factor,
-    equalize,
-    ppq,
-    range_max,
-    range_mse,
-    weight_scale,
-)
 from qft_plugin.tensors.axes import Axes
-from qft_plugin.tensors.fake_quantize import fake_quantize
-from qft_plugin.training.offline import fold_network
+from qft_plugin.tensors.grid import quantize_factor
+from qft_plugin.tensors.mmse import apq, doubly_scales, nearest_factor, ppq, weight_scale
+from qft_plugin.tensors.ranges import SMALLEST_SCALE
 
 EXACT = 1e-12
 """float64 sums in another order."""
-
-FLOAT32 = 1e-6
-"""The factors are returned as float32 logarithms: half a unit in the last place of numbers up to 8."""
 
 SOLVER_SLACK = 1.02
 """PPQ finds local minima of the error; from its starts the best is within 2 % of a search over 1,000 scales."""
@@ -48,46 +32,6 @@ def rows(seed: int, count: int, size: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     X = torch.randn(count, size, generator=generator, dtype=torch.float64)
     return X * (1 + 4 * (torch.rand(count, size, generator=generator) < 0.1))
-
-
-def test_range_max_clips_nothing_and_is_the_smallest_that_does() -> None:
-    """The largest value becomes the largest integer; for signed grids the tighter side decides."""
-    x = torch.tensor([-3.0, 0.5, 2.0])
-    assert float(range_max(x, low=0, high=255)) == pytest.approx(2 / 255)
-    assert float(range_max(x, low=-128, high=127)) == pytest.approx(3 / 128)
-    assert float(range_max(-x, low=-128, high=127)) == pytest.approx(3 / 127)
-
-
-def test_range_of_nothing_is_positive() -> None:
-    """An activation that is always 0 still has a scale greater than 0."""
-    for choose in (range_max, range_mse):
-        assert float(choose(torch.zeros(10), low=0, high=255)) > 0
-
-
-@pytest.mark.parametrize(("low", "high"), [(0, 15), (-8, 7), (-3, 12)])
-def test_range_mse_is_the_best_of_a_search(low: int, high: int) -> None:
-    """No scale of a grid below the naive maximum has a smaller error, and the maximum itself is worse with outliers."""
-    x = torch.cat([torch.randn(500), torch.tensor([9.0])])
-    found = range_mse(x, low=low, high=high)
-    peak = range_max(x, low=low, high=high)
-
-    def error(s: Tensor) -> float:
-        return float((fake_quantize(x, s, low=low, high=high) - x).square().sum())
-
-    best = min(error(peak * k / 400) for k in range(40, 401))
-    assert error(found) <= best * SOLVER_SLACK
-    assert error(found) < 0.9 * error(peak) or low == 0
-
-
-@pytest.mark.parametrize("choose", [range_max, range_mse])
-@given(power=st.integers(-10, 10), seed=st.integers(0, 10**6))
-def test_ranges_follow_the_unit_of_the_data(choose: Callable[..., Tensor], power: int, seed: int) -> None:
-    """Measured in other units the same values get the same scale, exactly for powers of two; order does not matter."""
-    x = torch.randn(200, generator=torch.Generator().manual_seed(seed))
-    k = 2.0**power
-    scale = choose(x, low=-8, high=7)
-    assert float(choose(k * x, low=-8, high=7)) == float(k * scale)
-    assert float(choose(x.flip(0).view(10, 20), low=-8, high=7)) == pytest.approx(float(scale), rel=FLOAT32)
 
 
 @given(RANDOM_ROWS)
@@ -350,170 +294,33 @@ def test_doubly_scales_depend_on_bits() -> None:
         assert float(S.min()) >= step * (1 - EXACT)
 
 
-@given(seed=st.integers(0, 10**6), beta=st.floats(0, 1))
-def test_equalization_factor_is_equation_19(seed: int, beta: float) -> None:
-    """The vector form is the loop of the reference."""
-    p, q = np.random.default_rng(seed).uniform(0.1, 3, (2, 5))
-    found = equalization_factor(torch.from_numpy(p), torch.from_numpy(q), beta=beta)
-    np.testing.assert_allclose(found.numpy(), reference.equalization_factor(p, q, beta), rtol=EXACT)
+WEIGHTS = [("conv2d", (4, 3, 2, 2), 1, 4), ("linear", (5, 9), 1, 5), ("conv_transpose2d", (4, 3, 2, 2), 2, 6)]
 
 
-def toy(width: int = 6) -> DofMap:
-    """Map Eq. 17's toy case: two linear layers with a ReLU between them."""
-    return map_dof(
-        chain(
-            linear_op("a", "x", shape=(width, 4)),
-            unary_op("act", "relu", "a"),
-            linear_op("b", "act", shape=(3, width)),
-            shapes={"x": (2, 4), "a": (2, width), "act": (2, width), "b": (2, 3)},
-            outputs=("b",),
-        )
-    )
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize(("kind", "shape", "groups", "outs"), WEIGHTS)
+def test_the_nearest_shift_is_the_better_of_two(
+    kind: str, shape: tuple[int, ...], groups: int, outs: int, per_channel: bool, bits: int
+) -> None:
+    """Of the powers of two on both sides of the free factor, each channel has the one with the smaller error."""
+    W, axes, high = torch.randn(shape, dtype=torch.float64), Axes(kind, groups), 2 ** (bits - 1) - 1
+    F = torch.exp(torch.randn((outs,) if per_channel else (), dtype=torch.float64)) / high
+    found = nearest_factor(W, axes, F, unit=0.7, kind="power_of_two", bits=bits)
+    assert found.shape == F.shape
+    slices = axes.out_slices(W) if per_channel else W.reshape(1, -1)
+    chosen = set()
+    for row, free, taken in zip(slices, F.reshape(-1), found.reshape(-1), strict=True):
+        candidates = [2.0 ** math.floor(math.log2(free)), 2.0 ** (math.floor(math.log2(free)) + 1)]
+        errors = [reference.squared_error(row.numpy(), c * 0.7, high) for c in candidates]
+        assert taken == candidates[int(errors[1] < errors[0])]
+        chosen.add(int(taken == candidates[1]))
+    assert not per_channel or bits != 4 or kind == "linear" or chosen == {0, 1}
 
 
-def balanced(width: int = 6) -> dict[str, Tensor]:
-    """Return weights whose inner channels all have MMSE scale 1 on both sides."""
-    A, B = torch.randn(width, 4).double(), torch.randn(3, width).double()
-    return {"a.weight": A / ppq(A, high=7).unsqueeze(1), "b.weight": B / ppq(B.T.contiguous(), high=7)}
-
-
-BITS = {"a.weight": 4, "b.weight": 4}
-
-
-def test_equalization_undoes_a_skew() -> None:
-    """Eq. 17's toy case: inner channels skewed by random factors come back balanced, up to one common factor."""
-    dof, weights = toy(), balanced()
-    D = torch.exp(torch.randn(6, dtype=torch.float64))
-    skewed = {"a.weight": weights["a.weight"] * D.unsqueeze(1), "b.weight": weights["b.weight"] / D}
-    folded = fold_network(dof, equalize(dof, skewed, BITS, beta=0.5).double(), skewed)
-    ratio_a, ratio_b = folded["a.weight"] / weights["a.weight"], folded["b.weight"] / weights["b.weight"]
-    common = torch.full_like(ratio_a, float(ratio_a[0, 0]))
-    torch.testing.assert_close(ratio_a, common, rtol=10 * FLOAT32, atol=0)
-    torch.testing.assert_close(ratio_b, 1 / common[0, 0].expand_as(ratio_b), rtol=10 * FLOAT32, atol=0)
-
-
-def test_equalization_makes_both_sides_equally_fine() -> None:
-    """Afterwards a channel's MMSE scale is in the same proportion on its producer's and its consumer's side."""
-    dof = toy()
-    weights = {"a.weight": torch.randn(6, 4).double(), "b.weight": torch.randn(3, 6).double()}
-    weights["a.weight"] *= torch.exp(torch.randn(6, 1))
-    folded = fold_network(dof, equalize(dof, weights, BITS, beta=0.5).double(), weights)
-    producer = ppq(folded["a.weight"], high=7)
-    consumer = ppq(folded["b.weight"].T.contiguous(), high=7)
-    ratio = producer / consumer
-    torch.testing.assert_close(ratio, ratio[0].expand(6), rtol=10 * FLOAT32, atol=0)
-    assert float(producer.std()) > 0.01
-
-
-def test_equalization_of_the_consumers_alone() -> None:
-    """With beta = 1 all input slices of the consumer become equally large and the producer has no say."""
-    dof = toy()
-    weights = {"a.weight": torch.randn(6, 4).double(), "b.weight": torch.randn(3, 6).double()}
-    log_c = equalize(dof, weights, BITS, beta=1.0)
-    folded = fold_network(dof, log_c.double(), weights)
-    consumer = ppq(folded["b.weight"].T.contiguous(), high=7)
-    torch.testing.assert_close(consumer, consumer[0].expand(6), rtol=10 * FLOAT32, atol=0)
-    other = weights | {"a.weight": weights["a.weight"] * torch.rand(6, 1)}
-    torch.testing.assert_close(equalize(dof, other, BITS, beta=1.0), log_c)
-
-
-def test_sign_of_the_equalization() -> None:
-    """A channel that is large in the consumer gets C > 1, log c = -log C < 0: range moves to the producer."""
-    dof, weights = toy(), balanced()
-    weights["b.weight"][:, 2] *= 16
-    log_c = equalize(dof, weights, BITS, beta=0.5)
-    channel = dof.layer("a.weight").out_index - 1
-    others = log_c[channel[[0, 1, 3, 4, 5]]]
-    assert float(log_c[channel[2]] - others.mean()) == pytest.approx(-math.log(4), abs=10 * FLOAT32)
-    folded = fold_network(dof, log_c.double(), weights)
-    gain = folded["a.weight"][2].abs().sum() / folded["a.weight"][0].abs().sum()
-    assert float(gain) > float(weights["a.weight"][2].abs().sum() / weights["a.weight"][0].abs().sum())
-
-
-@pytest.mark.parametrize("beta", [0.5, 1.0])
-def test_equalization_is_equivariant_to_channel_order(beta: float) -> None:
-    """Permuting the inner channels permutes the factors."""
-    dof, order = toy(), torch.randperm(6)
-    weights = {"a.weight": torch.randn(6, 4), "b.weight": torch.randn(3, 6)}
-    moved = {"a.weight": weights["a.weight"][order], "b.weight": weights["b.weight"][:, order]}
-    log_c, log_c_moved = (equalize(dof, w, BITS, beta=beta) for w in (weights, moved))
-    channel = dof.layer("a.weight").out_index - 1
-    torch.testing.assert_close(log_c_moved[channel], log_c[channel][order])
-
-
-def test_equalization_ignores_the_unit_of_a_layer() -> None:
-    """Multiplying a whole layer by a constant changes no factor: scales are relative to their own tensor."""
-    dof = toy()
-    weights = {"a.weight": torch.randn(6, 4), "b.weight": torch.randn(3, 6)}
-    scaled = {"a.weight": weights["a.weight"] * 8, "b.weight": weights["b.weight"] / 4}
-    assert torch.equal(equalize(dof, scaled, BITS, beta=0.5), equalize(dof, weights, BITS, beta=0.5))
-
-
-def test_equalization_is_bounded() -> None:
-    """However skewed the weights, no factor leaves [1 / largest, largest]; zero slices have no say."""
-    dof, weights = toy(), balanced()
-    weights["a.weight"][0] *= 1e6
-    weights["b.weight"][:, 1] *= 1e6
-    weights["a.weight"][2] = 0
-    log_c = equalize(dof, weights, BITS, beta=0.5, largest=8.0)
-    assert bool(torch.isfinite(log_c).all())
-    assert float(log_c.abs().max()) == pytest.approx(math.log(8), rel=FLOAT32)
-
-
-def fan_out() -> DofMap:
-    """Map two producers whose sum is read by two consumers."""
-    shape = (1, 4, 2, 2)
-    return map_dof(
-        chain(
-            conv_op("a", "x", shape=(4, 3)),
-            conv_op("b", "x", shape=(4, 3)),
-            Op("sum", "add", ("a", "b"), ("sum",), (Ref(0), Ref(1))),
-            conv_op("c", "sum", shape=(2, 4)),
-            conv_op("d", "sum", shape=(5, 4)),
-            shapes={"x": (1, 3, 2, 2), "a": shape, "b": shape, "sum": shape, "c": (1, 2, 2, 2), "d": (1, 5, 2, 2)},
-            outputs=("c", "d"),
-        )
-    )
-
-
-@pytest.mark.parametrize("quantized", ["abcd", "ac", "ad"])
-def test_shared_edges_take_the_weighted_mean(quantized: str) -> None:
-    """Eq. 20 and 21: each side is the geometric mean over its layers, weighed by elements; float layers have no say."""
-    dof = fan_out()
-    shapes = {"a": (4, 3), "b": (4, 3), "c": (2, 4), "d": (5, 4)}
-    weights = {f"{k}.weight": torch.randn(*v, 1, 1).double() for k, v in shapes.items()}
-    bits = {f"{k}.weight": 4 for k in quantized}
-    found = equalize(dof, weights, bits, beta=0.5)
-    for m, variable in enumerate((dof.layer("a.weight").out_index - 1).tolist()):
-        sides = []
-        for names, axis in (("ab", 0), ("cd", 1)):
-            slices = []
-            for name in names:
-                if name in quantized:
-                    W = weights[f"{name}.weight"].squeeze()
-                    piece = W[m] if axis == 0 else W[:, m]
-                    whole = float(ppq(W.reshape(1, -1), high=7))
-                    slices.append((float(ppq(piece.reshape(1, -1), high=7)), whole, piece.numel()))
-            sides.append(np.array([math.exp(reference.channel_logarithms(slices))]))
-        C = reference.equalization_factor(*sides, 0.5)
-        assert float(found[variable]) == pytest.approx(-math.log(float(C[0])), abs=FLOAT32)
-
-
-def test_equalized_real_network_computes_the_same() -> None:
-    """The chosen factors fold into a real network without changing its outputs."""
-    model, x = chained("residual", "depthwise", "concat"), image()
-    dof, tensors = mapped(model, x), parameters_of(model)
-    log_c = equalize(dof, tensors, dict.fromkeys((la.weight for la in dof.layers), 4), beta=0.5)
-    assert float(log_c.abs().max()) > 0.1
-    after = torch.func.functional_call(model, fold_network(dof, log_c.double(), tensors), x)
-    torch.testing.assert_close(after, model(x), rtol=1e3 * EXACT, atol=1e3 * EXACT)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
-def test_equalization_on_an_accelerator() -> None:
-    """Weights on an accelerator get the factors that they get on the CPU."""
-    dof = toy()
-    weights = {"a.weight": torch.randn(6, 4), "b.weight": torch.randn(3, 6)}
-    there = {k: v.cuda() for k, v in weights.items()}
-    found = equalize(dof, there, BITS, beta=0.5).cpu()
-    torch.testing.assert_close(found, equalize(dof, weights, BITS, beta=0.5), rtol=10 * FLOAT32, atol=10 * FLOAT32)
+def test_a_factor_of_some_bits_is_rounded_to_the_nearest() -> None:
+    """With several significant bits the nearest factor is as good as any, and a float factor stays."""
+    W, F = torch.randn(4, 3), torch.rand(4) + 0.1
+    for kind in ("float", 6):
+        found = nearest_factor(W, Axes("linear"), F, unit=1.0, kind=kind, bits=4)
+        assert torch.equal(found, quantize_factor(F, kind))

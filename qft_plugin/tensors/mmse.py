@@ -1,20 +1,18 @@
-"""Where training starts: activation ranges, MMSE weight scales (PPQ), and cross-layer equalization for 4 bits."""
+"""Scales of weights with the smallest squared error (MMSE): PPQ and APQ, Algorithms 1 and 2."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from qft_plugin.graph.layer_graph import PINNED, DofMap
 from qft_plugin.tensors.axes import Axes
 from qft_plugin.tensors.grid import largest_integer, quantize_factor, to_integer
-
-SMALLEST_SCALE: Final = 1e-12
-"""Keeps the scale of an all-zero slice positive; its integers are 0 whatever the scale is."""
+from qft_plugin.tensors.ranges import SMALLEST_SCALE
 
 PPQ_STARTS: Final = 12
 PPQ_ITERATIONS: Final = 3
+
 PPQ_LONG: Final = 512
 """Elements of a row from which on its error has hardly more than one minimum: only the best start of it goes on."""
 
@@ -24,98 +22,8 @@ PPQ_BLOCK: Final = 1 << 16
 APQ_TRIAL: Final = 2
 """Pairs of half-steps after which the better start of APQ is known."""
 
-MSE_CANDIDATES: Final = 80
-
 SAME_FACTOR: Final = 1e-4
 """Relative distance below which a rescale factor is one that the hardware can hold: logarithms round."""
-
-
-def range_max(x: Tensor, *, low: int, high: int) -> Tensor:
-    """Choose the smallest scale that clips nothing (naive max).
-
-    Args:
-        x: observed values, any shape, real units.
-        low: smallest integer of the grid, at most 0.
-        high: largest integer of the grid.
-
-    Returns:
-        The scale, `[]`, real per step.
-    """
-    scale = x.amax() / high if high > 0 else x.new_zeros(())
-    if low < 0:
-        scale = torch.maximum(scale, x.amin() / low)
-    return scale.clamp(min=SMALLEST_SCALE)
-
-
-def range_mse(x: Tensor, *, low: int, high: int) -> Tensor:
-    """Choose the scale with the smallest squared error of Eq. (1), by search below the naive maximum.
-
-    Args:
-        x: observed values, any shape, real units.
-        low: smallest integer of the grid, at most 0.
-        high: largest integer of the grid.
-
-    Returns:
-        The scale, `[]`, real per step.
-    """
-    scales = range_max(x, low=low, high=high) * _shrinks(x)
-    errors = [_squared_error(x, s, low=low, high=high) for s in scales]
-    return scales[int(torch.stack(errors).argmin())]
-
-
-def shifted_range_max(x: Tensor, *, low: int, high: int) -> tuple[Tensor, int]:
-    """Choose the smallest scale that clips nothing, and the integer of the real 0.
-
-    Args:
-        x: observed values, any shape, real units.
-        low: smallest integer of the grid.
-        high: largest integer of the grid.
-
-    Returns:
-        The scale, `[]`, real per step, and the zero point.
-    """
-    return _shifted(x.amin().clamp(max=0), x.amax().clamp(min=0), low=low, high=high)
-
-
-def shifted_range_mse(x: Tensor, *, low: int, high: int) -> tuple[Tensor, int]:
-    """Choose the scale and the zero point with the smallest squared error, by search inside the extremes.
-
-    First both ends shrink together, then each alone.
-
-    Args:
-        x: observed values, any shape, real units.
-        low: smallest integer of the grid.
-        high: largest integer of the grid.
-
-    Returns:
-        The scale, `[]`, real per step, and the zero point.
-    """
-    smallest, largest = x.amin().clamp(max=0), x.amax().clamp(min=0)
-
-    def best(ends: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        found = [_shifted(*pair, low=low, high=high) for pair in ends]
-        errors = [_squared_error(x, s, low=low - z, high=high - z) for s, z in found]
-        return ends[int(torch.stack(errors).argmin())]
-
-    shrinks = _shrinks(x)
-    a, b = best([(smallest * r, largest * r) for r in shrinks])
-    a, b = best([(a, b), *((smallest * r, b) for r in shrinks)])
-    a, b = best([(a, b), *((a, largest * r) for r in shrinks)])
-    return _shifted(a, b, low=low, high=high)
-
-
-def _shifted(smallest: Tensor, largest: Tensor, *, low: int, high: int) -> tuple[Tensor, int]:
-    """Return the scale of a grid over a range, and the integer of the real 0."""
-    scale = ((largest - smallest) / (high - low)).clamp(min=SMALLEST_SCALE)
-    return scale, int((low - smallest / scale).round().clamp(low, high))
-
-
-def _shrinks(x: Tensor) -> Tensor:
-    return torch.linspace(0.1, 1, MSE_CANDIDATES, dtype=x.dtype, device=x.device)
-
-
-def _squared_error(x: Tensor, s: Tensor, *, low: int, high: int) -> Tensor:
-    return (to_integer(x, s, low=low, high=high) * s - x).square().sum()
 
 
 def ppq(X: Tensor, *, high: int) -> Tensor:
@@ -163,72 +71,6 @@ def _ppq_block(X: Tensor, high: int) -> Tensor:
     for _ in range(PPQ_ITERATIONS if long else 0):
         project(best)
     return torch.where(peak > 0, best * peak, S_zero)
-
-
-def equalization_factor(producer: Tensor, consumer: Tensor, *, beta: float) -> Tensor:
-    """Share the range of a channel between the kernel that makes it and those that read it.
-
-    Eq. (19):  C = q^beta / p^(1 - beta)
-
-    with p the MMSE scale of the producer's output slice and q that of the consumer's input slice, each relative to
-    its own tensor. A factor C > 1 moves range from the consumer's input channel to the producer's output channel:
-    after  W_producer * C  and  W_consumer / C  both relative scales are equal where beta = 1/2 (Eq. 17's toy case).
-
-    Args:
-        producer: p, `[channels]`.
-        consumer: q, `[channels]`.
-        beta: 1/2 equalizes both sides; 1 equalizes the consumers alone.
-
-    Returns:
-        C, `[channels]`, without unit.
-    """
-    return consumer.pow(beta) / producer.pow(1 - beta)
-
-
-def _relative_scales(slices: Tensor, *, high: int, whole: Tensor) -> Tensor:
-    """MMSE scale of each slice over that of the whole tensor; slices of zeros say nothing and count as 1."""
-    relative = ppq(slices, high=high) / whole
-    return torch.where(slices.abs().amax(1) > 0, relative, torch.ones_like(relative))
-
-
-def equalize(
-    dof: DofMap, weights: Mapping[str, Tensor], bits: Mapping[str, int], *, beta: float, largest: float = 64.0
-) -> Tensor:
-    """Choose the initial cross-layer factors with the 4-bit equalization of App. D (Eq. 19-21).
-
-    A variable may stand on several producers (the inputs of an elementwise add, Eq. 21) and several consumers
-    (fan-out, Eq. 20): each side enters as the weighted geometric mean of its slices' relative scales, a slice
-    weighing as many as it has elements.
-
-    Args:
-        dof: the DoF map.
-        weights: weight by name, real units.
-        bits: bit width by name of each weight that is quantized; others have no say.
-        beta: see `equalization_factor`.
-        largest: bound on the factor and on its inverse, so that no activation is scaled out of its 8 bits.
-
-    Returns:
-        log c of every free variable, `[dof.size]`: the natural logarithm of the scale S_a up to one constant per edge,
-        c = 1 / C, because a smaller S_a gives the producer's output channel the larger integers.
-    """
-    sums = {side: torch.zeros(dof.size + 1, dtype=torch.float64) for side in ("p", "q", "p_weight", "q_weight")}
-    for layer in dof.layers:
-        if layer.weight not in bits:
-            continue
-        W = weights[layer.weight].detach().double().cpu()
-        high = largest_integer(bits[layer.weight])
-        whole = ppq(W.reshape(1, -1), high=high)
-        for side, slices, index in (
-            ("p", layer.axes.out_slices(W), layer.out_index),
-            ("q", layer.axes.in_slices(W), layer.in_index),
-        ):
-            size = torch.full((slices.shape[0],), float(slices.shape[1]), dtype=torch.float64)
-            relative = _relative_scales(slices, high=high, whole=whole)
-            sums[side].index_add_(0, index, size * relative.log())
-            sums[f"{side}_weight"].index_add_(0, index, size)
-    p, q = (sums[s].div(sums[f"{s}_weight"].clamp(min=1)).exp() for s in ("p", "q"))
-    C = equalization_factor(p, q, beta=beta).clamp(1 / largest, largest)
-    return -C.log()[PINNED + 1 :].to(torch.float32)
 
 
 def apq(X: Tensor, *, high: int, iterations: int = 10) -> tuple[Tensor, Tensor]:
@@ -335,7 +177,7 @@ def nearest_factor(
         axes: the meaning of its axes.
         F: the factor that a free scale would give, `[]` or `[out]`.
         unit: the weight's step over the factor.
-        kind: see `quantize.quantize_factor`.
+        kind: see `grid.quantize_factor`.
         bits: bit width of the weight.
         scale_in: left scale of a doubly per-channel kernel, `[in]`. The error is then that of W / scale_in,
             which is the kernel's own up to the weight of its columns.
