@@ -393,7 +393,8 @@ def _weight_grids(
         if s_in is not None and s_out is not None:
             F_unit = activations[s_out].scale / activations[s_in].scale
             kind = config.hardware.rescale_factor
-            F = nearest_factor(W, layer.axes, scale / F_unit, unit=F_unit, kind=kind, bits=width, scale_in=scale_in)
+            right = W if scale_in is None else W / layer.axes.per_in(scale_in, W)
+            F = nearest_factor(right, layer.axes, scale / F_unit, unit=F_unit, kind=kind, bits=width)
             scale = F * F_unit
         grids[layer.weight] = WeightGrid(bits=width, scale=scale, s_in=s_in, s_out=s_out, scale_in=scale_in)
     return grids

@@ -78,6 +78,9 @@ def moments_of(rows: Tensor, parts: Parts) -> Tensor:
 def compensated_kernel(W: Tensor, step: Tensor, H: Tensor, *, groups: int, high: int) -> Tensor:
     """Move the weights of a kernel so that rounding each to the nearest integer gives a small error of the outputs.
 
+    Column by column the error of rounding is spread over the columns that are still free, so that
+    sum_x (w x - q x)^2  stays small (OBQ's update with one order for all rows; GPTQ's Cholesky form).
+
     Args:
         W: `[out, in/groups, *k]`, real units.
         step: broadcasts against `W`, real per step.
@@ -104,26 +107,6 @@ def compensated_kernel(W: Tensor, step: Tensor, H: Tensor, *, groups: int, high:
     return result
 
 
-def compensated(W: Tensor, step: Tensor, H: Tensor, *, high: int) -> Tensor:
-    """Move weights so that rounding each to the nearest integer gives a small error of the row's output.
-
-    Column by column the error of rounding is spread over the columns that are still free, so that
-    sum_x (w x - q x)^2  stays small (OBQ's update with one order for all rows; GPTQ's Cholesky form).
-
-    Args:
-        W: `[groups, out/groups, columns]`, real units.
-        step: broadcasts against `W`, real per step.
-        H: second moment of the inputs, sum of x x^T, `[groups, columns, columns]`.
-        high: largest integer; the grid is symmetric (narrow range).
-
-    Returns:
-        The weights just before each was rounded, of the shape of `W`.
-    """
-    columns = W.shape[-1]
-    U = _propagation(H, Parts(columns, 1, columns), W.shape[0])
-    return _compensated(W, step.expand_as(W), U, high=high)
-
-
 def _propagation(H: Tensor, parts: Parts, groups: int) -> Tensor:
     """Return the Cholesky factor of the inverse of the damped moments, `[groups * parts, size, size]`."""
     diagonal = H.diagonal(dim1=-2, dim2=-1)
@@ -138,6 +121,7 @@ def _propagation(H: Tensor, parts: Parts, groups: int) -> Tensor:
 
 
 def _compensated(W: Tensor, step: Tensor, U: Tensor, *, high: int) -> Tensor:
+    """Spread the errors inside each part; all are `[groups * parts, rows, columns]`, U has a square for each part."""
     columns = W.shape[-1]
     # Columns first: each is then read and written in one piece.
     W, step = (t.transpose(1, 2).contiguous() for t in (W, step))

@@ -165,22 +165,19 @@ def doubly_scales(W: Tensor, axes: Axes, *, bits: int) -> tuple[Tensor, Tensor]:
     return torch.cat([S for S, _ in pairs]), torch.cat([T for _, T in pairs])
 
 
-def nearest_factor(
-    W: Tensor, axes: Axes, F: Tensor, *, unit: float, kind: str | int, bits: int, scale_in: Tensor | None = None
-) -> Tensor:
+def nearest_factor(W: Tensor, axes: Axes, F: Tensor, *, unit: float, kind: str | int, bits: int) -> Tensor:
     """Choose the rescale factor that hardware can multiply by and that rounds a weight best.
 
     A factor that is one already, as in a model that was trained before, stays.
 
     Args:
-        W: the weight, real units.
+        W: the weight, real units; a doubly per-channel kernel over its left scale. The error is then that of
+            W / scale_in, which is the kernel's own up to the weight of its columns.
         axes: the meaning of its axes.
         F: the factor that a free scale would give, `[]` or `[out]`.
         unit: the weight's step over the factor.
         kind: see `grid.quantize_factor`.
         bits: bit width of the weight.
-        scale_in: left scale of a doubly per-channel kernel, `[in]`. The error is then that of W / scale_in,
-            which is the kernel's own up to the weight of its columns.
 
     Returns:
         Of the shape of `F`.
@@ -188,8 +185,6 @@ def nearest_factor(
     if kind != "power_of_two":
         return quantize_factor(F, kind)
     high = largest_integer(bits)
-    if scale_in is not None:
-        W = W / axes.per_in(scale_in, W)
     slices = axes.out_slices(W) if F.dim() else W.reshape(1, -1)
     held = quantize_factor(F, kind)
     candidates = torch.stack([torch.exp2(F.log2().floor() + k) for k in (0, 1)])

@@ -42,8 +42,7 @@ def range_mse(x: Tensor, *, low: int, high: int) -> Tensor:
         The scale, `[]`, real per step.
     """
     scales = range_max(x, low=low, high=high) * _shrinks(x)
-    errors = [_squared_error(x, s, low=low, high=high) for s in scales]
-    return scales[int(torch.stack(errors).argmin())]
+    return scales[_best(x, [(s, 0) for s in scales], low=low, high=high)]
 
 
 def shifted_range_max(x: Tensor, *, low: int, high: int) -> tuple[Tensor, int]:
@@ -57,7 +56,7 @@ def shifted_range_max(x: Tensor, *, low: int, high: int) -> tuple[Tensor, int]:
     Returns:
         The scale, `[]`, real per step, and the zero point.
     """
-    return _shifted(x.amin().clamp(max=0), x.amax().clamp(min=0), low=low, high=high)
+    return _shifted(*_ends(x), low=low, high=high)
 
 
 def shifted_range_mse(x: Tensor, *, low: int, high: int) -> tuple[Tensor, int]:
@@ -73,18 +72,21 @@ def shifted_range_mse(x: Tensor, *, low: int, high: int) -> tuple[Tensor, int]:
     Returns:
         The scale, `[]`, real per step, and the zero point.
     """
-    smallest, largest = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    smallest, largest = _ends(x)
 
     def best(ends: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        found = [_shifted(*pair, low=low, high=high) for pair in ends]
-        errors = [_squared_error(x, s, low=low - z, high=high - z) for s, z in found]
-        return ends[int(torch.stack(errors).argmin())]
+        return ends[_best(x, [_shifted(*pair, low=low, high=high) for pair in ends], low=low, high=high)]
 
     shrinks = _shrinks(x)
     a, b = best([(smallest * r, largest * r) for r in shrinks])
     a, b = best([(a, b), *((smallest * r, b) for r in shrinks)])
     a, b = best([(a, b), *((a, largest * r) for r in shrinks)])
     return _shifted(a, b, low=low, high=high)
+
+
+def _ends(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest value of a range that holds 0."""
+    return x.amin().clamp(max=0), x.amax().clamp(min=0)
 
 
 def _shifted(smallest: Tensor, largest: Tensor, *, low: int, high: int) -> tuple[Tensor, int]:
@@ -97,5 +99,7 @@ def _shrinks(x: Tensor) -> Tensor:
     return torch.linspace(0.1, 1, MSE_CANDIDATES, dtype=x.dtype, device=x.device)
 
 
-def _squared_error(x: Tensor, s: Tensor, *, low: int, high: int) -> Tensor:
-    return (to_integer(x, s, low=low, high=high) * s - x).square().sum()
+def _best(x: Tensor, grids: list[tuple[Tensor, int]], *, low: int, high: int) -> int:
+    """Return the position of the scale and zero point with the smallest squared error."""
+    errors = [(to_integer(x, s, low=low - z, high=high - z) * s - x).square().sum() for s, z in grids]
+    return int(torch.stack(errors).argmin())
