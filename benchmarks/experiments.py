@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from qft_plugin import DeployabilityError, EfQAT, FinetuneConfig, HardwareSpec, ParityError, QFTConfig
+from qft_plugin.graph.folding import fold_network
 from qft_plugin.graph.rules import LAYERS
 from qft_plugin.tensors.axes import Axes
 from qft_plugin.tensors.mmse import apq, ppq
-from qft_plugin.training.offline import fold_network
 
 logger = logging.getLogger("experiments")
 
@@ -122,9 +122,9 @@ def skewed(net: nn.Module, example: Tensor) -> nn.Module:
 
     from qft_plugin.graph.batch_norms import merge_norms
     from qft_plugin.graph.dof_map import map_dof
+    from qft_plugin.graph.folding import names_of
     from qft_plugin.graph.record import record
     from qft_plugin.graph.torch_model import tensor_of
-    from qft_plugin.training.offline import names_of
 
     net = copy.deepcopy(net).eval()
     call = ((example,), {})

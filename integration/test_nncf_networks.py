@@ -18,10 +18,10 @@ from torch.nn import functional
 import qft_plugin.nncf as host
 from qft_plugin import HardwareSpec, QFTConfig
 from qft_plugin.graph.dof_map import map_dof
+from qft_plugin.graph.folding import fold_network, names_of
 from qft_plugin.graph.torch_model import accepts, tensors_in
 from qft_plugin.training.data import read_inputs
 from qft_plugin.training.finetune import Loss, Prediction, distillation_loss
-from qft_plugin.training.offline import fold_network, names_of
 
 EXACT_64 = 1e-9
 """Largest relative difference in float64 of two orders of the same arithmetic."""

@@ -10,9 +10,9 @@ import torch
 from conftest import four_bits, relative_error
 
 from qft_plugin.graph.dof_map import map_dof
+from qft_plugin.graph.folding import fold_network, names_of
 from qft_plugin.graph.record import record
 from qft_plugin.graph.torch_model import tensors_in
-from qft_plugin.training.offline import fold_network, names_of
 
 pytestmark = pytest.mark.wide
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from qft_plugin.graph.dof_map import map_dof
+from qft_plugin.graph.folding import fold_network
 from qft_plugin.graph.layer_graph import Const, DofMap, LayerGraph, Op, Ref
 from qft_plugin.graph.record import record as record_call
-from qft_plugin.training.offline import fold_network
 
 FOLD_TOLERANCE = 1e-10
 """float64 keeps 16 digits; a dozen layers with factors up to e^3 on either side lose less than five of them."""

@@ -25,11 +25,11 @@ from qft_plugin.errors import ConfigError, DeployabilityError
 from qft_plugin.graph.batch_norms import NORMS, affine_of, set_affine
 from qft_plugin.graph.channel_affine import Rescaled
 from qft_plugin.graph.channel_clip import ChannelHardtanh
+from qft_plugin.graph.folding import fold_network, names_of
 from qft_plugin.graph.layer_graph import PINNED, DofMap
 from qft_plugin.graph.torch_model import replace_modules, tensor_of
 from qft_plugin.job.start import Start
 from qft_plugin.training.integers import deployed_weights, folded_tensors
-from qft_plugin.training.offline import fold_network, names_of
 from qft_plugin.training.rounding import moved_to
 
 

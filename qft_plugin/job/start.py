@@ -14,6 +14,7 @@ from torch import Tensor
 from qft_plugin.config import QFTConfig
 from qft_plugin.errors import ModelError, QFTWarning
 from qft_plugin.graph.equalize import equalize
+from qft_plugin.graph.folding import fold_network, names_of
 from qft_plugin.graph.layer_graph import MADE_INSIDE, PINNED, Const, DofMap, Layer, LayerGraph
 from qft_plugin.graph.placement import (
     ActivationGrid,
@@ -35,15 +36,7 @@ from qft_plugin.tensors.gptq import compensated_kernel, moments_of, parts_of
 from qft_plugin.tensors.grid import largest_integer
 from qft_plugin.tensors.mmse import doubly_scales, nearest_factor, weight_scale
 from qft_plugin.training.data import Inputs
-from qft_plugin.training.offline import (
-    Dof,
-    WeightGrid,
-    fold_network,
-    names_of,
-    shared_grids,
-    solve,
-    tied_grids,
-)
+from qft_plugin.training.offline import Dof, WeightGrid, shared_grids, solve, tied_grids
 from qft_plugin.training.student import Unfold
 
 logger = logging.getLogger("qft_plugin")

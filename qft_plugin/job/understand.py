@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qft_plugin.config import FinetuneConfig, QFTConfig
 from qft_plugin.errors import ConfigError, QFTWarning
 from qft_plugin.graph.dof_map import map_dof
+from qft_plugin.graph.folding import fold_network, names_of
 from qft_plugin.graph.layer_graph import DofMap
 from qft_plugin.graph.placement import (
     Comparison,
@@ -30,10 +31,6 @@ from qft_plugin.graph.torch_model import (
 from qft_plugin.training.blocks import check_blocks
 from qft_plugin.training.data import Inputs, read_inputs
 from qft_plugin.training.distributed import agreed, check_alike, strata_of, world_of
-from qft_plugin.training.offline import (
-    fold_network,
-    names_of,
-)
 
 logger = logging.getLogger("qft_plugin")
 

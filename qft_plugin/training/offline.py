@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from qft_plugin.config import Elementwise, HardwareSpec, Rounding, Sparsity
 from qft_plugin.graph.layer_graph import PINNED, DofMap, Layer, absorbs_input
 from qft_plugin.graph.placement import ActivationGrid, can_share_zero_point, merged
-from qft_plugin.tensors.axes import Axes
 from qft_plugin.tensors.fake_quantize import fake_quantize, multiplied
 from qft_plugin.tensors.grid import integer_range, quantize_factor, round_ste
 from qft_plugin.tensors.partial_gradients import PartialWeight
@@ -68,45 +67,6 @@ def weight_scales(S_a_in: Tensor, S_a_out: Tensor, F: Tensor) -> tuple[Tensor, T
         `S_wL`, `[in]`, and `S_wR`, `[out]`. The step of `W[o, i]` is `S_wR[o] * S_wL[i]`.
     """
     return 1 / S_a_in, S_a_out * F
-
-
-def fold(W: Tensor, c_in: Tensor, c_out: Tensor, *, axes: Axes) -> Tensor:
-    """Move the cross-layer factors on both sides of a kernel into the kernel.
-
-    Args:
-        W: weight, real units.
-        c_in: factor of each input channel, `[in]`.
-        c_out: factor of each output channel, `[out]`.
-        axes: the meaning of its axes.
-
-    Returns:
-        W * c_in / c_out, of the shape of `W`.
-    """
-    if absorbs_input(axes.kind):
-        W = W * axes.per_in(c_in, W)
-    return W / axes.per_out(c_out, W)
-
-
-def fold_network(dof_map: DofMap, log_c: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Move cross-layer factors into all weights and biases; the network's function does not change.
-
-    Args:
-        dof_map: the DoF map.
-        log_c: logarithm of the factor of every free variable, `[dof_map.size]`.
-        tensors: weights and biases by name.
-
-    Returns:
-        The tensors that the map's layers hold, rescaled; new tensors, by name.
-    """
-    folded = {}
-    for layer in dof_map.layers:
-        W = tensors[layer.weight]
-        c = torch.cat([log_c.new_zeros(1), log_c]).exp().to(W)
-        c_in, c_out = c[layer.in_index.to(c.device)], c[layer.out_index.to(c.device)]
-        folded[layer.weight] = fold(W, c_in, c_out, axes=layer.axes)
-        if layer.bias is not None:
-            folded[layer.bias] = tensors[layer.bias] / c_out
-    return folded
 
 
 def tied_grids(
@@ -677,8 +637,3 @@ def on_hardware(
         return B
     low, high = integer_range(dof.hardware.bias_bits, signed=True)
     return fake_quantize(B, S_acc, low=low, high=high)
-
-
-def names_of(layers: Sequence[Layer]) -> list[str]:
-    """List the parameters that the layers hold."""
-    return [name for layer in layers for name in (layer.weight, layer.bias) if name is not None]

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from qft_plugin.errors import ModelError
 from qft_plugin.graph.dof_map import map_dof
+from qft_plugin.graph.folding import fold_network
 from qft_plugin.graph.layer_graph import PINNED, DofMap
-from qft_plugin.training.offline import fold_network
 
 
 def test_a_module_called_twice_has_one_pair_of_scales() -> None:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from qft_plugin.graph.dof_map import map_dof
 from qft_plugin.graph.equalize import equalization_factor, equalize
+from qft_plugin.graph.folding import fold_network
 from qft_plugin.graph.layer_graph import DofMap, Op, Ref
 from qft_plugin.tensors.mmse import ppq
-from qft_plugin.training.offline import fold_network
 
 EXACT = 1e-12
 """float64 sums in another order."""

@@ -1,6 +1,8 @@
 """The axes of a weight: vectors on them, slices, and the order of its channels."""
 
+import numpy as np
 import pytest
+import reference
 import torch
 from torch import Tensor
 
@@ -91,3 +93,30 @@ def test_output_channels_come_first_and_go_back(
 def test_channels_of_both_sides(kind: str, shape: tuple[int, ...], groups: int, ins: int, outs: int) -> None:
     """The channels of all groups are counted."""
     assert Axes(kind, groups).channels(torch.empty(shape)) == (ins, outs)
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("doubly", [True, False])
+@pytest.mark.parametrize(("kind", "shape", "groups", "ins", "outs"), KINDS)
+def test_scales_stand_on_the_axes_of_their_channels(
+    kind: str, shape: tuple[int, ...], groups: int, ins: int, outs: int, doubly: bool, per_channel: bool
+) -> None:
+    """Broadcast against the weight, the step of each element is that of the loops over channels (Eq. 5)."""
+    S = torch.rand((outs,) if per_channel else (), dtype=torch.float64) + 0.5
+    T = torch.rand(ins, dtype=torch.float64) + 0.5
+    W = torch.zeros(shape, dtype=torch.float64)
+    found = Axes(kind, groups).on_weight(S, T if doubly else None, W).expand_as(W)
+    left = T.numpy() if doubly else np.ones(ins)
+    right = S.expand(outs).numpy()
+    expected = reference.kernel_steps(shape, right, left, groups, transposed="transpose" in kind)
+    np.testing.assert_array_equal(found.numpy(), expected)
+
+
+@pytest.mark.parametrize(("kind", "shape", "groups", "ins", "outs"), KINDS)
+def test_scales_on_the_axes_are_differentiable(
+    kind: str, shape: tuple[int, ...], groups: int, ins: int, outs: int
+) -> None:
+    """The gradient of both scales is that of their product."""
+    S, T = (torch.rand(n, dtype=torch.float64).add(0.5).requires_grad_() for n in (outs, ins))
+    W = torch.zeros(shape, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda S, T: Axes(kind, groups).on_weight(S, T, W), (S, T))

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from qft_plugin.graph.channel_affine import addends_of, with_addend_factors
 from qft_plugin.graph.dof_map import map_dof
+from qft_plugin.graph.folding import fold_network
 from qft_plugin.graph.layer_graph import PINNED, DofMap, Layer, LayerGraph
 from qft_plugin.graph.record import record
-from qft_plugin.training.offline import fold_network
 
 CHANNELS = 6
 

@@ -4,105 +4,20 @@ import numpy as np
 import pytest
 import reference
 import torch
-from graphs import FOLD_TOLERANCE, chain, checked, folding_error, linear_op, mapped, parameters_of, unary_op
-from hypothesis import given
-from hypothesis import strategies as st
-from models import BLOCKS, CHANNELS, chained, conv, image
+from graphs import FOLD_TOLERANCE, chain, linear_op, mapped, parameters_of, unary_op
+from models import CHANNELS, conv, image
 from torch import Tensor, nn
 
 from qft_plugin.graph.dof_map import map_dof
-from qft_plugin.graph.layer_graph import DofMap, Layer
+from qft_plugin.graph.folding import fold_network, names_of
+from qft_plugin.graph.layer_graph import DofMap
 from qft_plugin.graph.placement import ActivationGrid
-from qft_plugin.tensors.axes import Axes
 from qft_plugin.tensors.fake_quantize import fake_quantize
 from qft_plugin.training.integers import deployed_weights, folded_tensors
-from qft_plugin.training.offline import (
-    Dof,
-    WeightGrid,
-    fold,
-    fold_network,
-    names_of,
-    solve,
-    weight_scales,
-    weight_steps,
-)
+from qft_plugin.training.offline import Dof, WeightGrid, solve, weight_scales, weight_steps
 
 EXACT = 1e-12
 """A handful of float64 operations in another order."""
-
-NORMS = {"batch norm", "group norm", "layer norm", "rms norm"}
-HOMOGENEOUS = sorted(set(BLOCKS) - NORMS - {"relu6", "silu", "pad with ones", "gate"})
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-def test_random_factors_fold_into_every_block(name: str) -> None:
-    """Any positive factors move into the weights around a block and leave the network's function as it is."""
-    dof = checked(chained(name, "conv"), image())
-    assert (dof.layers[-1].in_index > 0).all()
-
-
-@pytest.mark.parametrize("name", HOMOGENEOUS)
-def test_homogeneous_blocks_have_no_barrier(name: str) -> None:
-    """No channel between the first convolution and a homogeneous block is pinned."""
-    dof = mapped(chained(name, "conv"), image())
-    assert (dof.layer("0.weight").out_index > 0).all()
-
-
-@given(names=st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=5), seed=st.integers(0, 99))
-def test_random_factors_fold_into_random_networks(names: list[str], seed: int) -> None:
-    """Whatever stands behind whatever, the map allows only factors that fold without a change."""
-    torch.manual_seed(seed)
-    dof, error = folding_error(chained(*names, "conv"), image(), seed=seed)
-    assert dof.size > 0
-    assert error < FOLD_TOLERANCE
-
-
-def test_a_wrong_map_would_be_seen() -> None:
-    """The comparison above is not blind: one factor on one side only changes the output."""
-    model, x = nn.Sequential(conv(), nn.ReLU(), conv()).double(), image()
-    dof = mapped(model, x)
-    folded = fold_network(dof, torch.full((dof.size,), 0.1, dtype=torch.float64), parameters_of(model))
-    del folded["2.weight"]
-    with torch.no_grad():
-        changed = torch.func.functional_call(model, folded, x)
-        assert float((changed - model(x)).abs().max()) > 0.01
-
-
-def test_zero_factors_fold_to_the_same_tensors() -> None:
-    """Log c = 0 gives every weight and bias back, bit for bit, and leaves the given ones alone."""
-    model = chained("grouped", "layer norm")
-    dof, tensors = mapped(model, image()), parameters_of(model)
-    before = {k: v.clone() for k, v in tensors.items()}
-    folded = fold_network(dof, torch.zeros(dof.size, dtype=torch.float64), tensors)
-    assert set(folded) == set(names_of(dof.layers))
-    assert all(torch.equal(folded[k], before[k]) and torch.equal(tensors[k], before[k]) for k in folded)
-
-
-def test_folding_twice_is_folding_the_sum() -> None:
-    """Factors form a group: folding a, then b, is folding a + b."""
-    model = chained("depthwise", "grouped transposed", "residual")
-    dof, tensors = mapped(model, image()), parameters_of(model)
-    a, b = torch.randn(2, dof.size, dtype=torch.float64)
-    twice = tensors | fold_network(dof, b, tensors | fold_network(dof, a, tensors))
-    once = fold_network(dof, a + b, tensors)
-    assert all(torch.allclose(twice[k], once[k], rtol=EXACT, atol=0) for k in once)
-
-
-@pytest.mark.parametrize(
-    ("kind", "shape", "groups", "ins", "outs"),
-    [
-        ("linear", (4, 6), 1, 6, 4),
-        ("conv2d", (4, 3, 2, 2), 2, 6, 4),
-        ("conv1d", (6, 1, 3), 6, 6, 6),
-        ("conv_transpose2d", (6, 2, 2, 2), 2, 6, 4),
-        ("layer_norm", (4,), 1, 4, 4),
-    ],
-)
-def test_fold_is_differentiable(kind: str, shape: tuple[int, ...], groups: int, ins: int, outs: int) -> None:
-    """The gradient of folding is that of W * c_in / c_out for weight and factors."""
-    W = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    c_in, c_out = (torch.rand(n, dtype=torch.float64).add(0.5).requires_grad_() for n in (ins, outs))
-    assert torch.autograd.gradcheck(lambda *t: fold(*t, axes=Axes(kind, groups)), (W, c_in, c_out))
 
 
 def two_layers(kind: str) -> tuple[nn.Module, Tensor]:
@@ -190,45 +105,6 @@ def test_the_student_computes_with_the_deployed_integers(kind: str, doubly: bool
             tuple(found.integers.shape), found.step.numpy(), left, layer.groups, transposed="transpose" in layer.kind
         )
         np.testing.assert_array_equal(solution.tensors[name].detach().numpy(), found.integers.numpy() * steps)
-
-
-LAYOUTS = [
-    ("linear", (4, 6), 1, 6, 4),
-    ("conv2d", (4, 3, 2, 2), 2, 6, 4),
-    ("conv1d", (6, 1, 3), 6, 6, 6),
-    ("conv_transpose2d", (6, 2, 2, 2), 2, 6, 4),
-    ("conv_transpose1d", (6, 4, 2), 1, 6, 4),
-    ("conv_transpose3d", (6, 1, 1, 2, 1), 6, 6, 6),
-]
-
-
-@pytest.mark.parametrize("per_channel", [True, False])
-@pytest.mark.parametrize("doubly", [True, False])
-@pytest.mark.parametrize(("kind", "shape", "groups", "ins", "outs"), LAYOUTS)
-def test_scales_stand_on_the_axes_of_their_channels(
-    kind: str, shape: tuple[int, ...], groups: int, ins: int, outs: int, doubly: bool, per_channel: bool
-) -> None:
-    """Broadcast against the weight, the step of each element is that of the loops over channels (Eq. 5)."""
-    layer = Layer("w", None, kind, groups, (), (), (), torch.zeros(ins).long(), torch.zeros(outs).long())
-    S = torch.rand((outs,) if per_channel else (), dtype=torch.float64) + 0.5
-    T = torch.rand(ins, dtype=torch.float64) + 0.5
-    W = torch.zeros(shape, dtype=torch.float64)
-    found = layer.axes.on_weight(S, T if doubly else None, W).expand_as(W)
-    left = T.numpy() if doubly else np.ones(ins)
-    right = S.expand(outs).numpy()
-    expected = reference.kernel_steps(shape, right, left, groups, transposed="transpose" in kind)
-    np.testing.assert_array_equal(found.numpy(), expected)
-
-
-@pytest.mark.parametrize(("kind", "shape", "groups", "ins", "outs"), LAYOUTS)
-def test_scales_on_the_axes_are_differentiable(
-    kind: str, shape: tuple[int, ...], groups: int, ins: int, outs: int
-) -> None:
-    """The gradient of both scales is that of their product."""
-    layer = Layer("w", None, kind, groups, (), (), (), torch.zeros(ins).long(), torch.zeros(outs).long())
-    S, T = (torch.rand(n, dtype=torch.float64).add(0.5).requires_grad_() for n in (outs, ins))
-    W = torch.zeros(shape, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda S, T: layer.axes.on_weight(S, T, W), (S, T))
 
 
 def test_weight_scales_is_equation_2() -> None:

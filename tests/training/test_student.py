@@ -11,10 +11,10 @@ from graphs import mapped, parameters_of, record
 from models import chained, image
 from torch import Tensor, nn
 
+from qft_plugin.graph.folding import fold_network
 from qft_plugin.graph.placement import ActivationGrid
 from qft_plugin.tensors.fake_quantize import fake_quantize, fake_quantize_composed
 from qft_plugin.training.finetune import Prediction
-from qft_plugin.training.offline import fold_network
 from qft_plugin.training.student import (
     QUANTIZER_OP,
     FakeQuantizer,
