@@ -25,7 +25,7 @@ from qft_plugin.graph.placement import ActivationGrid, can_share_zero_point, mer
 from qft_plugin.tensors.fake_quantize import fake_quantize, multiplied
 from qft_plugin.tensors.grid import integer_range, quantize_factor, round_ste
 from qft_plugin.tensors.partial_gradients import PartialWeight
-from qft_plugin.training.efqat import Held, hold, partly_trained, settled
+from qft_plugin.training.held import Held, hold, partly_trained, settled
 from qft_plugin.training.rounding import NearestRounding, check_masks, element_of, undecided
 
 DEFAULT: Final = HardwareSpec()

@@ -19,8 +19,9 @@ from qft_plugin.graph.torch_model import Call
 from qft_plugin.tensors.mmse import weight_scale
 from qft_plugin.tensors.partial_gradients import PartialBackward
 from qft_plugin.training.data import Inputs
-from qft_plugin.training.efqat import Held, PartialTraining, carried, choose, exchange
+from qft_plugin.training.efqat import PartialTraining, carried, choose, exchange
 from qft_plugin.training.finetune import FinetuneResult, Loss, Phase, Prediction, Step, finetune, teacher_predictions
+from qft_plugin.training.held import Held
 from qft_plugin.training.integers import deployed_weights, folded_tensors
 from qft_plugin.training.offline import Dof, WeightGrid, solve
 
