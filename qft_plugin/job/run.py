@@ -19,7 +19,7 @@ from qft_plugin.job.start import Start
 from qft_plugin.job.understand import Problem
 from qft_plugin.tensors.partial_gradients import PartialBackward
 from qft_plugin.training.blocks import split
-from qft_plugin.training.efqat import PartialTraining
+from qft_plugin.training.efqat import PartialTraining, release
 from qft_plugin.training.finetune import (
     EVALUATION_IMAGES,
     FinetuneResult,
@@ -247,7 +247,7 @@ def _finetuned(
             not_finite=functools.partial(_not_finite, start, problem),
         )
     finally:
-        dof.release()
+        release(dof)
 
 
 def _not_finite(start: Start, problem: Problem) -> QFTError:

@@ -1,13 +1,14 @@
 """EfQAT: train only the most important part of the weights (arXiv 2411.11038), and keep the integers of the rest."""
 
 from collections.abc import Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from qft_plugin.config import EfQAT
-from qft_plugin.training.held import Held
+from qft_plugin.training.held import Held, held_part, settled
+from qft_plugin.training.offline import Dof, LayerDof, weight_steps
 
 ROUNDING_SLACK: Final = 1e-9
 """A share of a number of weights may be a whole number in decimals and miss it by its last bit."""
@@ -58,48 +59,82 @@ def _within(importance: Tensor, sizes: Tensor, ratio: float) -> Tensor:
     return _largest(importance, max(1, count))
 
 
-class Kernels(Protocol):
-    """The quantized kernels of a network, of which a part trains."""
+def _kernels(dof: Dof) -> list[LayerDof]:
+    return [layer for layer in dof.quantized() if layer.layer.is_kernel]
 
-    def magnitudes(self) -> dict[str, Tensor]:
-        """Return the importance of each output channel by name of the weight, `[out]`."""
-        ...
 
-    def sizes(self) -> dict[str, int]:
-        """Return the number of weights by name of the weight."""
-        ...
+@torch.no_grad()
+def magnitudes(dof: Dof) -> dict[str, Tensor]:
+    """Return the mean magnitude of each output channel of the quantized kernels by name, `[out]`, folded units."""
+    c = dof.factors()
+    return {
+        kernel.layer.weight: kernel.layer.axes.out_slices(W).abs().mean(1)
+        for kernel in _kernels(dof)
+        for W in [kernel.folded_weight(kernel.channels(c))]
+    }
 
-    def hold(self, trained: Mapping[str, Tensor]) -> None:
-        """Fix the integers of all channels but those that train, `[out]` by name of the weight."""
-        ...
 
-    def held(self) -> dict[str, Held]:
-        """Return the kernels as they were held last, by name of the weight."""
-        ...
+def sizes(dof: Dof) -> dict[str, int]:
+    """Return the number of weights of the quantized kernels by name."""
+    return {kernel.layer.weight: kernel.W.numel() for kernel in _kernels(dof)}
 
-    def settle(self) -> None:
-        """Write what trained, and the integers of the rest, back into the stored weights."""
-        ...
 
-    def release(self) -> None:
-        """Let everything train again, from the stored weights."""
-        ...
+def held_kernels(dof: Dof) -> dict[str, Held]:
+    """Return the kernels of which a part trains, by name of the weight."""
+    return {kernel.layer.weight: kernel.held for kernel in _kernels(dof) if kernel.held is not None}
+
+
+@torch.no_grad()
+def hold(dof: Dof, trained: Mapping[str, Tensor]) -> None:
+    """Fix the integers of all channels but those that train; nothing that is solved changes.
+
+    Args:
+        dof: the degrees of freedom.
+        trained: by name of the weight, `[out]`.
+    """
+    c, steps = dof.factors(), weight_steps(dof, dof.activation_scales())
+    for name, mask in trained.items():
+        kernel = dof.trained_weight(name)
+        W, axes = kernel.folded_weight(kernel.channels(c)), kernel.layer.axes
+        assert kernel.element is not None
+        integers = kernel.element.integers(W, axes.on_weight(steps[name], kernel.scale_in, W))
+        kernel.held = held_part(kernel.W, integers, mask, axes)
+
+
+@torch.no_grad()
+def settle(dof: Dof) -> None:
+    """Write the rows that train, and float weights that round to the integers of the rest, into the weights.
+
+    The weights are then the whole state: `release` changes nothing that is solved, nor what is deployed.
+    """
+    c, steps = dof.factors(), weight_steps(dof, dof.activation_scales())
+    for name, held in held_kernels(dof).items():
+        kernel = dof.trained_weight(name)
+        axes = kernel.layer.axes
+        step = axes.on_weight(steps[name], kernel.scale_in, kernel.W)
+        kernel.W.copy_(settled(held, kernel.W, kernel.units(kernel.channels(c)), step, axes))
+
+
+def release(dof: Dof) -> None:
+    """Let all weights train again, from what is stored of them."""
+    for layer in dof.quantized():
+        layer.held = None
 
 
 class PartialTraining:
     """Chooses what trains, at the start and again each time so many images have been fed."""
 
-    def __init__(self, kernels: Kernels, train: EfQAT) -> None:
+    def __init__(self, dof: Dof, train: EfQAT) -> None:
         """Choose for the first time."""
-        self._kernels, self._train, self._choices = kernels, train, 0
+        self._dof, self._train, self._choices = dof, train, 0
         self._choose()
 
     def _choose(self) -> None:
-        self._kernels.hold(choose(self._kernels.magnitudes(), self._kernels.sizes(), self._train))
+        hold(self._dof, choose(magnitudes(self._dof), sizes(self._dof), self._train))
 
     def settle(self) -> None:
         """Write everything back into the stored weights, so that they are the whole state."""
-        self._kernels.settle()
+        settle(self._dof)
 
     def refresh(self, images: int, optimizer: torch.optim.Optimizer) -> None:
         """Choose anew where it is time for it.
@@ -112,10 +147,10 @@ class PartialTraining:
         if due <= self._choices:
             return
         self._choices = due
-        self._kernels.settle()
-        before = self._kernels.held()
+        settle(self._dof)
+        before = held_kernels(self._dof)
         self._choose()
-        exchange(optimizer, before, self._kernels.held())
+        exchange(optimizer, before, held_kernels(self._dof))
 
 
 def exchange(optimizer: torch.optim.Optimizer, before: Mapping[str, Held], after: Mapping[str, Held]) -> None:

@@ -30,7 +30,7 @@ class Held:
     rows: Tensor
 
 
-def hold(W: Tensor, integers: Tensor, trained: Tensor, axes: Axes) -> Held:
+def held_part(W: Tensor, integers: Tensor, trained: Tensor, axes: Axes) -> Held:
     """Take the rows that train out of a kernel.
 
     Args:

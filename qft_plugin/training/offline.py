@@ -25,7 +25,7 @@ from qft_plugin.graph.placement import ActivationGrid, can_share_zero_point, mer
 from qft_plugin.tensors.fake_quantize import fake_quantize, multiplied
 from qft_plugin.tensors.grid import integer_range, quantize_factor, round_ste
 from qft_plugin.tensors.partial_gradients import PartialWeight
-from qft_plugin.training.held import Held, hold, partly_trained, settled
+from qft_plugin.training.held import Held, partly_trained
 from qft_plugin.training.rounding import NearestRounding, check_masks, element_of, undecided
 
 DEFAULT: Final = HardwareSpec()
@@ -348,63 +348,10 @@ class Dof(nn.Module):
             scales.append(layer.log_F)
             if layer.log_L is not None and layer.held is None:
                 scales.append(layer.log_L)
-        if factors and self.log_c.numel() and not self.held():
+        if factors and self.log_c.numel() and not any(layer.held is not None for layer in self.quantized()):
             scales.append(self.log_c)
         groups = ((values, learning_rate), (scales, scale_learning_rate))
         return [{"params": [p for p in found if p.requires_grad], "lr": rate} for found, rate in groups]
-
-    def _kernels(self) -> "list[LayerDof]":
-        return [d for d in self.quantized() if d.layer.is_kernel]
-
-    @torch.no_grad()
-    def magnitudes(self) -> dict[str, Tensor]:
-        """Return the mean magnitude of each output channel of the quantized kernels by name, `[out]`, folded units."""
-        c = self.factors()
-        return {
-            d.layer.weight: d.layer.axes.out_slices(W).abs().mean(1)
-            for d in self._kernels()
-            for W in [d.folded_weight(d.channels(c))]
-        }
-
-    def sizes(self) -> dict[str, int]:
-        """Return the number of weights of the quantized kernels by name."""
-        return {d.layer.weight: d.W.numel() for d in self._kernels()}
-
-    def held(self) -> dict[str, Held]:
-        """Return the kernels of which a part trains, by name of the weight."""
-        return {d.layer.weight: d.held for d in self.quantized() if d.held is not None}
-
-    @torch.no_grad()
-    def hold(self, trained: Mapping[str, Tensor]) -> None:
-        """Fix the integers of all channels but those that train; nothing that is solved changes.
-
-        Args:
-            trained: by name of the weight, `[out]`.
-        """
-        c, steps = self.factors(), weight_steps(self, self.activation_scales())
-        for name, mask in trained.items():
-            layer = self.trained_weight(name)
-            W = layer.folded_weight(layer.channels(c))
-            assert layer.element is not None
-            integers = layer.element.integers(W, layer.layer.axes.on_weight(steps[name], layer.scale_in, W))
-            layer.held = hold(layer.W, integers, mask, layer.layer.axes)
-
-    @torch.no_grad()
-    def settle(self) -> None:
-        """Write the rows that train, and float weights that round to the integers of the rest, into the weights.
-
-        The weights are then the whole state: `release` changes nothing that is solved, nor what is deployed.
-        """
-        c, steps = self.factors(), weight_steps(self, self.activation_scales())
-        for name, held in self.held().items():
-            layer = self.trained_weight(name)
-            step = layer.layer.axes.on_weight(steps[name], layer.scale_in, layer.W)
-            layer.W.copy_(settled(held, layer.W, layer.units(layer.channels(c)), step, layer.layer.axes))
-
-    def release(self) -> None:
-        """Let all weights train again, from what is stored of them."""
-        for layer in self.quantized():
-            layer.held = None
 
 
 def _numbered(names: Collection[str], groups: Sequence[Sequence[str]]) -> tuple[dict[str, int], list[str]]:
@@ -418,7 +365,7 @@ class LayerDof(nn.Module):
     """The degrees of freedom of one layer.
 
     Attributes:
-        held: its state while a part of it trains; no part of the state dict, because `Dof.settle` writes it into `W`.
+        held: its state while a part of it trains; no part of the state dict, because `efqat.settle` writes it into `W`.
     """
 
     held: Held | None = None

@@ -19,7 +19,18 @@ from qft_plugin.graph.torch_model import Call
 from qft_plugin.tensors.mmse import weight_scale
 from qft_plugin.tensors.partial_gradients import PartialBackward
 from qft_plugin.training.data import Inputs
-from qft_plugin.training.efqat import PartialTraining, carried, choose, exchange
+from qft_plugin.training.efqat import (
+    PartialTraining,
+    carried,
+    choose,
+    exchange,
+    held_kernels,
+    hold,
+    magnitudes,
+    release,
+    settle,
+    sizes,
+)
 from qft_plugin.training.finetune import FinetuneResult, Loss, Phase, Prediction, Step, finetune, teacher_predictions
 from qft_plugin.training.held import Held
 from qft_plugin.training.integers import deployed_weights, folded_tensors
@@ -53,7 +64,7 @@ def make_dof(model: nn.Module, *, per_channel: bool = True, doubly: bool = False
 def some(dof: Dof, *, share: float = 0.3, seed: int = 0) -> dict[str, Tensor]:
     """Return random channels of each kernel."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.rand(len(m), generator=generator) < share for name, m in dof.magnitudes().items()}
+    return {name: torch.rand(len(m), generator=generator) < share for name, m in magnitudes(dof).items()}
 
 
 def student(dof: Dof, model: nn.Module, *, cheaper: bool = True) -> Callable[[Call], Prediction]:
@@ -140,14 +151,14 @@ def test_importance_is_the_mean_magnitude_of_the_folded_weight() -> None:
     dof = make_dof(network())
     with torch.no_grad():
         dof.log_c.normal_(std=0.3)
-    tensors, found = folded_tensors(dof), dof.magnitudes()
+    tensors, found = folded_tensors(dof), magnitudes(dof)
     kernels = [layer for layer in dof.map.layers if layer.is_kernel]
     assert set(found) == {layer.weight for layer in kernels}
     assert len(kernels) < len(dof.map.layers)
     for layer in kernels:
         rows = channels(dof, layer.weight, tensors[layer.weight])
         torch.testing.assert_close(found[layer.weight], rows.abs().mean(1), rtol=EXACT, atol=0)
-        assert dof.sizes()[layer.weight] == rows.numel()
+        assert sizes(dof)[layer.weight] == rows.numel()
 
 
 @pytest.mark.parametrize("doubly", [False, True], ids=["", "doubly"])
@@ -160,12 +171,12 @@ def test_holding_changes_nothing(share: float, per_channel: bool, doubly: bool) 
         dof.log_c.normal_(std=0.3)
     before = solve(dof).tensors
     for seed in range(3):
-        dof.hold(some(dof, share=share, seed=seed))
+        hold(dof, some(dof, share=share, seed=seed))
         after = solve(dof).tensors
         assert all(torch.equal(after[name], before[name]) for name in before)
         moved(dof)
         before = solve(dof).tensors
-        dof.settle()
+        settle(dof)
         after = solve(dof).tensors
         assert all(torch.equal(after[name], before[name]) for name in before)
 
@@ -177,7 +188,7 @@ def test_kernels_keep_their_memory_format() -> None:
     layer = dof.trained_weight("0.weight")
     layer.W.data = layer.W.data.contiguous(memory_format=torch.channels_last)
     for share in (0.0, 0.3, 1.0):
-        dof.hold(some(dof, share=share))
+        hold(dof, some(dof, share=share))
         assert solve(dof).tensors["0.weight"].is_contiguous(memory_format=torch.channels_last)
 
 
@@ -190,11 +201,11 @@ def test_integers_stay_while_scales_move(per_channel: bool, doubly: bool) -> Non
     dof = make_dof(network(), per_channel=per_channel, doubly=doubly)
     start, steps = integers(dof), {n: d.step for n, d in deployed_weights(dof).items()}
     trained = some(dof)
-    dof.hold(trained)
+    hold(dof, trained)
     moved(dof)
     expected = solve(dof).tensors
-    dof.settle()
-    dof.release()
+    settle(dof)
+    release(dof)
     found = deployed_weights(dof)
     different = 0
     for name, mask in trained.items():
@@ -213,7 +224,7 @@ def test_gradients_of_all_that_trains(share: float, per_channel: bool) -> None:
     """Rows, biases, norms, rescale factors and activation steps get the gradients of the ordinary backward pass."""
     model = network()
     dof, x = make_dof(model, per_channel=per_channel), image()
-    dof.hold(some(dof, share=share))
+    hold(dof, some(dof, share=share))
     leaves = [p for g in dof.parameter_groups(learning_rate=1, scale_learning_rate=1) for p in g["params"]]
     found = []
     for cheaper in (True, False):
@@ -228,7 +239,7 @@ def test_the_gradient_of_a_held_step_by_hand() -> None:
     """dL/dlog F of a channel that is held is the sum of dL/dW times W over it, a difference quotient says."""
     model = network()
     dof, x = make_dof(model), image()
-    dof.hold(some(dof, share=0.0))
+    hold(dof, some(dof, share=0.0))
     layer, run = dof.trained_weight("0.weight"), student(dof, model)
 
     def loss() -> Tensor:
@@ -249,19 +260,19 @@ def test_what_trains() -> None:
     dof = make_dof(network(), doubly=True)
     trained = some(dof)
     trained["0.weight"][:] = False
-    dof.hold(trained)
+    hold(dof, trained)
     values, scales = (g["params"] for g in dof.parameter_groups(learning_rate=1, scale_learning_rate=1))
-    rows = [held.rows for held in dof.held().values() if len(held.index)]
-    assert len(rows) < len(dof.held())
+    rows = [held.rows for held in held_kernels(dof).values() if len(held.index)]
+    assert len(rows) < len(held_kernels(dof))
     assert {id(p) for p in rows} < {id(p) for p in values}
     others = {id(p) for p in values} - {id(p) for p in rows}
     norms = {id(d.W) for d in dof.quantized() if not d.layer.is_kernel}
     assert norms
     assert others == norms | {id(d.bias) for d in dof.quantized() if d.bias is not None}
     assert {id(p) for p in scales} == {id(d.log_F) for d in dof.quantized()} | {id(p) for p in dof.log_s}
-    for name, held in dof.held().items():
+    for name, held in held_kernels(dof).items():
         assert held.rows.shape[0] == int(trained[name].sum())
-        assert held.rows[0].numel() == dof.sizes()[name] // len(trained[name]) if len(held.index) else True
+        assert held.rows[0].numel() == sizes(dof)[name] // len(trained[name]) if len(held.index) else True
 
 
 def settings(train: EfQAT | None, **changes: float) -> FinetuneConfig:
@@ -289,7 +300,7 @@ def run(
             loss=loss, config=config, callback=callback, schedule=dof.set_progress, partial=partial,
         )  # fmt: skip
     finally:
-        dof.release()
+        release(dof)
 
 
 @pytest.mark.parametrize("mode", ["cwpl", "cwpn", "lwpn"])
@@ -299,16 +310,16 @@ def test_a_part_learns(mode: str, ratio: float) -> None:
     model = network()
     dof = make_dof(model)
     start, steps = integers(dof), [p.detach().clone() for p in dof.log_s]
-    ever = {name: torch.zeros_like(m, dtype=torch.bool) for name, m in dof.magnitudes().items()}
+    ever = {name: torch.zeros_like(m, dtype=torch.bool) for name, m in magnitudes(dof).items()}
 
     def watch(_: Step) -> None:
-        for name, held in dof.held().items():
+        for name, held in held_kernels(dof).items():
             ever[name] |= held.trained
 
     config = settings(EfQAT(mode=mode, ratio=ratio, refresh_images=160))
     result = run(dof, model, config, callback=watch)
     assert result.final_loss < 0.95 * result.start_loss
-    assert not dof.held()
+    assert not held_kernels(dof)
     assert not any(torch.equal(p, before) for p, before in zip(dof.log_s, steps, strict=True))
     assert any(t.any() for t in ever.values()) == (ratio > 0)
     changed = 0
@@ -357,9 +368,9 @@ def test_the_choice_is_made_anew_when_it_is_time() -> None:
     kept: list[dict[str, Held]] = []
 
     def watch(step: Step) -> None:
-        if not kept or dof.held()["0.weight"] is not kept[-1]["0.weight"]:
+        if not kept or held_kernels(dof)["0.weight"] is not kept[-1]["0.weight"]:
             seen.append(step.number)
-            kept.append(dof.held())
+            kept.append(held_kernels(dof))
 
     run(dof, model, settings(EfQAT(ratio=0.3, refresh_images=150)), callback=watch)
     assert seen == [1] + [1 + math.ceil(images / 16) for images in (150, 300, 450, 600)]
@@ -369,10 +380,10 @@ def test_left_scales_hear_nothing() -> None:
     """The left scale of a kernel that is held gets no gradient, neither from its rows nor from the rest."""
     model = network()
     dof = make_dof(model, doubly=True)
-    dof.hold(some(dof))
+    hold(dof, some(dof))
     student(dof, model)(((image(),), {})).features[0].square().sum().backward()
     lefts = [d.log_L for d in dof.quantized() if d.log_L is not None]
-    assert len(lefts) == len(dof.held())
+    assert len(lefts) == len(held_kernels(dof))
     assert all(left.grad is None for left in lefts)
 
 
@@ -458,15 +469,15 @@ def test_the_optimizer_holds_moments_of_rows_only() -> None:
 
     for _ in range(3):
         step()
-    before, moments = dof.held(), {id(p): s["exp_avg"].clone() for p, s in optimizer.state.items()}
+    before, moments = held_kernels(dof), {id(p): s["exp_avg"].clone() for p, s in optimizer.state.items()}
     partial.refresh(99, optimizer)
-    assert all(dof.held()[name] is held for name, held in before.items())
+    assert all(held_kernels(dof)[name] is held for name, held in before.items())
     with torch.no_grad():  # what was least important becomes what is most
         for layer in dof.quantized():
             if layer.held is not None and not layer.held.trained.all():
                 layer.log_F.add_(2.0 * (layer.layer.weight == "0.weight"))
     partial.refresh(100, optimizer)
-    after = dof.held()
+    after = held_kernels(dof)
     assert int(after["0.weight"].trained.sum()) > int(before["0.weight"].trained.sum())
     for name, held in after.items():
         stays = held.trained & before[name].trained
@@ -480,7 +491,7 @@ def test_the_optimizer_holds_moments_of_rows_only() -> None:
     assert {id(p) for p in optimizer.state} == {id(p) for p in trained}
     count = sum(p.numel() for p in trained)
     assert count == sum(s["exp_avg"].numel() for s in optimizer.state.values())
-    kernels = sum(dof.sizes().values())
+    kernels = sum(sizes(dof).values())
     assert sum(held.rows.numel() for held in after.values()) <= 0.3 * kernels
 
 
@@ -489,14 +500,14 @@ def test_a_state_can_be_copied_at_any_time(copied: Callable[[Dof], Dof]) -> None
     """Copied and pickled while a part trains, it computes the same; its state dict is that of a whole one."""
     dof = make_dof(network())
     whole = set(dof.state_dict())
-    dof.hold(some(dof))
+    hold(dof, some(dof))
     moved(dof)
     other = copied(dof)
     expected = solve(dof).tensors
     for name, t in solve(other).tensors.items():
         assert torch.equal(t, expected[name])
-    assert all(other.held()[name].rows is not held.rows for name, held in dof.held().items())
-    assert all(held.rows.is_leaf and held.rows.requires_grad for held in other.held().values())
+    assert all(held_kernels(other)[name].rows is not held.rows for name, held in held_kernels(dof).items())
+    assert all(held.rows.is_leaf and held.rows.requires_grad for held in held_kernels(other).values())
     assert set(other.state_dict()) == whole
 
 
