@@ -21,8 +21,9 @@ from qft_plugin.graph.dof_map import map_dof
 from qft_plugin.graph.record import record
 from qft_plugin.tensors.mmse import weight_scale
 from qft_plugin.tensors.partial_gradients import PartialBackward
+from qft_plugin.training.dof import Dof, WeightGrid
 from qft_plugin.training.efqat import PartialTraining
-from qft_plugin.training.offline import Dof, WeightGrid, solve
+from qft_plugin.training.solve import solve
 
 WARM_UP = 3
 

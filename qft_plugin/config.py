@@ -176,7 +176,7 @@ class FinetuneConfig:
         images_fed: how many images are shown in total; with fewer images there are more epochs (Fig. 5).
         max_images: how many images are read from the dataset at most.
         batch_size: images per step, whatever the batches of the dataset are.
-        learning_rate: of weights and biases, relative to their own quantization step (see `offline.Dof`).
+        learning_rate: of weights and biases, relative to their own quantization step.
         scale_learning_rate: of the logarithms of the scales.
         restarts: number of cosine cycles, each starting at half the learning rate of the one before.
         loss_at: the module or operation whose input is compared with the teacher's: one name, several names, or a

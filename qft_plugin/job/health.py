@@ -15,7 +15,7 @@ from qft_plugin.graph.placement import Placement
 from qft_plugin.graph.torch_model import Call
 from qft_plugin.training.data import Inputs
 from qft_plugin.training.finetune import Prediction, Targets
-from qft_plugin.training.offline import Solution
+from qft_plugin.training.solve import Solution
 from qft_plugin.training.student import QUANTIZER_OP
 
 logger = logging.getLogger("qft_plugin")

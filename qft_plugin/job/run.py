@@ -19,6 +19,7 @@ from qft_plugin.job.start import Start
 from qft_plugin.job.understand import Problem
 from qft_plugin.tensors.partial_gradients import PartialBackward
 from qft_plugin.training.blocks import split
+from qft_plugin.training.dof import Dof
 from qft_plugin.training.efqat import PartialTraining, release
 from qft_plugin.training.finetune import (
     EVALUATION_IMAGES,
@@ -36,7 +37,7 @@ from qft_plugin.training.finetune import (
     teacher_predictions,
 )
 from qft_plugin.training.integers import accumulator_bits
-from qft_plugin.training.offline import Dof, solve
+from qft_plugin.training.solve import solve
 from qft_plugin.training.student import copies_for_gradients
 
 Callback = Callable[[Step], None]

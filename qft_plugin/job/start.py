@@ -35,8 +35,10 @@ from qft_plugin.job.understand import Problem, laid_out
 from qft_plugin.tensors.gptq import compensated_kernel, moments_of, parts_of
 from qft_plugin.tensors.grid import largest_integer
 from qft_plugin.tensors.mmse import doubly_scales, nearest_factor, weight_scale
+from qft_plugin.training.activation_scales import shared_grids, tied_grids
 from qft_plugin.training.data import Inputs
-from qft_plugin.training.offline import Dof, WeightGrid, shared_grids, solve, tied_grids
+from qft_plugin.training.dof import Dof, WeightGrid
+from qft_plugin.training.solve import solve
 from qft_plugin.training.student import Unfold
 
 logger = logging.getLogger("qft_plugin")

@@ -21,8 +21,9 @@ from qft_plugin.graph.placement import ActivationGrid
 from qft_plugin.graph.torch_model import replace_modules, tensor_of
 from qft_plugin.nncf._attach import Placed, rename_hooks
 from qft_plugin.tensors.grid import largest_integer
+from qft_plugin.training.dof import Dof
 from qft_plugin.training.integers import DeployedWeight, deployed_weights
-from qft_plugin.training.offline import Dof, solve
+from qft_plugin.training.solve import solve
 
 try:
     from nncf.torch.quantization.layers import SQMultiply

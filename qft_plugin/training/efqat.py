@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from qft_plugin.config import EfQAT
+from qft_plugin.training.dof import Dof, LayerDof
 from qft_plugin.training.held import Held, held_part, settled
-from qft_plugin.training.offline import Dof, LayerDof, weight_steps
+from qft_plugin.training.solve import weight_steps
 
 ROUNDING_SLACK: Final = 1e-9
 """A share of a number of weights may be a whole number in decimals and miss it by its last bit."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qft_plugin.training.offline import Dof, LayerDof, accumulator_step, on_hardware, weight_steps
+from qft_plugin.training.dof import Dof, LayerDof
+from qft_plugin.training.solve import accumulator_step, on_hardware, weight_steps
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from torch.nn import functional
 from qft_plugin.graph.channel_clip import ChannelHardtanh, free_bounds, hardtanh, replace_by_relu
 from qft_plugin.graph.folding import fold_network, names_of
 from qft_plugin.graph.layer_graph import DofMap, on_axis
-from qft_plugin.training.offline import Dof, solve
+from qft_plugin.training.dof import Dof
+from qft_plugin.training.solve import solve
 
 EXACT = 1e-12
 """float64 sums of at most a few hundred terms in another order."""

@@ -20,8 +20,10 @@ from qft_plugin.graph.placement import ActivationGrid, Placement, WeightPlace
 from qft_plugin.job.run import check_accumulators
 from qft_plugin.job.start import _with_bits
 from qft_plugin.tensors.axes import Axes
+from qft_plugin.training.activation_scales import tied_grids
+from qft_plugin.training.dof import Dof, WeightGrid
 from qft_plugin.training.integers import accumulator_bits, deployed_weights, folded_tensors, integer_biases
-from qft_plugin.training.offline import Dof, WeightGrid, accumulator_step, solve, tied_grids, weight_steps
+from qft_plugin.training.solve import accumulator_step, solve, weight_steps
 
 EXACT = 1e-12
 """A handful of float64 operations in another order."""

@@ -19,6 +19,7 @@ from qft_plugin.graph.torch_model import Call
 from qft_plugin.tensors.mmse import weight_scale
 from qft_plugin.tensors.partial_gradients import PartialBackward
 from qft_plugin.training.data import Inputs
+from qft_plugin.training.dof import Dof, WeightGrid
 from qft_plugin.training.efqat import (
     PartialTraining,
     carried,
@@ -34,7 +35,7 @@ from qft_plugin.training.efqat import (
 from qft_plugin.training.finetune import FinetuneResult, Loss, Phase, Prediction, Step, finetune, teacher_predictions
 from qft_plugin.training.held import Held
 from qft_plugin.training.integers import deployed_weights, folded_tensors
-from qft_plugin.training.offline import Dof, WeightGrid, solve
+from qft_plugin.training.solve import solve
 
 EXACT = 1e-10
 """float64 sums of up to a thousand terms in another order."""

@@ -13,8 +13,9 @@ from qft_plugin.graph.folding import fold_network, names_of
 from qft_plugin.graph.layer_graph import DofMap
 from qft_plugin.graph.placement import ActivationGrid
 from qft_plugin.tensors.fake_quantize import fake_quantize
+from qft_plugin.training.dof import Dof, WeightGrid
 from qft_plugin.training.integers import deployed_weights, folded_tensors
-from qft_plugin.training.offline import Dof, WeightGrid, solve, weight_scales, weight_steps
+from qft_plugin.training.solve import solve, weight_scales, weight_steps
 
 EXACT = 1e-12
 """A handful of float64 operations in another order."""

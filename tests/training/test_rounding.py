@@ -23,9 +23,9 @@ from qft_plugin.tensors.axes import Axes
 from qft_plugin.tensors.fake_quantize import fake_quantize
 from qft_plugin.tensors.grid import integer_range, to_integer
 from qft_plugin.training.data import Inputs, Kept
+from qft_plugin.training.dof import Dof, WeightGrid
 from qft_plugin.training.finetune import FinetuneResult, Loss, Phase, Prediction, Targets, finetune, teacher_predictions
 from qft_plugin.training.integers import deployed_weights, folded_tensors
-from qft_plugin.training.offline import Dof, WeightGrid, solve
 from qft_plugin.training.rounding import (
     ELEMENTS,
     INSIDE,
@@ -41,6 +41,7 @@ from qft_plugin.training.rounding import (
     two_of_four,
     undecided,
 )
+from qft_plugin.training.solve import solve
 
 EXACT = 1e-12
 """A handful of float64 operations in another order."""

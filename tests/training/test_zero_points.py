@@ -13,8 +13,9 @@ from qft_plugin.config import HardwareSpec
 from qft_plugin.graph.placement import ActivationGrid
 from qft_plugin.tensors.fake_quantize import fake_quantize, fake_quantize_composed
 from qft_plugin.tensors.grid import to_integer
+from qft_plugin.training.dof import Dof, WeightGrid
 from qft_plugin.training.integers import deployed_weights, integer_biases
-from qft_plugin.training.offline import Dof, WeightGrid, accumulator_step, solve, weight_steps
+from qft_plugin.training.solve import accumulator_step, solve, weight_steps
 from qft_plugin.training.student import FakeQuantizer, set_grids
 
 EXACT = 1e-12

@@ -1,34 +1,23 @@
-"""The offline subgraph: from the independent degrees of freedom to what the hardware runs (Sec. 3.2, Fig. 4).
+"""The independent degrees of freedom: all that trains (Eq. 6)."""
 
-The scale of an activation edge is a vector over its channels,  S_a = s * c:  `s` is the one step of the edge's
-quantizer, `c` the cross-layer factors, one per variable of the DoF map. The student is trained in the *folded* form
-that will be deployed: every factor c moves into the weights on both sides of its edge,
-
-    W_folded = W * c_in / c_out        bias_folded = bias / c_out
-
-so that the online graph has per-tensor activation scales only, and a kernel is quantized with the step
-S_wR * S_wL * c_in / c_out = s_out * F / s_in. The integers are those of Eq. (2) before folding, because numerator and
-denominator of  W / (S_wR * S_wL)  are multiplied by the same factor.
-"""
-
-import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 
-from qft_plugin.config import Elementwise, HardwareSpec, Rounding, Sparsity
+from qft_plugin.config import HardwareSpec, Rounding, Sparsity
 from qft_plugin.graph.layer_graph import PINNED, DofMap, Layer, absorbs_input
-from qft_plugin.graph.placement import ActivationGrid, can_share_zero_point, merged
-from qft_plugin.tensors.fake_quantize import fake_quantize, multiplied
-from qft_plugin.tensors.grid import integer_range, quantize_factor, round_ste
-from qft_plugin.tensors.partial_gradients import PartialWeight
-from qft_plugin.training.held import Held, partly_trained
+from qft_plugin.graph.placement import ActivationGrid, merged
+from qft_plugin.tensors.fake_quantize import multiplied
+from qft_plugin.tensors.grid import quantize_factor, round_ste
+from qft_plugin.training.activation_scales import shared_grids, tied_grids
+from qft_plugin.training.held import Held
 from qft_plugin.training.rounding import NearestRounding, check_masks, element_of, undecided
 
 DEFAULT: Final = HardwareSpec()
+
 NO_MASKS: Final[Mapping[str, Tensor]] = {}
 
 
@@ -53,64 +42,114 @@ class WeightGrid:
     scale_in: Tensor | None = None
 
 
-def weight_scales(S_a_in: Tensor, S_a_out: Tensor, F: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve a kernel's left and right scales from the degrees of freedom.
+@dataclass(frozen=True)
+class Channels:
+    """The cross-layer factors of the channels of one layer.
 
-    Eq. (2):  S_wL = 1 / S_a_in      S_wR = S_a_out * F
-
-    Args:
-        S_a_in: scale of the input edge, `[in]`, real per step.
-        S_a_out: scale of the output edge, `[out]`, real per step.
-        F: rescale factor, `[]` (layerwise) or `[out]` (channelwise), output steps per accumulator step.
-
-    Returns:
-        `S_wL`, `[in]`, and `S_wR`, `[out]`. The step of `W[o, i]` is `S_wR[o] * S_wL[i]`.
+    Attributes:
+        inputs: `[in]`.
+        outputs: `[out]`.
     """
-    return 1 / S_a_in, S_a_out * F
+
+    inputs: Tensor
+    outputs: Tensor
+
+    def detach(self) -> "Channels":
+        """Return the same factors as constants."""
+        return Channels(self.inputs.detach(), self.outputs.detach())
 
 
-def tied_grids(
-    grids: Mapping[str, ActivationGrid], groups: Sequence[Sequence[str]], kind: Elementwise
-) -> dict[str, ActivationGrid]:
-    """Start the scales of addends where the hardware's constraint between them holds (App. D).
+class LayerDof(nn.Module):
+    """The degrees of freedom of one layer.
 
-    Args:
-        grids: grid of each activation quantizer by name.
-        groups: names of the quantizers that an addition ties to each other.
-        kind: `"none"` gives each group its largest scale; `"power_of_two"` rounds the ratio to the group's first.
+    Attributes:
+        held: its state while a part of it trains; no part of the state dict, because `efqat.settle` writes it into `W`.
     """
-    tied = dict(grids)
-    for group in groups:
-        scales = [grids[name].scale for name in group]
-        for name, scale in zip(group, scales, strict=True):
-            if kind == "none":
-                tied[name] = replace(grids[name], scale=max(scales))
-            elif kind == "power_of_two":
-                tied[name] = replace(grids[name], scale=scales[0] * 2.0 ** round(math.log2(scale / scales[0])))
-    return tied
 
+    held: Held | None = None
+    unit: Tensor
+    bias_unit: Tensor
+    in_index: Tensor
+    out_index: Tensor
 
-def shared_grids(grids: Mapping[str, ActivationGrid], groups: Sequence[Sequence[str]]) -> dict[str, ActivationGrid]:
-    """Start quantizers that have one scale, and one zero point where theirs train, in each group, clipping nothing.
+    def __init__(
+        self, layer: Layer, tensors: Mapping[str, Tensor], grid: WeightGrid | None, input_magnitude: float
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        W = tensors[layer.weight].detach()
+        B = tensors[layer.bias].detach() if layer.bias is not None else None
+        step = grid.scale.to(W) if grid is not None else W.new_ones(())
+        left = grid.scale_in.to(W) if grid is not None and grid.scale_in is not None else None
+        trains = grid is not None
+        unit = layer.axes.on_weight(step, left, W)
+        self.register_buffer("unit", unit)
+        self.register_buffer("bias_unit", step * input_magnitude)
+        self.register_buffer("in_index", layer.in_index.to(W.device))
+        self.register_buffer("out_index", layer.out_index.to(W.device))
+        self.folds_in = absorbs_input(layer.kind) and bool((layer.in_index != PINNED).any())
+        self.folds_out = bool((layer.out_index != PINNED).any())
+        self.W = nn.Parameter(W / unit, requires_grad=trains)
+        self.bias = nn.Parameter(B / self.bias_unit, requires_grad=trains) if B is not None else None
+        self.log_F = nn.Parameter(torch.zeros_like(step), requires_grad=trains)
+        self.log_L = nn.Parameter(left.log()) if left is not None else None
+        self.element: NearestRounding | None = None
 
-    Args:
-        grids: grid of each activation quantizer by name.
-        groups: names of the quantizers with one scale.
-    """
-    shared = dict(grids)
-    for group in groups:
-        members = [grids[name] for name in group]
-        scale = max(grid.scale for grid in members)
-        if can_share_zero_point(members):
-            low, high = members[0].low, members[0].high
-            smallest = min(grid.scale * (grid.low - grid.zero_point) for grid in members)
-            largest = max(grid.scale * (grid.high - grid.zero_point) for grid in members)
-            scale = (largest - smallest) / (high - low)
-            zero_point = min(max(low - round(smallest / scale), low), high)
-            shared |= {name: replace(grids[name], scale=scale, zero_point=zero_point) for name in group}
-        else:
-            shared |= {name: replace(grids[name], scale=scale) for name in group}
-    return shared
+    def set_element(self, element: NearestRounding) -> None:
+        """Choose what makes integers of the weight."""
+        self.element = element
+        self.W.requires_grad_(element.trains_weight)
+
+    @property
+    def scale_in(self) -> Tensor | None:
+        """The trained left scale of a doubly per-channel kernel, `[in]`."""
+        return None if self.log_L is None else self.log_L.exp()
+
+    def channels(self, c: Tensor) -> Channels:
+        """Return the factors of this layer's channels.
+
+        Args:
+            c: factor of every variable, `[1 + size]`.
+        """
+        return Channels(c.index_select(0, self.in_index), c.index_select(0, self.out_index))
+
+    def folded(self, c: Channels) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias with the cross-layer factors moved into them, real units.
+
+        Args:
+            c: the factors of the layer's channels.
+        """
+        return self.folded_weight(c), self.folded_bias(c)
+
+    def folded_weight(self, c: Channels) -> Tensor:
+        """Return the weight with the cross-layer factors moved into it, real units.
+
+        Args:
+            c: the factors of the layer's channels.
+        """
+        return multiplied(self.W, self.units(c))
+
+    def units(self, c: Channels) -> tuple[Tensor, ...]:
+        """Return what the stored weight is multiplied by, in this order, to be the folded one.
+
+        Args:
+            c: the factors of the layer's channels.
+        """
+        axes, out = self.layer.axes, self.unit
+        if self.folds_out:
+            out = out / axes.per_out(c.outputs, self.W)
+        return (out, axes.per_in(c.inputs, self.W)) if self.folds_in else (out,)
+
+    def folded_bias(self, c: Channels) -> Tensor | None:
+        """Return the bias with the cross-layer factors moved into it, `[out]`, real units; `None` where there is none.
+
+        Args:
+            c: the factors of the layer's channels.
+        """
+        if self.bias is None:
+            return None
+        B = self.bias * self.bias_unit
+        return B / c.outputs if self.folds_out else B
 
 
 class Dof(nn.Module):
@@ -233,7 +272,7 @@ class Dof(nn.Module):
         name = self.weight_grids[weight].s_in
         return () if name is None else tuple(self.activation_grids[n] for n in self._shared.get(name, (name,)))
 
-    def quantized(self) -> "list[LayerDof]":
+    def quantized(self) -> list[LayerDof]:
         """List the degrees of freedom of the layers whose weights are quantized."""
         return [d for d in self.layers if isinstance(d, LayerDof) and d.layer.weight in self.weight_grids]
 
@@ -248,7 +287,7 @@ class Dof(nn.Module):
         """Return what the elements ask for in addition to a small loss, `[]`; `None` where that is nothing."""
         return undecided(self._elements().values(), self.progress)
 
-    def trained_weight(self, name: str) -> "LayerDof":
+    def trained_weight(self, name: str) -> LayerDof:
         """Return the degrees of freedom of a quantized layer by the name of its weight."""
         return next(d for d in self.quantized() if d.layer.weight == name)
 
@@ -284,7 +323,7 @@ class Dof(nn.Module):
             found[name] = round_ste(moved.clamp(grid.low, grid.high))
         return found
 
-    def spread(self, c: Tensor) -> "list[Channels]":
+    def spread(self, c: Tensor) -> list[Channels]:
         """Give every layer the factors of its channels, with two operations for all of them.
 
         Args:
@@ -296,7 +335,7 @@ class Dof(nn.Module):
         )
         return [Channels(c_in, c_out) for c_in, c_out in zip(inputs, outputs, strict=True)]
 
-    def rescale_factor(self, layer: "LayerDof") -> Tensor:
+    def rescale_factor(self, layer: LayerDof) -> Tensor:
         """Return a layer's rescale factor as the hardware holds it, `[]` or `[out]`.
 
         Where an edge of the layer is not quantized it is no factor between integers, and any number will do.
@@ -359,228 +398,3 @@ def _numbered(names: Collection[str], groups: Sequence[Sequence[str]]) -> tuple[
     first = {name: group[0] for group in groups for name in group}
     own = list(dict.fromkeys(first.get(name, name) for name in names))
     return {name: own.index(first.get(name, name)) for name in names}, own
-
-
-class LayerDof(nn.Module):
-    """The degrees of freedom of one layer.
-
-    Attributes:
-        held: its state while a part of it trains; no part of the state dict, because `efqat.settle` writes it into `W`.
-    """
-
-    held: Held | None = None
-    unit: Tensor
-    bias_unit: Tensor
-    in_index: Tensor
-    out_index: Tensor
-
-    def __init__(
-        self, layer: Layer, tensors: Mapping[str, Tensor], grid: WeightGrid | None, input_magnitude: float
-    ) -> None:
-        super().__init__()
-        self.layer = layer
-        W = tensors[layer.weight].detach()
-        B = tensors[layer.bias].detach() if layer.bias is not None else None
-        step = grid.scale.to(W) if grid is not None else W.new_ones(())
-        left = grid.scale_in.to(W) if grid is not None and grid.scale_in is not None else None
-        trains = grid is not None
-        unit = layer.axes.on_weight(step, left, W)
-        self.register_buffer("unit", unit)
-        self.register_buffer("bias_unit", step * input_magnitude)
-        self.register_buffer("in_index", layer.in_index.to(W.device))
-        self.register_buffer("out_index", layer.out_index.to(W.device))
-        self.folds_in = absorbs_input(layer.kind) and bool((layer.in_index != PINNED).any())
-        self.folds_out = bool((layer.out_index != PINNED).any())
-        self.W = nn.Parameter(W / unit, requires_grad=trains)
-        self.bias = nn.Parameter(B / self.bias_unit, requires_grad=trains) if B is not None else None
-        self.log_F = nn.Parameter(torch.zeros_like(step), requires_grad=trains)
-        self.log_L = nn.Parameter(left.log()) if left is not None else None
-        self.element: NearestRounding | None = None
-
-    def set_element(self, element: NearestRounding) -> None:
-        """Choose what makes integers of the weight."""
-        self.element = element
-        self.W.requires_grad_(element.trains_weight)
-
-    @property
-    def scale_in(self) -> Tensor | None:
-        """The trained left scale of a doubly per-channel kernel, `[in]`."""
-        return None if self.log_L is None else self.log_L.exp()
-
-    def channels(self, c: Tensor) -> "Channels":
-        """Return the factors of this layer's channels.
-
-        Args:
-            c: factor of every variable, `[1 + size]`.
-        """
-        return Channels(c.index_select(0, self.in_index), c.index_select(0, self.out_index))
-
-    def folded(self, c: "Channels") -> tuple[Tensor, Tensor | None]:
-        """Return weight and bias with the cross-layer factors moved into them, real units.
-
-        Args:
-            c: the factors of the layer's channels.
-        """
-        return self.folded_weight(c), self.folded_bias(c)
-
-    def folded_weight(self, c: "Channels") -> Tensor:
-        """Return the weight with the cross-layer factors moved into it, real units.
-
-        Args:
-            c: the factors of the layer's channels.
-        """
-        return multiplied(self.W, self.units(c))
-
-    def units(self, c: "Channels") -> tuple[Tensor, ...]:
-        """Return what the stored weight is multiplied by, in this order, to be the folded one.
-
-        Args:
-            c: the factors of the layer's channels.
-        """
-        axes, out = self.layer.axes, self.unit
-        if self.folds_out:
-            out = out / axes.per_out(c.outputs, self.W)
-        return (out, axes.per_in(c.inputs, self.W)) if self.folds_in else (out,)
-
-    def folded_bias(self, c: "Channels") -> Tensor | None:
-        """Return the bias with the cross-layer factors moved into it, `[out]`, real units; `None` where there is none.
-
-        Args:
-            c: the factors of the layer's channels.
-        """
-        if self.bias is None:
-            return None
-        B = self.bias * self.bias_unit
-        return B / c.outputs if self.folds_out else B
-
-
-@dataclass(frozen=True)
-class Channels:
-    """The cross-layer factors of the channels of one layer.
-
-    Attributes:
-        inputs: `[in]`.
-        outputs: `[out]`.
-    """
-
-    inputs: Tensor
-    outputs: Tensor
-
-    def detach(self) -> "Channels":
-        """Return the same factors as constants."""
-        return Channels(self.inputs.detach(), self.outputs.detach())
-
-
-@dataclass(frozen=True)
-class Solution:
-    """What the online graph runs on, as a differentiable function of the degrees of freedom.
-
-    Attributes:
-        tensors: weights (fake-quantized where the layer is quantized) and biases by name, folded, real units.
-        activation_scales: step of every activation quantizer by name, `[]`.
-        factors: cross-layer factor of every variable, `[1 + size]`.
-        zero_points: those that train, by name of the activation quantizer, `[]`.
-        partial: what the cheaper backward pass of the kernels of which a part trains needs.
-    """
-
-    tensors: dict[str, Tensor]
-    activation_scales: dict[str, Tensor]
-    factors: Tensor
-    zero_points: dict[str, Tensor] = field(default_factory=dict)
-    partial: tuple[PartialWeight, ...] = ()
-
-
-def weight_steps(dof: Dof, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Solve the step of every quantized kernel in the folded network.
-
-    Eq. (2) with the factors folded:  S_wR * S_wL * c_in / c_out = s_out * F / s_in
-
-    Args:
-        dof: the degrees of freedom.
-        scales: step of every activation quantizer by name, `[]`.
-
-    Returns:
-        By name of the weight, `[]` or `[out]`, real per step.
-    """
-    layers = dof.quantized()
-    if not layers:
-        return {}
-    if dof.hardware.rescale_factor == "float":
-        F = torch.cat([layer.log_F.reshape(-1) for layer in layers]).exp()
-    else:
-        F = torch.cat([dof.rescale_factor(layer).reshape(-1) for layer in layers])
-    grids = [dof.weight_grids[layer.layer.weight] for layer in layers]
-    one = F.new_ones(())
-    s_out, s_in = (
-        torch.stack([one if name is None else scales[name] for name in names])
-        for names in ([grid.s_out for grid in grids], [grid.s_in for grid in grids])
-    )
-    steps = F * (s_out / s_in).index_select(0, dof.layer_of_step)
-    parts = steps.split_with_sizes([layer.log_F.numel() for layer in layers])
-    return {layer.layer.weight: part.view(layer.log_F.shape) for layer, part in zip(layers, parts, strict=True)}
-
-
-def solve(dof: Dof) -> Solution:
-    """Compute everything that the online graph needs from the degrees of freedom (Fig. 4, Eq. 2-4)."""
-    c, scales = dof.factors(), dof.activation_scales()
-    steps = weight_steps(dof, scales)
-    tensors: dict[str, Tensor] = {}
-    partial: list[PartialWeight] = []
-    for module, channels in zip(dof.layers, dof.spread(c), strict=True):
-        assert isinstance(module, LayerDof)
-        layer = module.layer
-        if module.held is not None and module.element is not None:
-            W, cheaper = _partly_trained(module, module.element, module.held, channels, steps[layer.weight])
-            partial += [] if cheaper is None else [cheaper]
-        elif module.element is not None:
-            step = layer.axes.on_weight(steps[layer.weight], module.scale_in, module.W)
-            W = module.element.folded(module.W, module.units(channels), step, dof.progress)
-        else:
-            W = module.folded_weight(channels)
-        B = module.folded_bias(channels)
-        tensors[layer.weight] = W
-        if layer.bias is not None and B is not None:
-            tensors[layer.bias] = on_hardware(dof, module, B, steps, scales)
-    return Solution(tensors, scales, c, dof.zero_points(), tuple(partial))
-
-
-def _partly_trained(
-    layer: "LayerDof", element: NearestRounding, held: Held, c: Channels, scale: Tensor
-) -> tuple[Tensor, PartialWeight | None]:
-    """Compute a kernel of which a part trains; fixed integers follow neither cross-layer factors nor a left scale."""
-    left = None if layer.scale_in is None else layer.scale_in.detach()
-    step = layer.layer.axes.on_weight(scale, left, layer.W)
-    return partly_trained(held, layer.units(c.detach()), step, scale, element, layer.layer.axes)
-
-
-def accumulator_step(
-    dof: Dof, layer: "LayerDof", steps: Mapping[str, Tensor], scales: Mapping[str, Tensor]
-) -> Tensor | None:
-    """Return the scale of a layer's accumulator (Eq. 8), or `None` where it has none.
-
-    S_acc = s_in * S_w
-
-    Args:
-        dof: the degrees of freedom.
-        layer: those of the layer.
-        steps: step of every quantized kernel by name of the weight.
-        scales: step of every activation quantizer by name.
-
-    Returns:
-        `[]` or `[out]`, real per step.
-    """
-    grid = dof.weight_grids.get(layer.layer.weight)
-    if grid is None or grid.s_in is None or layer.log_L is not None:
-        return None
-    return steps[layer.layer.weight] * scales[grid.s_in]
-
-
-def on_hardware(
-    dof: Dof, layer: "LayerDof", B: Tensor, steps: Mapping[str, Tensor], scales: Mapping[str, Tensor]
-) -> Tensor:
-    """Fake-quantize a bias to integers in the scale of the accumulator, where the hardware holds it so."""
-    S_acc = None if dof.hardware.bias_bits is None else accumulator_step(dof, layer, steps, scales)
-    if S_acc is None or dof.hardware.bias_bits is None:
-        return B
-    low, high = integer_range(dof.hardware.bias_bits, signed=True)
-    return fake_quantize(B, S_acc, low=low, high=high)

@@ -1,0 +1,156 @@
+"""The offline subgraph: from the independent degrees of freedom to what the hardware runs (Sec. 3.2, Fig. 4).
+
+The scale of an activation edge is a vector over its channels,  S_a = s * c:  `s` is the one step of the edge's
+quantizer, `c` the cross-layer factors, one per variable of the DoF map. The student is trained in the *folded* form
+that will be deployed: every factor c moves into the weights on both sides of its edge,
+
+    W_folded = W * c_in / c_out        bias_folded = bias / c_out
+
+so that the online graph has per-tensor activation scales only, and a kernel is quantized with the step
+S_wR * S_wL * c_in / c_out = s_out * F / s_in. The integers are those of Eq. (2) before folding, because numerator and
+denominator of  W / (S_wR * S_wL)  are multiplied by the same factor.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qft_plugin.tensors.fake_quantize import fake_quantize
+from qft_plugin.tensors.grid import integer_range
+from qft_plugin.tensors.partial_gradients import PartialWeight
+from qft_plugin.training.dof import Channels, Dof, LayerDof
+from qft_plugin.training.held import Held, partly_trained
+from qft_plugin.training.rounding import NearestRounding
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What the online graph runs on, as a differentiable function of the degrees of freedom.
+
+    Attributes:
+        tensors: weights (fake-quantized where the layer is quantized) and biases by name, folded, real units.
+        activation_scales: step of every activation quantizer by name, `[]`.
+        factors: cross-layer factor of every variable, `[1 + size]`.
+        zero_points: those that train, by name of the activation quantizer, `[]`.
+        partial: what the cheaper backward pass of the kernels of which a part trains needs.
+    """
+
+    tensors: dict[str, Tensor]
+    activation_scales: dict[str, Tensor]
+    factors: Tensor
+    zero_points: dict[str, Tensor] = field(default_factory=dict)
+    partial: tuple[PartialWeight, ...] = ()
+
+
+def weight_scales(S_a_in: Tensor, S_a_out: Tensor, F: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve a kernel's left and right scales from the degrees of freedom.
+
+    Eq. (2):  S_wL = 1 / S_a_in      S_wR = S_a_out * F
+
+    Args:
+        S_a_in: scale of the input edge, `[in]`, real per step.
+        S_a_out: scale of the output edge, `[out]`, real per step.
+        F: rescale factor, `[]` (layerwise) or `[out]` (channelwise), output steps per accumulator step.
+
+    Returns:
+        `S_wL`, `[in]`, and `S_wR`, `[out]`. The step of `W[o, i]` is `S_wR[o] * S_wL[i]`.
+    """
+    return 1 / S_a_in, S_a_out * F
+
+
+def weight_steps(dof: Dof, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Solve the step of every quantized kernel in the folded network.
+
+    Eq. (2) with the factors folded:  S_wR * S_wL * c_in / c_out = s_out * F / s_in
+
+    Args:
+        dof: the degrees of freedom.
+        scales: step of every activation quantizer by name, `[]`.
+
+    Returns:
+        By name of the weight, `[]` or `[out]`, real per step.
+    """
+    layers = dof.quantized()
+    if not layers:
+        return {}
+    if dof.hardware.rescale_factor == "float":
+        F = torch.cat([layer.log_F.reshape(-1) for layer in layers]).exp()
+    else:
+        F = torch.cat([dof.rescale_factor(layer).reshape(-1) for layer in layers])
+    grids = [dof.weight_grids[layer.layer.weight] for layer in layers]
+    one = F.new_ones(())
+    s_out, s_in = (
+        torch.stack([one if name is None else scales[name] for name in names])
+        for names in ([grid.s_out for grid in grids], [grid.s_in for grid in grids])
+    )
+    steps = F * (s_out / s_in).index_select(0, dof.layer_of_step)
+    parts = steps.split_with_sizes([layer.log_F.numel() for layer in layers])
+    return {layer.layer.weight: part.view(layer.log_F.shape) for layer, part in zip(layers, parts, strict=True)}
+
+
+def solve(dof: Dof) -> Solution:
+    """Compute everything that the online graph needs from the degrees of freedom (Fig. 4, Eq. 2-4)."""
+    c, scales = dof.factors(), dof.activation_scales()
+    steps = weight_steps(dof, scales)
+    tensors: dict[str, Tensor] = {}
+    partial: list[PartialWeight] = []
+    for module, channels in zip(dof.layers, dof.spread(c), strict=True):
+        assert isinstance(module, LayerDof)
+        layer = module.layer
+        if module.held is not None and module.element is not None:
+            W, cheaper = _partly_trained(module, module.element, module.held, channels, steps[layer.weight])
+            partial += [] if cheaper is None else [cheaper]
+        elif module.element is not None:
+            step = layer.axes.on_weight(steps[layer.weight], module.scale_in, module.W)
+            W = module.element.folded(module.W, module.units(channels), step, dof.progress)
+        else:
+            W = module.folded_weight(channels)
+        B = module.folded_bias(channels)
+        tensors[layer.weight] = W
+        if layer.bias is not None and B is not None:
+            tensors[layer.bias] = on_hardware(dof, module, B, steps, scales)
+    return Solution(tensors, scales, c, dof.zero_points(), tuple(partial))
+
+
+def _partly_trained(
+    layer: LayerDof, element: NearestRounding, held: Held, c: Channels, scale: Tensor
+) -> tuple[Tensor, PartialWeight | None]:
+    """Compute a kernel of which a part trains; fixed integers follow neither cross-layer factors nor a left scale."""
+    left = None if layer.scale_in is None else layer.scale_in.detach()
+    step = layer.layer.axes.on_weight(scale, left, layer.W)
+    return partly_trained(held, layer.units(c.detach()), step, scale, element, layer.layer.axes)
+
+
+def accumulator_step(
+    dof: Dof, layer: LayerDof, steps: Mapping[str, Tensor], scales: Mapping[str, Tensor]
+) -> Tensor | None:
+    """Return the scale of a layer's accumulator (Eq. 8), or `None` where it has none.
+
+    S_acc = s_in * S_w
+
+    Args:
+        dof: the degrees of freedom.
+        layer: those of the layer.
+        steps: step of every quantized kernel by name of the weight.
+        scales: step of every activation quantizer by name.
+
+    Returns:
+        `[]` or `[out]`, real per step.
+    """
+    grid = dof.weight_grids.get(layer.layer.weight)
+    if grid is None or grid.s_in is None or layer.log_L is not None:
+        return None
+    return steps[layer.layer.weight] * scales[grid.s_in]
+
+
+def on_hardware(
+    dof: Dof, layer: LayerDof, B: Tensor, steps: Mapping[str, Tensor], scales: Mapping[str, Tensor]
+) -> Tensor:
+    """Fake-quantize a bias to integers in the scale of the accumulator, where the hardware holds it so."""
+    S_acc = None if dof.hardware.bias_bits is None else accumulator_step(dof, layer, steps, scales)
+    if S_acc is None or dof.hardware.bias_bits is None:
+        return B
+    low, high = integer_range(dof.hardware.bias_bits, signed=True)
+    return fake_quantize(B, S_acc, low=low, high=high)
