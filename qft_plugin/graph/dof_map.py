@@ -7,7 +7,8 @@ from torch import Tensor
 
 from qft_plugin.errors import ModelError
 from qft_plugin.graph.layer_graph import PINNED, DofMap, Edge, Layer, LayerGraph, VectorScale, channel_axis, is_kernel
-from qft_plugin.graph.rules import FREE_ZERO, Solver, apply_rule, rows_of
+from qft_plugin.graph.rules import apply_rule
+from qft_plugin.graph.solver import FREE_ZERO, Solver, rows_of
 
 
 def map_dof(graph: LayerGraph) -> DofMap:
