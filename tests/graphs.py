@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode_stack
 
 from qft_plugin.graph.dof_map import map_dof
 from qft_plugin.graph.folding import fold_network
@@ -17,6 +19,16 @@ FOLD_TOLERANCE = 1e-10
 def record(model: nn.Module, *inputs: Tensor) -> LayerGraph:
     """Run a model once and return what it called."""
     return record_call(model, (inputs, {}))
+
+
+def hooks_and_modes() -> tuple[int, ...]:
+    """Count the global hooks of modules and the active function modes."""
+    return (
+        len(torch_module._global_forward_pre_hooks),
+        len(torch_module._global_forward_hooks),
+        len(torch_module._global_forward_hooks_always_called),
+        len(_get_current_function_mode_stack()),
+    )
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,20 @@ class Apply(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
+
+
+class Small(nn.Module):
+    """Two 1x1 convolutions, a buffer and a plain tensor, used as `run` says."""
+
+    def __init__(self, run: Callable[["Small", Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.register_buffer("mean", torch.rand(4, 1, 1))
+        self.plain = torch.rand(4, 1, 1)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
 
 
 class Residual(nn.Module):

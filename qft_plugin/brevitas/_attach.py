@@ -15,16 +15,9 @@ from qft_plugin.brevitas._read import Source
 from qft_plugin.brevitas._scalings import ActivationScaling, activation_range
 from qft_plugin.errors import ConfigError
 from qft_plugin.graph.channel_clip import relu_operands
+from qft_plugin.graph.comparison import ComparedInput, Comparison, backbone_output, named_input
 from qft_plugin.graph.layer_graph import LayerGraph
-from qft_plugin.graph.placement import (
-    ActivationGrid,
-    ComparedInput,
-    Comparison,
-    Placement,
-    WeightPlace,
-    backbone_output,
-    named_input,
-)
+from qft_plugin.graph.placement import ActivationGrid, Placement, WeightPlace
 from qft_plugin.graph.record import Tap, record
 from qft_plugin.graph.rules import NEW_MEMORY
 from qft_plugin.graph.torch_model import Call, Functional, tensors_in

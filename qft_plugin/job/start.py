@@ -13,12 +13,12 @@ from torch import Tensor
 
 from qft_plugin.config import QFTConfig
 from qft_plugin.errors import ModelError, QFTWarning
+from qft_plugin.graph.comparison import Comparison
 from qft_plugin.graph.equalize import equalize
 from qft_plugin.graph.folding import fold_network, names_of
 from qft_plugin.graph.layer_graph import MADE_INSIDE, PINNED, Const, DofMap, Layer, LayerGraph
 from qft_plugin.graph.placement import (
     ActivationGrid,
-    Comparison,
     Placement,
     addends,
     joined,

@@ -11,13 +11,10 @@ from torch import Tensor, nn
 
 from qft_plugin.config import FinetuneConfig, QFTConfig
 from qft_plugin.errors import ConfigError, QFTWarning
+from qft_plugin.graph.comparison import Comparison, comparison
 from qft_plugin.graph.dof_map import map_dof
 from qft_plugin.graph.folding import fold_network, names_of
 from qft_plugin.graph.layer_graph import DofMap
-from qft_plugin.graph.placement import (
-    Comparison,
-    comparison,
-)
 from qft_plugin.graph.torch_model import (
     SAME,
     Call,

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from qft_plugin.errors import ConfigError
+from qft_plugin.graph.comparison import ComparedInput, Comparison
 from qft_plugin.graph.layer_graph import DofMap, Layer, LayerGraph
-from qft_plugin.graph.placement import ComparedInput, Comparison, Placement
+from qft_plugin.graph.placement import Placement
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ import torch
 from graphs import chain, conv_op, unary_op
 
 from qft_plugin.errors import ConfigError
+from qft_plugin.graph.comparison import comparison
 from qft_plugin.graph.dof_map import map_dof
 from qft_plugin.graph.layer_graph import LayerGraph, Op, Ref
-from qft_plugin.graph.placement import Placement, comparison
+from qft_plugin.graph.placement import Placement
 from qft_plugin.training.blocks import check_blocks, split, upstream
 
 MAP = (1, 4, 2, 2)
