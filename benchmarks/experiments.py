@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from qft_plugin import DeployabilityError, EfQAT, FinetuneConfig, HardwareSpec, ParityError, QFTConfig
 from qft_plugin.graph.folding import fold_network
-from qft_plugin.graph.rules import LAYERS
+from qft_plugin.graph.operations import LAYERS
 from qft_plugin.tensors.axes import Axes
 from qft_plugin.tensors.mmse import apq, ppq
 

@@ -17,9 +17,9 @@ from qft_plugin.errors import ConfigError
 from qft_plugin.graph.channel_clip import relu_operands
 from qft_plugin.graph.comparison import ComparedInput, Comparison, backbone_output, named_input
 from qft_plugin.graph.layer_graph import LayerGraph
+from qft_plugin.graph.operations import NEW_MEMORY
 from qft_plugin.graph.placement import ActivationGrid, Placement, WeightPlace
 from qft_plugin.graph.record import Tap, record
-from qft_plugin.graph.rules import NEW_MEMORY
 from qft_plugin.graph.torch_model import Call, Functional, tensors_in
 from qft_plugin.tensors.fake_quantize import fake_quantize
 from qft_plugin.training.data import Inputs

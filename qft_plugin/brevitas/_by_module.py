@@ -9,9 +9,9 @@ from qft_plugin.brevitas._layers import QUANTIZED, RANGE_BATCH, RANGE_IMAGES, ac
 from qft_plugin.config import QFTConfig
 from qft_plugin.errors import ModelError
 from qft_plugin.graph.batch_norms import merge_norms
-from qft_plugin.graph.layer_graph import ADDS, Const, LayerGraph, Op
+from qft_plugin.graph.layer_graph import Const, LayerGraph, Op
+from qft_plugin.graph.operations import ADDS, LAYERS
 from qft_plugin.graph.record import record
-from qft_plugin.graph.rules import LAYERS
 from qft_plugin.graph.torch_model import Call
 from qft_plugin.training.data import Inputs
 

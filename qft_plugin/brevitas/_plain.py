@@ -11,33 +11,12 @@ from torch.overrides import TorchFunctionMode
 
 from qft_plugin.brevitas._layers import QUANTIZED
 from qft_plugin.graph.batch_norms import NORMS
+from qft_plugin.graph.operations import LAYERS, TABLE
 from qft_plugin.graph.record import function_name
-from qft_plugin.graph.rules import LAYERS
 from qft_plugin.graph.torch_model import Call, replace_modules, version_of
 from qft_plugin.tensors.axes import Axes
 
 NORM: Final = "batch_norm"
-
-CONVOLUTION: Final = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-TRANSPOSED: Final = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-ARGUMENTS: Final[Mapping[str, tuple[str, ...]]] = {
-    "linear": ("input", "weight", "bias"),
-    **{f"conv{n}d": CONVOLUTION for n in (1, 2, 3)},
-    **{f"conv_transpose{n}d": TRANSPOSED for n in (1, 2, 3)},
-    NORM: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
-}
-"""Arguments of torch's functions, in their order."""
-
-MADE_OF: Final = {
-    "linear": nn.Linear,
-    "conv1d": nn.Conv1d,
-    "conv2d": nn.Conv2d,
-    "conv3d": nn.Conv3d,
-    "conv_transpose1d": nn.ConvTranspose1d,
-    "conv_transpose2d": nn.ConvTranspose2d,
-    "conv_transpose3d": nn.ConvTranspose3d,
-}
-"""The module that calls a function."""
 
 
 class Around(nn.Module):
@@ -110,10 +89,10 @@ class _Watch(TorchFunctionMode):
         self.calls: list[_Noted] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        names = ARGUMENTS.get(name := function_name(func))
-        if names is None:
+        name = function_name(func)
+        if name not in LAYERS and name != NORM:
             return func(*args, **(kwargs or {}))
-        given = dict(zip(names, args, strict=False)) | (kwargs or {})
+        given = dict(zip(TABLE[name].arguments, args, strict=False)) | (kwargs or {})
         version = version_of(given["input"])
         result = func(*args, **(kwargs or {}))
         self.calls.append(_Noted(name, given, version, result, version_of(result)))
@@ -230,7 +209,7 @@ def _layer(seen: _Seen) -> nn.Module | None:
     given = {name: value for name, value in seen.arguments.items() if name != "input"}
     weight, bias = _parameter(given.pop("weight")), _parameter(given.pop("bias", None))
     assert weight is not None
-    kind = MADE_OF[seen.function]
+    (kind,) = TABLE[seen.function].modules
     names = inspect.signature(kind).parameters
     if not set(given) <= set(names):
         return None

@@ -4,7 +4,7 @@ import copy
 import itertools
 import logging
 from collections.abc import Container, Mapping
-from typing import Any, Final
+from typing import Any
 
 import brevitas.nn as qnn
 import torch
@@ -21,29 +21,13 @@ from qft_plugin.graph.batch_norms import merge_norms
 from qft_plugin.graph.channel_affine import Rescaled, free_axes
 from qft_plugin.graph.channel_clip import replace_by_relu
 from qft_plugin.graph.dof_map import map_dof
-from qft_plugin.graph.layer_graph import ADDS, Const, Layer, LayerGraph, Op
-from qft_plugin.graph.placement import KEEPS_GRID
+from qft_plugin.graph.layer_graph import Const, Layer, LayerGraph, Op
+from qft_plugin.graph.operations import GRID_MODULES, KEEPS_GRID, LAYERS, TRACED_ADDS
 from qft_plugin.graph.record import function_name, record
-from qft_plugin.graph.rules import LAYERS
 from qft_plugin.graph.torch_model import SAME, Call, first_outputs, largest_change, tensors_in
 from qft_plugin.training.data import Inputs
 
 logger = logging.getLogger("qft_plugin")
-
-MODULES: Final[dict[type[nn.Module], str]] = {
-    nn.MaxPool1d: "max_pool1d",
-    nn.MaxPool2d: "max_pool2d",
-    nn.MaxPool3d: "max_pool3d",
-    nn.Flatten: "flatten",
-    nn.Identity: "identity",
-    nn.Dropout: "dropout",
-    nn.PixelShuffle: "pixel_shuffle",
-    nn.ChannelShuffle: "channel_shuffle",
-}
-"""Modules that call one function, by its name."""
-
-FX_ADDS: Final = ADDS | {"iadd", "isub"}
-"""Names of the functions that an addition may be in a traced graph; in place it is one of `operator`."""
 
 
 class _NotFollowedError(Exception):
@@ -177,7 +161,7 @@ def _additions(model: fx.GraphModule) -> list[fx.Node]:
         for node in model.graph.nodes
         if len(node.all_input_nodes) > 1
         and node.op in ("call_function", "call_method")
-        and (function_name(node.target) if node.op == "call_function" else str(node.target).rstrip("_")) in FX_ADDS
+        and (function_name(node.target) if node.op == "call_function" else str(node.target).rstrip("_")) in TRACED_ADDS
     ]
 
 
@@ -276,7 +260,7 @@ def _quantized_node(model: fx.GraphModule, node: Any) -> fx.Node:
     """Look back from the input of a layer through what only moves values: there the quantizer stands."""
     while isinstance(node, fx.Node) and node.args and isinstance(node.args[0], fx.Node):
         if node.op == "call_module":
-            function = MODULES.get(type(model.get_submodule(str(node.target))), "")
+            function = GRID_MODULES.get(type(model.get_submodule(str(node.target))), "")
         else:
             function = function_name(node.target) if node.op == "call_function" else str(node.target)
         if function not in KEEPS_GRID:

@@ -4,27 +4,15 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from qft_plugin.graph.operations import KEEPS_ORDER, LAYERS, MULTIPLIES, TABLE, WEIGHT_IN_OUT
 from qft_plugin.graph.record import function_name
-from qft_plugin.graph.rules import LAYERS, MULTIPLIES
 from qft_plugin.graph.torch_model import Call, tensors_in
-
-KEEPS_ORDER: Final = frozenset(
-    ["view", "reshape", "contiguous", "clone", "detach", "to", "float", "flatten", "squeeze"]
-)
-"""A weight that passes through these still holds its integers in the same order."""
-
-
-MATRIX_PRODUCTS: Final = frozenset(["addmm", "mm", "matmul", "__matmul__"])
-"""Multiply by a weight that is stored as `[in, out]`."""
-
-WORDS: Final = {"addmm": ("bias", "input", "weight"), "mm": ("input", "weight"), "matmul": ("input", "weight")}
-"""The arguments of functions that do not take them as layers do."""
 
 
 @dataclass(frozen=True)
@@ -286,8 +274,8 @@ class _Calls(TorchFunctionMode):
             return result  # attributes and conversions
         self._path.append(name)
         self._origins.pass_on([args, list((kwargs or {}).values())], result)
-        if name in LAYERS or name in MATRIX_PRODUCTS:
-            words = {**dict(zip(WORDS.get(name, ("input", "weight", "bias")), args, strict=False)), **(kwargs or {})}
+        if name in LAYERS or name in WEIGHT_IN_OUT:
+            words = {**dict(zip(TABLE[name].arguments, args, strict=False)), **(kwargs or {})}
             W_fq, bias, made = (_tensor_of(t) for t in (words.get("weight"), words.get("bias"), result))
             found = self._weights.find(W_fq)
             if found is not None:
@@ -325,8 +313,8 @@ def _tensor_of(value: Any) -> Any:
 
 
 def _product(name: str, weight: str, integers: Tensor, W_fq: Tensor, bias: Tensor | None, result: Tensor) -> Product:
-    linear = name == "linear" or name in MATRIX_PRODUCTS
-    if name in MATRIX_PRODUCTS:
+    linear = name == "linear" or name in WEIGHT_IN_OUT
+    if name in WEIGHT_IN_OUT:
         integers, W_fq = integers.transpose(-1, -2), W_fq.transpose(-1, -2)
     axis = result.dim() - 1 if linear else result.dim() - (W_fq.dim() - 2) - 1
     if bias is not None:

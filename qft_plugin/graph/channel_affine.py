@@ -7,7 +7,7 @@ into the quantizer behind it.
 
 from collections.abc import Callable, Container, Hashable, Mapping
 from dataclasses import dataclass, replace
-from typing import Final, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +16,9 @@ from torch.overrides import wrap_torch_function
 from qft_plugin.graph.batch_norms import NORMS, affine_of
 from qft_plugin.graph.channel_clip import channels_read
 from qft_plugin.graph.dof_map import map_dof
-from qft_plugin.graph.layer_graph import ADDS, PINNED, Const, Layer, LayerGraph, Op, Ref, channel_axis, on_axis
+from qft_plugin.graph.layer_graph import PINNED, Const, Layer, LayerGraph, Op, Ref, channel_axis, on_axis
+from qft_plugin.graph.operations import ADDS, CURVE_MODULES
 from qft_plugin.graph.torch_model import Call, replace_modules
-
-BARRIERS: Final = (
-    nn.SiLU,
-    nn.GELU,
-    nn.Hardswish,
-    nn.Mish,
-    nn.ELU,
-    nn.CELU,
-    nn.SELU,
-    nn.Softplus,
-    nn.Tanh,
-    nn.Sigmoid,
-    nn.Hardsigmoid,
-)
-"""Elementwise functions that no scale passes through."""
 
 
 @wrap_torch_function(lambda x, *_: (x,))
@@ -129,7 +115,7 @@ def free_channels(
     Returns:
         Whether anything was replaced.
     """
-    kinds = (*(NORMS if norms else ()), *(BARRIERS if barriers else ()))
+    kinds = (*(NORMS if norms else ()), *(CURVE_MODULES if barriers else ()))
     found = [
         m
         for name, m in model.named_modules()

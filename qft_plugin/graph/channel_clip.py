@@ -5,7 +5,7 @@ as soon as its bounds are scaled with the channel, so that bounds absorb any cro
 """
 
 from collections.abc import Container, Sequence
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,9 @@ from torch.overrides import wrap_torch_function
 
 from qft_plugin.graph.batch_norms import NORMS
 from qft_plugin.graph.layer_graph import channel_axis, on_axis
+from qft_plugin.graph.operations import BOUNDED_MODULES
 from qft_plugin.graph.torch_model import Call, largest_change, repeatable, replace_modules, tensors_in
 from qft_plugin.tensors.fake_quantize import same_layout
-
-BOUNDED: Final = (nn.ReLU6, nn.Hardtanh)
 
 
 class _Clip(torch.autograd.Function):
@@ -137,7 +136,7 @@ def free_bounds(model: nn.Module, call: Call, *, only: Container[str] | None = N
         call: arguments to run it with.
         only: names of the modules to replace; `None` for all.
     """
-    found = [m for name, m in model.named_modules() if type(m) in BOUNDED and (only is None or name in only)]
+    found = [m for name, m in model.named_modules() if type(m) in BOUNDED_MODULES and (only is None or name in only)]
     if not found:
         return
     like = next(p for p in model.parameters() if p.is_floating_point())
@@ -194,5 +193,5 @@ def replace_by_relu(model: nn.Module) -> None:
 
     Departure: the network computes something else where an activation exceeds the bound.
     """
-    found = [m for m in model.modules() if isinstance(m, nn.Hardtanh) and type(m) in BOUNDED and m.min_val == 0]
+    found = [m for m in model.modules() if isinstance(m, nn.Hardtanh) and type(m) in BOUNDED_MODULES and m.min_val == 0]
     replace_modules(model, {module: nn.ReLU(inplace=module.inplace) for module in found})

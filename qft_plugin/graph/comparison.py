@@ -3,26 +3,10 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from qft_plugin.errors import ConfigError
 from qft_plugin.graph.layer_graph import LayerGraph, Op
-
-GLOBAL_POOLS: Final = frozenset(
-    [
-        "mean",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d",
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "adaptive_max_pool1d",
-        "adaptive_max_pool2d",
-        "adaptive_max_pool3d",
-        "amax",
-    ]
-)
+from qft_plugin.graph.operations import GLOBAL_POOLS, GLOBAL_REDUCTIONS
 
 
 @dataclass(frozen=True)
@@ -132,7 +116,7 @@ def _is_global_pool(graph: LayerGraph, op: Op) -> bool:
     if op.function not in GLOBAL_POOLS or not op.inputs or not op.outputs:
         return False
     before, after = graph.shapes[op.inputs[0]], graph.shapes[op.outputs[0]]
-    if op.function in ("mean", "amax"):
+    if op.function in GLOBAL_REDUCTIONS:
         dims = op.argument(1, "dim")
         dims = range(len(before)) if dims is None else [dims] if isinstance(dims, int) else dims
         if any(d % len(before) < 2 for d in dims):

@@ -7,14 +7,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from qft_plugin.graph.operations import ABSORBS_INPUT, LAYERS
 from qft_plugin.tensors.axes import Axes
 
 PINNED = 0
 """The variable of channels that cannot be rescaled."""
-
-ADDS: Final = frozenset(["add", "sub", "subtract", "__add__", "__radd__", "__iadd__", "__sub__", "__isub__"])
-"""Elementwise additions and subtractions."""
-
 
 MADE_INSIDE: Final = "a tensor made inside the forward"
 """Stands for the name of a constant that is neither a parameter nor a buffer."""
@@ -125,12 +122,12 @@ class Layer:
 
 def is_kernel(kind: str) -> bool:
     """Whether a torch function multiplies its input by a weight that absorbs scales on both sides."""
-    return kind not in ("layer_norm", "hardtanh", "channel_affine")
+    return kind in LAYERS
 
 
 def absorbs_input(kind: str) -> bool:
     """Whether the weight of a torch function absorbs the scales of its input."""
-    return is_kernel(kind) or kind == "channel_affine"
+    return kind in ABSORBS_INPUT
 
 
 @dataclass(frozen=True)

@@ -2,41 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
 from torch import Tensor
 
-from qft_plugin.graph.layer_graph import ADDS, Layer, LayerGraph, Op, Ref
-from qft_plugin.graph.rules import DIVIDES, JOINS, MOVES
+from qft_plugin.graph.layer_graph import Layer, LayerGraph, Op, Ref
+from qft_plugin.graph.operations import ADDS, DIVIDES, JOINS, KEEPS_GRID, PASSES_TO_OUTPUT
 from qft_plugin.tensors.grid import integer_range
-
-KEEPS_GRID: Final = frozenset(MOVES) | frozenset(
-    [
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool2d_with_indices",
-        "max_pool3d",
-        "adaptive_max_pool1d",
-        "adaptive_max_pool2d",
-        "adaptive_max_pool3d",
-        "amax",
-        "amin",
-        "dropout",
-        "dropout1d",
-        "dropout2d",
-        "dropout3d",
-        "alpha_dropout",
-        "feature_dropout",
-        "identity",
-        "contiguous",
-        "clone",
-        "detach",
-    ]
-)
-"""The values that come out are among the values that go in, so a quantized input means a quantized output."""
-
-PASSES_TO_OUTPUT: Final = KEEPS_GRID | {"relu", "leaky_relu", "prelu", "relu6", "hardtanh"}
-"""What may stand between a layer and the quantizer of its output."""
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,17 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qft_plugin.graph.layer_graph import MADE_INSIDE, Const, LayerGraph, Op, Ref
+from qft_plugin.graph.operations import READS_VALUES, WRITES
 from qft_plugin.graph.torch_model import Call, tensors_in
 
 Watcher = Callable[[Tensor], None]
-
-READS_VALUES: Final = frozenset(
-    ["item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__complex__", "__index__"]
-)
-"""Hand values of a tensor to what is not torch."""
 
 
 def function_name(function: Any) -> str:
@@ -58,14 +54,14 @@ class _Recorder(Counted):
         self._alive: list[Any] = [call]  # an id is unique only while its tensor lives
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        key = self.key(func)
+        key, function = self.key(func), function_name(func)
         inputs: list[str] = []
         words = self._replaced(args, inputs), self._replaced(kwargs or {}, inputs)
         result = func(*args, **(kwargs or {}))
-        changed = args[0] if key.startswith("__setitem__/") else result
+        changed = args[0] if function in WRITES else result
         made = [t for t in (changed if isinstance(changed, (tuple, list)) else [changed]) if isinstance(t, Tensor)]
         if not made:
-            if function_name(func) in READS_VALUES:
+            if function in READS_VALUES:
                 self.left += inputs
             return result
         name = "/".join([*(p for p in self.path[-1:] if p), key])
@@ -73,7 +69,7 @@ class _Recorder(Counted):
         self._alive.append((args, kwargs, result))
         self.names |= {id(t): o for t, o in zip(made, outputs, strict=True)}
         self.shapes |= {o: tuple(t.shape) for t, o in zip(made, outputs, strict=True)}
-        self.ops.append(Op(name, key.rpartition("/")[0], tuple(inputs), outputs, *words))
+        self.ops.append(Op(name, function, tuple(inputs), outputs, *words))
         return result
 
     def _replaced(self, value: Any, inputs: list[str]) -> Any:

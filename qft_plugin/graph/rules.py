@@ -7,136 +7,19 @@ rule is a barrier, so that an unknown network is never rescaled wrongly. An oper
 (reshape, slice, concatenation, channel shuffle, padding) is simply executed on the shadows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qft_plugin.graph.layer_graph import ADDS, Const, Op, Ref, on_axis
+from qft_plugin.graph import operations
+from qft_plugin.graph.layer_graph import Const, Op, Ref, on_axis
+from qft_plugin.graph.operations import ABSORBS_OUTPUT, DIVIDES, MULTIPLIES, TABLE
 from qft_plugin.graph.solver import FREE_ZERO, Call, Solver
 
 Rule = Callable[[Solver, Op], None]
-
-SAME: Final = frozenset(
-    [
-        "relu",
-        "leaky_relu",
-        "prelu",
-        "rrelu",
-        "abs",
-        "neg",
-        "identity",
-        "dropout",
-        "dropout1d",
-        "dropout2d",
-        "dropout3d",
-        "alpha_dropout",
-        "feature_dropout",
-        "contiguous",
-        "clone",
-        "detach",
-        "to",
-        "float",
-        "double",
-        "half",
-        "bfloat16",
-        "type_as",
-        "positive",
-    ]
-)
-"""Elementwise, positively homogeneous: f(x / c) = f(x) / c for every c > 0."""
-
-SPATIAL: Final = frozenset(
-    [
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d",
-        "adaptive_max_pool1d",
-        "adaptive_max_pool2d",
-        "adaptive_max_pool3d",
-        "interpolate",
-        "upsample",
-        "upsample_nearest",
-        "upsample_bilinear",
-        "max_pool2d_with_indices",
-    ]
-)
-"""Mixes positions inside a channel only; the channels are axis 1."""
-
-MOVES: Final[dict[str, Callable[..., Any]]] = {
-    "flatten": torch.flatten,
-    "reshape": torch.Tensor.reshape,
-    "view": torch.Tensor.reshape,
-    "reshape_as": torch.Tensor.reshape_as,
-    "view_as": torch.Tensor.reshape_as,
-    "unflatten": torch.Tensor.unflatten,
-    "permute": torch.Tensor.permute,
-    "transpose": torch.transpose,
-    "swapaxes": torch.swapaxes,
-    "swapdims": torch.swapdims,
-    "movedim": torch.movedim,
-    "t": torch.t,
-    "squeeze": torch.squeeze,
-    "unsqueeze": torch.unsqueeze,
-    "__getitem__": torch.Tensor.__getitem__,
-    "select": torch.select,
-    "narrow": torch.narrow,
-    "chunk": torch.chunk,
-    "split": torch.split,
-    "tensor_split": torch.tensor_split,
-    "unbind": torch.unbind,
-    "cat": torch.cat,
-    "concat": torch.cat,
-    "concatenate": torch.cat,
-    "stack": torch.stack,
-    "hstack": torch.hstack,
-    "vstack": torch.vstack,
-    "expand": torch.Tensor.expand,
-    "expand_as": torch.Tensor.expand_as,
-    "broadcast_to": torch.broadcast_to,
-    "repeat": torch.Tensor.repeat,
-    "repeat_interleave": torch.repeat_interleave,
-    "tile": torch.Tensor.tile,
-    "flip": torch.Tensor.flip,
-    "roll": torch.roll,
-    "pixel_shuffle": torch.pixel_shuffle,
-    "pixel_unshuffle": torch.pixel_unshuffle,
-    "channel_shuffle": functional.channel_shuffle,
-}
-"""Only moves, repeats or drops elements: executed on the shadows."""
-
-JOINS: Final = frozenset(["cat", "concat", "concatenate", "stack", "hstack", "vstack"])
-"""Those that move the elements of all their inputs; of others, inputs after the first only say where to."""
-
-REDUCES: Final = frozenset(["mean", "sum", "amax", "amin"])
-MULTIPLIES: Final = frozenset(["mul", "multiply", "__mul__", "__rmul__", "__imul__"])
-DIVIDES: Final = frozenset(["div", "divide", "true_divide", "__truediv__", "__itruediv__"])
-MATRIX_PRODUCTS: Final = frozenset(["matmul", "bmm", "mm", "__matmul__"])
-LAYERS: Final = frozenset(
-    ["linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
-)
-NEW_MEMORY: Final = LAYERS | ADDS | {"batch_norm", "mul", "__mul__"}
-"""Their results are no views, except that `x += y` returns `x`, which nothing else reads as it was."""
-
-HAS_BOUNDS: Final = frozenset(["relu6", "clamp", "clip"])
-AFFINE_OF: Final[dict[str, tuple[int, ...]]] = {
-    "layer_norm": (2, 3),
-    "rms_norm": (2,),
-    "group_norm": (2, 3),
-    "instance_norm": (3, 4),
-}
-"""Where the normalisations that are no BatchNorm have their weight and their bias among the arguments."""
-
-ABSORBS: Final = frozenset([*AFFINE_OF, "hardtanh", "channel_affine"])
-"""Beside the layers: their parameters absorb a factor of the output."""
 
 
 def apply_rule(solver: Solver, op: Op) -> None:
@@ -144,17 +27,16 @@ def apply_rule(solver: Solver, op: Op) -> None:
 
     Anything that the rule of the operation cannot express exactly falls back to a barrier.
     """
-    _note_other_users(solver, op, absorbs=op.function in LAYERS or op.function in ABSORBS)
+    _note_other_users(solver, op, absorbs=op.function in ABSORBS_OUTPUT)
     if not op.inputs or not op.outputs:
         _barrier(solver, op, f"made by {op.function} from constants")
         return
-    rule = _rule(op.function)
-    if rule is None:
-        words = "has one bound for all channels" if op.function in HAS_BOUNDS else "is not homogeneous"
-        _barrier(solver, op, f"{op.function} {words}")
+    row = TABLE.get(op.function)
+    if row is None or row.rule is None:
+        _barrier(solver, op, f"{op.function} is not homogeneous")
         return
     try:
-        rule(solver, op)
+        RULES[row.rule](solver, op)
         _check_shapes(solver, op)
     except _NotExpressibleError as why:
         _note_other_users(solver, op, absorbs=False)
@@ -163,33 +45,6 @@ def apply_rule(solver: Solver, op: Op) -> None:
 
 class _NotExpressibleError(Exception):
     """The arguments of this call are outside what the rule covers."""
-
-
-def _rule(function: str) -> Rule | None:
-    if function in SAME:
-        return _same
-    if function in SPATIAL:
-        return _spatial
-    if function in MOVES:
-        return _move
-    if function in REDUCES:
-        return _reduce
-    if function in ADDS:
-        return _add
-    if function in MULTIPLIES | DIVIDES:
-        return _multiply
-    if function in LAYERS:
-        return _layer
-    if function in MATRIX_PRODUCTS:
-        return _matrix_product
-    named = {
-        "pad": _pad,
-        **dict.fromkeys(AFFINE_OF, _norm),
-        "hardtanh": _bounded,
-        "channel_affine": _affine,
-        "scaled_dot_product_attention": _attention,
-    }
-    return named.get(function)
 
 
 def _barrier(solver: Solver, op: Op, reason: str) -> None:
@@ -254,10 +109,12 @@ def _resolve(solver: Solver, op: Op, value: Any) -> Any:
 def _move(solver: Solver, op: Op) -> None:
     if op.function == "__getitem__" and len(op.inputs) > 1:
         raise _NotExpressibleError("has an index that is computed")
+    moves = TABLE[op.function].moves
+    assert moves is not None
     try:
         args = [_resolve(solver, op, v) for v in op.args]
         kwargs = {k: _resolve(solver, op, v) for k, v in (op.kwargs or {}).items()}
-        result = MOVES[op.function](*args, **kwargs)
+        result = moves(*args, **kwargs)
     except (RuntimeError, TypeError, IndexError, ValueError) as error:
         raise _NotExpressibleError(f"could not be followed ({str(error).splitlines()[0]})") from error
     results = [result] if isinstance(result, Tensor) else list(result)
@@ -386,14 +243,12 @@ def _layer(solver: Solver, op: Op) -> None:
 
 def _norm(solver: Solver, op: Op) -> None:
     """A normalisation ends every scale before it; its gamma and beta absorb the one of each channel after it."""
-    constants = [
-        _parameter(op, place, name) for place, name in zip(AFFINE_OF[op.function], ("weight", "bias"), strict=False)
-    ]
-    weight, bias = constants[0], constants[1] if len(constants) > 1 else None
+    names = TABLE[op.function].arguments
+    weight, bias = (_parameter(op, names.index(name), name) if name in names else None for name in ("weight", "bias"))
     if weight is None or len(weight.shape) != 1:
         raise _NotExpressibleError("has no per-channel weight")
     shadow, shape = solver.shadows[op.inputs[0]], solver.graph.shapes[op.outputs[0]]
-    axis = -1 if op.function in ("layer_norm", "rms_norm") else 1 - len(shape)
+    axis = -1 if "normalized_shape" in names else 1 - len(shape)  # that of the last axes
     solver.pin(shadow, f"{op.function} mixes the channels")
     outs = solver.new(weight.shape[0])
     ins = solver.new(1)
@@ -416,6 +271,10 @@ def _bounded(solver: Solver, op: Op) -> None:
     solver.shadows[op.outputs[0]] = on_axis(channel, axis).expand(solver.graph.shapes[op.outputs[0]])
 
 
+def _one_bound(_: Solver, __: Op) -> None:
+    raise _NotExpressibleError("has one bound for all channels")
+
+
 def _affine(solver: Solver, op: Op) -> None:
     """A factor for each channel absorbs those on both sides, and a shift the one behind it."""
     weight, bias, axis = op.argument(1, "weight"), op.argument(2, "bias"), int(op.argument(3, "axis"))
@@ -425,3 +284,24 @@ def _affine(solver: Solver, op: Op) -> None:
     call = Call(op, op.function, bias.name if isinstance(bias, Const) else None, 1, ins, outs, axis)
     solver.calls.setdefault(weight.name, []).append(call)
     solver.shadows[op.outputs[0]] = on_axis(outs, axis).expand(solver.graph.shapes[op.outputs[0]])
+
+
+RULES: Final[Mapping[operations.Rule, Rule]] = {
+    "same": _same,
+    "spatial": _spatial,
+    "moved": _move,
+    "joined": _move,
+    "reduced": _reduce,
+    "added": _add,
+    "multiplied": _multiply,
+    "divided": _multiply,
+    "matrix product": _matrix_product,
+    "attention": _attention,
+    "padded": _pad,
+    "layer": _layer,
+    "normalised": _norm,
+    "affine": _affine,
+    "bounded": _bounded,
+    "one bound": _one_bound,
+}
+"""The code of each rule of `operations.TABLE`."""

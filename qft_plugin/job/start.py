@@ -17,6 +17,7 @@ from qft_plugin.graph.comparison import Comparison
 from qft_plugin.graph.equalize import equalize
 from qft_plugin.graph.folding import fold_network, names_of
 from qft_plugin.graph.layer_graph import MADE_INSIDE, PINNED, Const, DofMap, Layer, LayerGraph
+from qft_plugin.graph.operations import LAYERS
 from qft_plugin.graph.placement import (
     ActivationGrid,
     Placement,
@@ -26,7 +27,6 @@ from qft_plugin.graph.placement import (
     quantizer_after,
     quantizers_before,
 )
-from qft_plugin.graph.rules import LAYERS
 from qft_plugin.job.activation_ranges import BATCH, activation_grids
 from qft_plugin.job.bias_correction import BIAS_IMAGES, correctable, corrections, output_means
 from qft_plugin.job.gptq_inputs import can_compensate, input_rows

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from qft_plugin.config import HardwareSpec
 from qft_plugin.graph.batch_norms import NORMS
 from qft_plugin.graph.comparison import Comparison
-from qft_plugin.graph.layer_graph import ADDS, MADE_INSIDE, Const, Ref
+from qft_plugin.graph.layer_graph import MADE_INSIDE, Const, Ref
+from qft_plugin.graph.operations import ADDS, LAYERS
 from qft_plugin.graph.placement import ActivationGrid, Placement, WeightPlace, is_division, only_divided
-from qft_plugin.graph.rules import LAYERS
 from qft_plugin.graph.torch_model import Call, Functional, repeatable, replace_modules, tensor_of, tensors_in
 from qft_plugin.nncf._read import Source, add_factors, port_of, tensor_name
 from qft_plugin.nncf._replay import Replay, replay

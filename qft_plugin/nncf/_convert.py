@@ -22,16 +22,9 @@ from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 
 from qft_plugin.errors import DeployabilityError, QFTWarning
+from qft_plugin.graph.operations import OPERATORS, READS_SIZES
 from qft_plugin.graph.record import function_name
 from qft_plugin.graph.torch_model import tensors_in, traceable
-
-SIZES: Final = frozenset(["size", "numel", "__len__"])
-"""Functions that return sizes of a tensor; its attribute `shape` does so too."""
-
-ARITHMETIC: Final = ("abs", "add", "div", "floor_divide", "mul", "neg", "positive", "pow", "remainder", "sub")
-COMPARISONS: Final = ("ge", "gt", "le", "lt", "ne", "bitwise_and", "bitwise_or", "bitwise_xor")
-OPERATORS: Final = frozenset([*ARITHMETIC, *COMPARISONS])
-"""What torch calls Python's operators on numbers, beside the names with two underscores at both ends."""
 
 HOSTS: Final = frozenset(["torch", "nncf", "openvino", "qft_plugin"])
 """Packages whose decisions are no concern of a user's."""
@@ -207,7 +200,7 @@ class _Mode(FunctionHookMode):  # type: ignore[misc]
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = function_name(func)
-        if name in SIZES or func == Tensor.shape.__get__:  # type: ignore[attr-defined]
+        if name in READS_SIZES or func == Tensor.shape.__get__:  # type: ignore[attr-defined]
             return self._sizes_of(functools.partial(super().__torch_function__, func, types, args, kwargs))
         read = list(tensors_in([args, kwargs]))
         if not read or any(id(t) not in self._numbers for t in read):

@@ -19,8 +19,8 @@ from nncf.torch.function_hook.hook_storage import decode_hook_name
 from torch import Tensor, nn
 
 from qft_plugin.graph.channel_clip import relu_operands
+from qft_plugin.graph.operations import NEW_MEMORY
 from qft_plugin.graph.record import Counted, function_name
-from qft_plugin.graph.rules import NEW_MEMORY
 from qft_plugin.graph.torch_model import tensors_in, version_of
 from qft_plugin.training.student import FakeQuantizer
 
