@@ -26,7 +26,8 @@ from qft_plugin.job.run import predicted
 from qft_plugin.job.start import Start
 from qft_plugin.job.understand import Problem
 from qft_plugin.training.efqat import PartialTraining
-from qft_plugin.training.finetune import Loss, Targets, distillation_loss
+from qft_plugin.training.loss import Loss, distillation_loss
+from qft_plugin.training.teacher import Targets
 
 WARM_UP = 2
 TRAINERS = {"nncf": "qft_plugin.nncf._register", "brevitas": "qft_plugin.brevitas._run"}

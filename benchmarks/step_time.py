@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from qft_plugin import FinetuneConfig, QFTConfig
-from qft_plugin.training.finetune import Step
+from qft_plugin.training.phases import Step
 
 WARM_UP = 5
 

@@ -36,7 +36,7 @@ from qft_plugin.brevitas import (
     quantize,
 )
 from qft_plugin.graph.torch_model import tensors_in
-from qft_plugin.training.finetune import normalised_l2
+from qft_plugin.training.loss import normalised_l2
 
 CLOSE = 0.15
 """Error of 8-bit weights and activations, relative to what differs between images; a wrong bound shows as 0.4."""

@@ -1,5 +1,7 @@
 """What the finetune makes small, under each host: several named tensors, class probabilities, blocks."""
 
+from dataclasses import replace
+
 import nets
 import pytest
 import torch
@@ -125,10 +127,10 @@ def test_a_block_trains_what_belongs_to_it(host, monkeypatch):
     """In each phase the tensors of its own layers move, those of all others keep every bit."""
     seen = []
 
-    def watched(student, state, phases, **settings):
+    def watched(student, state, phases, *, options, **settings):
         seen.append((state, {n: t.clone() for n, t in state.state_dict().items()}))
         report = lambda _: seen.append((state, {n: t.clone() for n, t in state.state_dict().items()}))  # noqa: E731
-        return finetune(student, state, phases, **{**settings, "callback": report})
+        return finetune(student, state, phases, options=replace(options, callback=report), **settings)
 
     monkeypatch.setattr(run, "finetune", watched)
     settings = few_steps(blocks=["conv1", "conv3"], cross_entropy=0.5, images_fed=48)  # one step for each phase

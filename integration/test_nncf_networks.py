@@ -21,7 +21,7 @@ from qft_plugin.graph.dof_map import map_dof
 from qft_plugin.graph.folding import fold_network, names_of
 from qft_plugin.graph.torch_model import accepts, tensors_in
 from qft_plugin.training.data import read_inputs
-from qft_plugin.training.finetune import Loss, Prediction, distillation_loss
+from qft_plugin.training.loss import Loss, Prediction, distillation_loss
 
 EXACT_64 = 1e-9
 """Largest relative difference in float64 of two orders of the same arithmetic."""

@@ -20,7 +20,10 @@ from qft_plugin.graph.torch_model import Call
 from qft_plugin.job.understand import images
 from qft_plugin.training.data import Inputs, read_inputs
 from qft_plugin.training.distributed import agreed, joined, once, world_of
-from qft_plugin.training.finetune import FinetuneResult, Loss, Phase, Prediction, finetune, teacher_predictions
+from qft_plugin.training.finetune import FinetuneResult, Goal, finetune
+from qft_plugin.training.loss import Loss, Prediction
+from qft_plugin.training.phases import Options, Phase
+from qft_plugin.training.teacher import teacher_predictions
 
 CPU = torch.device("cpu")
 
@@ -77,12 +80,9 @@ def trained(
         student,
         student,
         phases,
-        inputs=inputs,
-        targets=targets,
-        loss=loss,
+        goal=Goal(inputs, targets, loss),
         config=config,
-        callback=callback,
-        penalty=lambda: student.second.weight.square().sum(),
+        options=Options(callback=callback, penalty=lambda: student.second.weight.square().sum()),
     )
     return told(result) | {k: v.detach() for k, v in (*student.state_dict().items(), ("loose", student.loose))}
 

@@ -23,7 +23,7 @@ from qft_plugin.graph.record import Tap, record
 from qft_plugin.graph.torch_model import Call, Functional, tensors_in
 from qft_plugin.tensors.fake_quantize import fake_quantize
 from qft_plugin.training.data import Inputs
-from qft_plugin.training.finetune import Prediction
+from qft_plugin.training.loss import Prediction
 from qft_plugin.training.solve import Solution
 from qft_plugin.training.student import (
     FakeQuantizer,

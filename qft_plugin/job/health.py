@@ -14,9 +14,10 @@ from qft_plugin.graph.layer_graph import LayerGraph
 from qft_plugin.graph.placement import Placement
 from qft_plugin.graph.torch_model import Call
 from qft_plugin.training.data import Inputs
-from qft_plugin.training.finetune import Prediction, Targets
+from qft_plugin.training.loss import Prediction
 from qft_plugin.training.solve import Solution
 from qft_plugin.training.student import QUANTIZER_OP
+from qft_plugin.training.teacher import Targets
 
 logger = logging.getLogger("qft_plugin")
 

@@ -21,24 +21,13 @@ from qft_plugin.tensors.partial_gradients import PartialBackward
 from qft_plugin.training.blocks import split
 from qft_plugin.training.dof import Dof
 from qft_plugin.training.efqat import PartialTraining, release
-from qft_plugin.training.finetune import (
-    EVALUATION_IMAGES,
-    FinetuneResult,
-    Loss,
-    Network,
-    Phase,
-    Prediction,
-    Recomputed,
-    Step,
-    Targets,
-    finetune,
-    images_meet,
-    is_random,
-    teacher_predictions,
-)
+from qft_plugin.training.finetune import EVALUATION_IMAGES, FinetuneResult, Goal, finetune
 from qft_plugin.training.integers import accumulator_bits
+from qft_plugin.training.loss import Loss, Network, Prediction
+from qft_plugin.training.phases import Options, Phase, Step
 from qft_plugin.training.solve import solve
 from qft_plugin.training.student import copies_for_gradients
+from qft_plugin.training.teacher import Recomputed, Targets, images_meet, is_random, teacher_predictions
 
 Callback = Callable[[Step], None]
 
@@ -237,15 +226,15 @@ def _finetuned(
             functools.partial(predicted, start, settings, copies=copies),
             dof,
             _phases(start, problem, loss, settings),
-            inputs=problem.inputs,
-            targets=targets,
-            loss=loss,
+            goal=Goal(problem.inputs, targets, loss),
             config=settings,
-            callback=callback,
-            schedule=dof.set_progress,
-            penalty=dof.penalty,
-            partial=partial,
-            not_finite=functools.partial(_not_finite, start, problem),
+            options=Options(
+                callback=callback,
+                schedule=dof.set_progress,
+                penalty=dof.penalty,
+                partial=partial,
+                not_finite=functools.partial(_not_finite, start, problem),
+            ),
         )
     finally:
         release(dof)

@@ -23,7 +23,7 @@ from qft_plugin.nncf._read import Source, add_factors, port_of, tensor_name
 from qft_plugin.nncf._replay import Replay, replay
 from qft_plugin.tensors.fake_quantize import fake_quantize
 from qft_plugin.training.data import Inputs
-from qft_plugin.training.finetune import Prediction
+from qft_plugin.training.loss import Prediction
 from qft_plugin.training.solve import Solution
 from qft_plugin.training.student import (
     FakeQuantizer,

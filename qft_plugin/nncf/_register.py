@@ -35,7 +35,7 @@ from qft_plugin.nncf._version import check_version
 from qft_plugin.nncf._write import write
 from qft_plugin.training.data import Inputs
 from qft_plugin.training.distributed import agreed, joined
-from qft_plugin.training.finetune import Step
+from qft_plugin.training.phases import Step
 
 PLACES: Final = (nncf, nncf.quantization, nncf.quantization.quantize_model)
 """Every module in which NNCF looks `quantize` up (2.17 to 3.4)."""
@@ -45,7 +45,7 @@ DOCUMENTATION: Final = """
     :param algorithm: `None` runs NNCF's own post-training quantization. `"qft"`, or a `qft_plugin.QFTConfig`, finetunes
         weights, biases and all scales without labels and returns a model with 4-bit weights; `mode` should be `None`
         then, and bias correction and overflow fix, whose work the finetune does, should be left at their defaults.
-    :param callback: called with a `qft_plugin.training.finetune.Step` after each step of that finetune.
+    :param callback: called with a `qft_plugin.training.phases.Step` after each step of that finetune.
 """
 
 

@@ -15,7 +15,7 @@ from qft_plugin.graph.layer_graph import on_axis
 from qft_plugin.graph.placement import ActivationGrid
 from qft_plugin.tensors.fake_quantize import by_channel, fake_quantize, fake_quantize_composed, has_channels
 from qft_plugin.tensors.grid import ZeroPoint
-from qft_plugin.training.finetune import Prediction
+from qft_plugin.training.loss import Prediction
 from qft_plugin.training.solve import Solution
 
 logger = logging.getLogger("qft_plugin")

@@ -10,7 +10,7 @@ from torch import Tensor
 from qft_plugin.errors import DataError, QFTWarning
 from qft_plugin.job.health import DOMINATES, FEW, Ranges, check_squares, dominant, extremes, warn_of_targets
 from qft_plugin.training.data import Inputs, Kept
-from qft_plugin.training.finetune import Targets
+from qft_plugin.training.teacher import Targets
 
 
 @pytest.mark.parametrize("layout", ["rows", "channels last", "transposed", "view", "windows"])

@@ -19,7 +19,7 @@ from qft_plugin.errors import ConfigError, DataError
 from qft_plugin.job import activation_ranges, bias_correction, start
 from qft_plugin.training.data import HEAD_IMAGES, Inputs, read_inputs
 from qft_plugin.training.distributed import ALONE, STRATA, World, agreed, check_alike, joined, once, orders, strata_of
-from qft_plugin.training.finetune import Loss, Prediction, Whole, distillation_loss
+from qft_plugin.training.loss import Loss, Prediction, Whole, distillation_loss
 
 EXACT = 1e-12
 """A hundred steps in float64, with sums in another order."""

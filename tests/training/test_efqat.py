@@ -32,10 +32,13 @@ from qft_plugin.training.efqat import (
     settle,
     sizes,
 )
-from qft_plugin.training.finetune import FinetuneResult, Loss, Phase, Prediction, Step, finetune, teacher_predictions
+from qft_plugin.training.finetune import FinetuneResult, Goal, finetune
 from qft_plugin.training.held import Held
 from qft_plugin.training.integers import deployed_weights, folded_tensors
+from qft_plugin.training.loss import Loss, Prediction
+from qft_plugin.training.phases import Options, Phase, Step
 from qft_plugin.training.solve import solve
+from qft_plugin.training.teacher import teacher_predictions
 
 EXACT = 1e-10
 """float64 sums of up to a thousand terms in another order."""
@@ -296,10 +299,13 @@ def run(
     loss = Loss((1.0,), 0.0)
     try:
         return finetune(
-            student(dof, model), dof, [Phase(loss, groups)], inputs=inputs,
-            targets=teacher_predictions(teacher, inputs, batch_size=16, memory_limit=2**20),
-            loss=loss, config=config, callback=callback, schedule=dof.set_progress, partial=partial,
-        )  # fmt: skip
+            student(dof, model),
+            dof,
+            [Phase(loss, groups)],
+            goal=Goal(inputs, teacher_predictions(teacher, inputs, batch_size=16, memory_limit=2**20), loss),
+            config=config,
+            options=Options(callback=callback, schedule=dof.set_progress, partial=partial),
+        )
     finally:
         release(dof)
 

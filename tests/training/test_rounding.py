@@ -24,8 +24,10 @@ from qft_plugin.tensors.fake_quantize import fake_quantize
 from qft_plugin.tensors.grid import integer_range, to_integer
 from qft_plugin.training.data import Inputs, Kept
 from qft_plugin.training.dof import Dof, WeightGrid
-from qft_plugin.training.finetune import FinetuneResult, Loss, Phase, Prediction, Targets, finetune, teacher_predictions
+from qft_plugin.training.finetune import FinetuneResult, Goal, finetune
 from qft_plugin.training.integers import deployed_weights, folded_tensors
+from qft_plugin.training.loss import Loss, Prediction
+from qft_plugin.training.phases import Options, Phase
 from qft_plugin.training.rounding import (
     ELEMENTS,
     INSIDE,
@@ -42,6 +44,7 @@ from qft_plugin.training.rounding import (
     undecided,
 )
 from qft_plugin.training.solve import solve
+from qft_plugin.training.teacher import Targets, teacher_predictions
 
 EXACT = 1e-12
 """A handful of float64 operations in another order."""
@@ -521,12 +524,9 @@ def run(dof: Dof, model: nn.Module, x: Tensor, targets: Targets, **changes: Any)
         student,
         dof,
         [Phase(loss, groups)],
-        inputs=Inputs((x,), {}, (len(x),), x.device),
-        targets=targets,
-        loss=loss,
+        goal=Goal(Inputs((x,), {}, (len(x),), x.device), targets, loss),
         config=config,
-        schedule=dof.set_progress,
-        penalty=dof.penalty,
+        options=Options(schedule=dof.set_progress, penalty=dof.penalty),
     )
 
 

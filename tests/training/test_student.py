@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qft_plugin.graph.folding import fold_network
 from qft_plugin.graph.placement import ActivationGrid
 from qft_plugin.tensors.fake_quantize import fake_quantize, fake_quantize_composed
-from qft_plugin.training.finetune import Prediction
+from qft_plugin.training.loss import Prediction
 from qft_plugin.training.student import (
     QUANTIZER_OP,
     FakeQuantizer,

@@ -1,0 +1,143 @@
+"""What the float teacher computes: once for all images, or anew for each batch."""
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from qft_plugin.errors import ModelError
+from qft_plugin.training.data import Inputs, Kept, KeptRows
+from qft_plugin.training.loss import Network, Prediction
+
+APART: Final = 1e-3
+"""Relative difference of an image's activations in two batches; sums in another order stay below 1e-5."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the teacher computed for all images.
+
+    Attributes:
+        features: the activations that are compared.
+        logits: the network's output, where the loss has a use for it.
+    """
+
+    features: tuple[Kept, ...]
+    logits: Kept | None
+
+    @property
+    def count(self) -> int:
+        """Return how many activations are compared."""
+        return len(self.features)
+
+    def rows(self, index: Tensor | slice, device: torch.device) -> Prediction:
+        """Return what the teacher computed for some images, on a device."""
+        logits = None if self.logits is None else self.logits.rows(index, device)
+        return Prediction(tuple(kept.rows(index, device) for kept in self.features), logits)
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """What the teacher computes for a batch, anew each time: for networks in which images of one batch meet.
+
+    Attributes:
+        teacher: the float network.
+        inputs: what this process trains on.
+        count: how many activations are compared.
+        with_logits: whether the loss has a use for the network's output.
+    """
+
+    teacher: Network
+    inputs: Inputs
+    count: int
+    with_logits: bool
+
+    @torch.no_grad()
+    def rows(self, index: Tensor | slice, _: torch.device) -> Prediction:
+        """Return what the teacher computes for some images, on the device of the inputs."""
+        prediction = self.teacher(self.inputs.batch(index))
+        return prediction if self.with_logits else Prediction(prediction.features, None)
+
+
+@torch.no_grad()
+def teacher_predictions(teacher: Network, inputs: Inputs, *, batch_size: int, memory_limit: int) -> Targets:
+    """Run the teacher once over all images and keep what the student is compared with.
+
+    Args:
+        teacher: the float network.
+        inputs: all images.
+        batch_size: images per call, fewer where they are large.
+        memory_limit: bytes of outputs to hold in memory; above it they are memory-mapped from a file.
+
+    Returns:
+        The predictions for all images.
+
+    Raises:
+        ModelError: the float network gives NaN or infinity.
+    """
+    rows: list[KeptRows] = []
+    has_logits = False
+    try:
+        for number, call in enumerate(inputs.batches(inputs.at_once(batch_size))):
+            prediction = teacher(call)
+            outputs = _tensors(prediction)
+            has_logits = prediction.logits is not None
+            if not rows:
+                count = len(prediction.features)
+                rows = [KeptRows(t, memory_limit // len(outputs), halve=n < count) for n, t in enumerate(outputs)]
+            for row, output in zip(rows, outputs, strict=True):
+                if not bool(torch.isfinite(output).all()):
+                    raise ModelError(
+                        f"The float model should compute finite numbers. Found NaN or infinity in batch {number}. "
+                        "Check the weights and the preprocessing of the dataset."
+                    )
+                row.append(output)
+        kept = [row.finish() for row in rows]
+    except BaseException:
+        for row in rows:
+            row.discard()
+        raise
+    return Targets(tuple(kept[:-1] if has_logits else kept), kept[-1] if has_logits else None)
+
+
+@torch.no_grad()
+def is_random(teacher: Network, inputs: Inputs) -> bool:
+    """Whether a network computes something else each time that it is called with the same images.
+
+    Args:
+        teacher: the float network.
+        inputs: all images.
+    """
+    first, again = (_tensors(teacher(inputs.first())) for _ in range(2))
+    return any(_differ(a, b) for a, b in zip(first, again, strict=True))
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    return bool(one.numel()) and float((one - other).abs().max()) > APART * float(one.abs().max())
+
+
+@torch.no_grad()
+def images_meet(teacher: Network, inputs: Inputs) -> bool:
+    """Whether what a network computes for an image depends on the batch that the image is in.
+
+    Args:
+        teacher: the float network.
+        inputs: all images.
+    """
+    count = inputs.fitting(min(len(inputs), 4))
+    whole = _tensors(teacher(inputs.batch(slice(0, count))))
+    if count == 1:
+        return any(t.shape[:1] != (1,) for t in whole)
+    try:
+        halves = [_tensors(teacher(inputs.batch(rows))) for rows in (slice(0, count // 2), slice(count // 2, count))]
+        parts = [torch.cat(pair) for pair in zip(*halves, strict=True)]
+    except RuntimeError:
+        return True  # it takes no batch of another size, or its outputs have another shape then
+    if any(t.shape[:1] != (count,) or t.shape != p.shape for t, p in zip(whole, parts, strict=True)):
+        return True
+    return any(_differ(t, p) for t, p in zip(whole, parts, strict=True))
+
+
+def _tensors(prediction: Prediction) -> list[Tensor]:
+    return [*prediction.features, *([] if prediction.logits is None else [prediction.logits])]
