@@ -1,5 +1,8 @@
 """What holds for every test: one seed, and few, repeatable Hypothesis examples."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
@@ -20,3 +23,10 @@ def seed() -> None:
 def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Work on an activation in one part or in several."""
     monkeypatch.setattr(fake_quantize, "IN_CACHE", request.param)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let temporary files be made in an empty folder."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from qft_plugin.errors import ModelError
-from qft_plugin.training.data import Inputs, Kept, KeptRows
+from qft_plugin.training.data import Inputs
 from qft_plugin.training.loss import Network, Prediction
+from qft_plugin.training.rows import Kept, KeptRows
 
 APART: Final = 1e-3
 """Relative difference of an image's activations in two batches; sums in another order stay below 1e-5."""

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from qft_plugin.errors import DataError, QFTWarning
 from qft_plugin.job.health import DOMINATES, FEW, Ranges, check_squares, dominant, extremes, warn_of_targets
-from qft_plugin.training.data import Inputs, Kept
+from qft_plugin.training.data import Inputs
+from qft_plugin.training.rows import Kept
 from qft_plugin.training.teacher import Targets
 
 

@@ -1,20 +1,16 @@
-"""Reading a dataset: every kind of item, every mistake by the number of its item, and rows in memory or in a file."""
+"""Reading a dataset: every kind of item, and every mistake by the number of its item."""
 
 import math
-import tempfile
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from qft_plugin.errors import DataError
-from qft_plugin.training.data import Inputs, Rows, as_call, read_inputs
+from qft_plugin.training.data import Inputs, as_call, read_inputs
 
 LIKE = torch.zeros(1)
 PLENTY = 2**30
@@ -25,86 +21,11 @@ def read(items: Any, *, max_images: int = 100, memory_limit: int = PLENTY) -> In
     return read_inputs(items, accepts=anything, like=LIKE, max_images=max_images, memory_limit=memory_limit)
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Let temporary files be made in an empty folder."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path
-
-
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("limit", [0, 60, PLENTY])
-def test_rows_in_memory_and_in_a_file_are_the_same(folder: Path, dtype: torch.dtype, limit: int) -> None:
-    """Whatever the limit, all rows come back in order, and no file is left behind."""
-    batches = [(torch.randn(n, 3, 2) * 9).to(dtype) for n in (4, 1, 7)]
-    rows = Rows(limit)
-    for batch in batches:
-        rows.append(batch)
-    assert len(list(folder.iterdir())) == (limit != PLENTY)
-    found = rows.finish()
-    assert found.dtype == dtype
-    assert torch.equal(found, torch.cat(batches))
-    assert not list(folder.iterdir())
-
-
-@given(
-    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=6),
-    row=st.lists(st.integers(1, 3), max_size=3),
-    limit=st.integers(0, 400),
-)
-def test_rows_of_any_shape(sizes: list[int], row: list[int], limit: int) -> None:
-    """Rows of any shape, scalars included, survive any limit, also from batches that are not contiguous."""
-    batches = [torch.randn(*row, n).movedim(-1, 0) for n in sizes]
-    rows = Rows(limit)
-    for batch in batches:
-        rows.append(batch)
-    assert torch.equal(rows.finish(), torch.cat(batches))
-
-
-def test_a_discarded_collection_leaves_no_file(folder: Path) -> None:
-    """Giving up removes the file; without one there is nothing to remove."""
-    for limit in (0, PLENTY):
-        rows = Rows(limit)
-        rows.append(torch.ones(2, 2))
-        rows.discard()
-    assert not list(folder.iterdir())
-
-
 @pytest.mark.parametrize(("size", "expected"), [(32, 64), (224, 16), (4000, 1)])
 def test_batches_of_large_images_are_smaller(size: int, expected: int) -> None:
     """Where nothing trains, a batch has as many images as fit, in halves of what was asked for, and one at least."""
     inputs = Inputs((torch.empty(1, 3, size, size),), {}, (1,), torch.device("cpu"))
     assert inputs.at_once(64) == expected
-
-
-def test_rows_give_up_each_batch_when_it_is_copied() -> None:
-    """No batch is held any more once the rows are joined, and they stand in the order that they came in."""
-    rows = Rows(PLENTY)
-    for number in range(3):
-        rows.append(torch.full((number + 1, 2), float(number)))
-    chunks = [weakref.ref(chunk) for chunk in rows._chunks]
-    copied: list[int] = []
-    new = torch.Tensor.__setitem__
-
-    def copy(rows: torch.Tensor, where: slice, chunk: torch.Tensor) -> None:
-        new(rows, where, chunk)
-        copied.append(sum(c() is not None for c in chunks))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "__setitem__", copy)
-        joined = rows.finish()
-    assert copied == [3, 2, 1]
-    assert joined[:, 0].tolist() == [0, 1, 1, 2, 2, 2]
-
-
-def test_rows_do_not_carry_a_graph() -> None:
-    """What is kept needs no gradient."""
-    rows = Rows(PLENTY)
-    rows.append(torch.ones(2, requires_grad=True) * 2)
-    assert not rows.finish().requires_grad
 
 
 def test_a_generator_without_a_length_and_with_any_batches() -> None:

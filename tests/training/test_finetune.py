@@ -11,10 +11,11 @@ from torch import Tensor
 
 from qft_plugin.errors import QFTWarning
 from qft_plugin.graph.torch_model import Call
-from qft_plugin.training.data import Inputs, Kept
+from qft_plugin.training.data import Inputs
 from qft_plugin.training.finetune import FinetuneResult, Goal, finetune
 from qft_plugin.training.loss import Loss, Prediction, normalised_l2
 from qft_plugin.training.phases import Options, Phase, Step, learning_rate_factor
+from qft_plugin.training.rows import Kept
 from qft_plugin.training.teacher import Targets, teacher_predictions
 
 EXACT = 1e-6

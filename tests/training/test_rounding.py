@@ -22,7 +22,7 @@ from qft_plugin.graph.torch_model import Call
 from qft_plugin.tensors.axes import Axes
 from qft_plugin.tensors.fake_quantize import fake_quantize
 from qft_plugin.tensors.grid import integer_range, to_integer
-from qft_plugin.training.data import Inputs, Kept
+from qft_plugin.training.data import Inputs
 from qft_plugin.training.dof import Dof, WeightGrid
 from qft_plugin.training.finetune import FinetuneResult, Goal, finetune
 from qft_plugin.training.integers import deployed_weights, folded_tensors
@@ -43,6 +43,7 @@ from qft_plugin.training.rounding import (
     two_of_four,
     undecided,
 )
+from qft_plugin.training.rows import Kept
 from qft_plugin.training.solve import solve
 from qft_plugin.training.teacher import Targets, teacher_predictions
 
