@@ -15,7 +15,7 @@ from conftest import four_bits
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qft_plugin import HardwareSpec, ModelError, QFTWarning
+from qft_plugin import FinetuneConfig, HardwareSpec, ModelError, QFTWarning
 from qft_plugin.brevitas import fold, link, quantize, save_qcdq, save_qonnx
 from qft_plugin.brevitas._swap import swap
 from qft_plugin.graph.torch_model import accepts, tensors_in
@@ -244,9 +244,8 @@ def test_subclasses_compute_what_they_have_computed(name):
 
     model, items = build(name)
     call = as_call(items[0], accepts=accepts(model))
-    inputs = read_inputs(
-        items, accepts=accepts(model), like=next(model.parameters()), max_images=32, memory_limit=10**6
-    )
+    like, settings = next(model.parameters()), FinetuneConfig(max_images=32)
+    inputs = read_inputs(items, accepts=accepts(model), like=like, settings=settings)
     swapped = make_twin(swap(model, call, inputs, four_bits()))
     for item in (*items, pixels(2), 100 * pixels(3)):
         assert relative(outputs(swapped, item), outputs(model, item)) < EXACT

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 import qft_plugin.nncf as host
-from qft_plugin import HardwareSpec, QFTConfig
+from qft_plugin import FinetuneConfig, HardwareSpec, QFTConfig
 from qft_plugin.graph.dof_map import map_dof
 from qft_plugin.graph.folding import fold_network, names_of
 from qft_plugin.graph.torch_model import accepts, tensors_in
@@ -52,7 +52,7 @@ def test_random_factors_do_not_change_the_float_network(name):
         for x in items
     ]  # fmt: skip
     like = next(model.parameters())
-    inputs = read_inputs(double, accepts=accepts(model), like=like, max_images=4, memory_limit=10**9)
+    inputs = read_inputs(double, accepts=accepts(model), like=like, settings=FinetuneConfig(max_images=4))
     source = host.read(model, inputs)
     dof_map = map_dof(source.graph)
     assert (dof_map.size > 0) == nets.NETS[name].rescales
@@ -232,7 +232,7 @@ def test_a_norm_folds_where_nothing_else_uses_a_part_of_the_pair(use):
     """Not where the activation between has other readers or is an output, nor where weight or norm are used again."""
     model, items = nets.settled(Around(use)), [torch.randn(4, 3, 8, 8)]
     like = next(model.parameters())
-    inputs = read_inputs(items, accepts=accepts(model), like=like, max_images=4, memory_limit=10**9)
+    inputs = read_inputs(items, accepts=accepts(model), like=like, settings=FinetuneConfig(max_images=4))
     assert len(host.read(model, inputs).norms) == (use == "nothing")
 
 

@@ -51,9 +51,8 @@ def items(count: int = 70) -> list[Tensor]:
 def read(batches: Any) -> Inputs:
     """Read images as one of the processes that there are."""
     like = torch.zeros(1, dtype=torch.float64)
-    return read_inputs(
-        batches, accepts=lambda *_: True, like=like, max_images=1000, memory_limit=2**20, world=world_of(CPU)
-    )
+    settings = FinetuneConfig(max_images=1000, memory_limit=2**20)
+    return read_inputs(batches, accepts=lambda *_: True, like=like, settings=settings, world=world_of(CPU))
 
 
 def trained(

@@ -74,8 +74,7 @@ def images(model: nn.Module, items: Iterable[Any], config: QFTConfig, *, head_it
             items,
             accepts=accepts(model),
             like=like,
-            max_images=settings.max_images,
-            memory_limit=settings.memory_limit,
+            settings=settings,
             world=world,
             head_items=head_items,
         )

@@ -7,6 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from qft_plugin.config import FinetuneConfig
 from qft_plugin.errors import DataError
 from qft_plugin.graph.torch_model import Call
 from qft_plugin.training.distributed import ALONE, World
@@ -171,8 +172,7 @@ def read_inputs(
     *,
     accepts: Callable[..., bool],
     like: Tensor,
-    max_images: int,
-    memory_limit: int,
+    settings: FinetuneConfig,
     world: World = ALONE,
     head_items: int = 0,
 ) -> Inputs:
@@ -182,8 +182,7 @@ def read_inputs(
         items: the dataset; it may have no length, and batches of any size.
         accepts: whether the model's signature takes given arguments.
         like: a parameter of the model; the inputs must agree with its dtype and device.
-        max_images: where to stop reading.
-        memory_limit: bytes to hold in memory per input.
+        settings: at which image to stop reading, and how many bytes to hold in memory per input.
         world: the processes that train together. Every one of them reads and checks the whole dataset; of several,
             each keeps the first images and its own.
         head_items: how many items the first images have at least; `HEAD_IMAGES` is the least number of images.
@@ -204,19 +203,19 @@ def read_inputs(
             named: dict[int | str, Tensor] = dict(enumerate(args))
             named.update(kwargs)
             _check_item(number, named, first, like)
-            take = min(next(iter(named.values())).shape[0], max_images - count)
+            take = min(next(iter(named.values())).shape[0], settings.max_images - count)
             head = take if world.size == 1 or number < head_items else min(take, max(0, HEAD_IMAGES - count))
             for key, value in named.items():
                 first.setdefault(key, value[:0])
-                rows.setdefault(key, Rows(memory_limit)).append(value[:head])
+                rows.setdefault(key, Rows(settings.memory_limit)).append(value[:head])
                 if world.size > 1:
                     mine = value[(world.rank - count) % world.size : take : world.size]
-                    own.setdefault(key, Rows(memory_limit)).append(mine)
+                    own.setdefault(key, Rows(settings.memory_limit)).append(mine)
             if world.size > 1:
                 marks.append(float(sum(v[:take].mean(dtype=torch.float64) for v in named.values())))
             count += take
             sizes.append(take)
-            if count >= max_images:
+            if count >= settings.max_images:
                 break
         if count == 0:
             raise DataError(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qft_plugin.config import FinetuneConfig
 from qft_plugin.graph.placement import ActivationGrid
 from qft_plugin.graph.torch_model import Call
 from qft_plugin.job.activation_ranges import RANGE_VALUES, activation_grids
@@ -21,7 +22,8 @@ SEARCH_SLACK = 1.05
 
 def inputs_of(parts: Sequence[Tensor]) -> Inputs:
     """Read images that come in some batches."""
-    return read_inputs(parts, accepts=lambda *_: True, like=torch.zeros(()), max_images=10**6, memory_limit=10**9)
+    settings = FinetuneConfig(max_images=10**6)
+    return read_inputs(parts, accepts=lambda *_: True, like=torch.zeros(()), settings=settings)
 
 
 def plain(call: Call, watcher: Watcher) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qft_plugin.config import FinetuneConfig
 from qft_plugin.errors import DataError
 from qft_plugin.training.data import Inputs, as_call, read_inputs
 
@@ -18,7 +19,8 @@ PLENTY = 2**30
 
 def read(items: Any, *, max_images: int = 100, memory_limit: int = PLENTY) -> Inputs:
     """Read a dataset for a float32 model that takes anything."""
-    return read_inputs(items, accepts=anything, like=LIKE, max_images=max_images, memory_limit=memory_limit)
+    settings = FinetuneConfig(max_images=max_images, memory_limit=memory_limit)
+    return read_inputs(items, accepts=anything, like=LIKE, settings=settings)
 
 
 @pytest.mark.parametrize(("size", "expected"), [(32, 64), (224, 16), (4000, 1)])

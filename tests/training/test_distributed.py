@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from qft_plugin.config import FinetuneConfig
 from qft_plugin.errors import ConfigError, DataError
 from qft_plugin.job import activation_ranges, bias_correction, start
 from qft_plugin.training.data import HEAD_IMAGES, Inputs, read_inputs
@@ -98,8 +99,7 @@ def read(world: World, *, head_items: int = 0, count: int = 700, max_images: int
         items,
         accepts=lambda **_: True,
         like=torch.zeros(1),
-        max_images=max_images,
-        memory_limit=1000,
+        settings=FinetuneConfig(max_images=max_images, memory_limit=1000),
         world=world,
         head_items=head_items,
     )
