@@ -27,7 +27,8 @@ from qft_plugin.graph.torch_model import (
 )
 from qft_plugin.training.blocks import check_blocks
 from qft_plugin.training.data import Inputs, read_inputs
-from qft_plugin.training.distributed import agreed, check_alike, strata_of, world_of
+from qft_plugin.training.distributed import agreed, check_alike, world_of
+from qft_plugin.training.order import strata_of
 
 logger = logging.getLogger("qft_plugin")
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from qft_plugin.config import FinetuneConfig
 from qft_plugin.errors import ModelError, QFTWarning
 from qft_plugin.training.data import Inputs
-from qft_plugin.training.distributed import World, agreed, orders, strata_of
+from qft_plugin.training.distributed import World, agreed
 from qft_plugin.training.loss import Loss, Network, distillation_loss, whole_of
+from qft_plugin.training.order import orders, strata_of
 from qft_plugin.training.phases import PLAIN, Batch, Options, Phase, Step, Training, train
 from qft_plugin.training.teacher import Recomputed, Targets
 
