@@ -4,8 +4,9 @@ import fnmatch
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+from qft_plugin.checks import check_choice, check_flag, check_instance, check_names, check_number
 from qft_plugin.errors import ConfigError
 
 Rescale = Literal["layerwise", "channelwise"]
@@ -16,35 +17,6 @@ Rounding = Literal["ste", "soft", "blend"]
 Sparsity = float | Literal["2:4"] | None
 Trained = Literal["cwpl", "cwpn", "lwpn"]
 Precision = Literal["float32", "bfloat16"]
-
-
-def _choice(owner: object, name: str, allowed: tuple[str, ...]) -> None:
-    found = getattr(owner, name)
-    if found not in allowed:
-        raise ConfigError(f"{type(owner).__name__}.{name} should be one of {allowed}. Found {found!r}.")
-
-
-def _number(
-    owner: object, name: str, *, at_least: float | None = None, at_most: float | None = None, whole: bool = False
-) -> None:
-    found = getattr(owner, name)
-    kind = "a whole number" if whole else "a number"
-    right_type = isinstance(found, int) if whole else isinstance(found, (int, float))
-    if isinstance(found, bool) or not right_type or not math.isfinite(found):
-        raise ConfigError(f"{type(owner).__name__}.{name} should be {kind}. Found {found!r}.")
-    if at_least is not None and found < at_least:
-        raise ConfigError(f"{type(owner).__name__}.{name} should be at least {at_least}. Found {found!r}.")
-    if at_most is not None and found > at_most:
-        raise ConfigError(f"{type(owner).__name__}.{name} should be at most {at_most}. Found {found!r}.")
-
-
-def _names(owner: object, name: str, *, empty: bool) -> None:
-    found = getattr(owner, name)
-    if not isinstance(found, (list, tuple, Mapping)) or not all(isinstance(n, str) for n in found):
-        raise ConfigError(f"{type(owner).__name__}.{name} should hold names of modules or operations. Found {found!r}.")
-    if len(set(found)) != len(found) or (not found and not empty):
-        least = "" if empty else "at least one name, and "
-        raise ConfigError(f"{type(owner).__name__}.{name} should hold {least}each name once. Found {found!r}.")
 
 
 def _sparsity(found: object) -> None:
@@ -86,18 +58,18 @@ class HardwareSpec:
     activation_scale: Literal["folded", "explicit"] = "folded"
 
     def __post_init__(self) -> None:
-        _choice(self, "rescale", ("layerwise", "channelwise"))
-        _choice(self, "elementwise_rescale", ("none", "tensor", "channel", "power_of_two"))
-        _choice(self, "activation_scale", ("folded", "explicit"))
-        _flag(self, "doubly_per_channel")
+        check_choice(self, "rescale", ("layerwise", "channelwise"))
+        check_choice(self, "elementwise_rescale", ("none", "tensor", "channel", "power_of_two"))
+        check_choice(self, "activation_scale", ("folded", "explicit"))
+        check_flag(self, "doubly_per_channel")
         limits = {"activation_bits": (4, 8), "bias_bits": (4, 32), "accumulator_bits": (8, 64)}
         for name, (least, most) in limits.items():
             if getattr(self, name) is not None:
-                _number(self, name, at_least=least, at_most=most, whole=True)
+                check_number(self, name, at_least=least, at_most=most, whole=True)
         if isinstance(self.rescale_factor, str):
-            _choice(self, "rescale_factor", ("float", "power_of_two"))
+            check_choice(self, "rescale_factor", ("float", "power_of_two"))
         else:
-            _number(self, "rescale_factor", at_least=2, at_most=24, whole=True)
+            check_number(self, "rescale_factor", at_least=2, at_most=24, whole=True)
         if self.activation_bits is None and self.needs_accumulators:
             raise ConfigError(
                 "HardwareSpec.bias_bits, accumulator_bits and rescale_factor should be left at their defaults where "
@@ -163,9 +135,9 @@ class EfQAT:
     refresh_images: int = 4_096
 
     def __post_init__(self) -> None:
-        _choice(self, "mode", ("cwpl", "cwpn", "lwpn"))
-        _number(self, "ratio", at_least=0, at_most=1)
-        _number(self, "refresh_images", at_least=1, whole=True)
+        check_choice(self, "mode", ("cwpl", "cwpn", "lwpn"))
+        check_number(self, "ratio", at_least=0, at_most=1)
+        check_number(self, "refresh_images", at_least=1, whole=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,17 +191,17 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         for name in ("images_fed", "max_images", "batch_size", "restarts"):
-            _number(self, name, at_least=1, whole=True)
+            check_number(self, name, at_least=1, whole=True)
         for name in ("learning_rate", "scale_learning_rate", "rounding_weight"):
-            _number(self, name, at_least=0)
-        _number(self, "cross_entropy", at_least=0, at_most=1)
-        _number(self, "memory_limit", at_least=0, whole=True)
-        _number(self, "seed", at_least=0, at_most=2**63 - 1, whole=True)
+            check_number(self, name, at_least=0)
+        check_number(self, "cross_entropy", at_least=0, at_most=1)
+        check_number(self, "memory_limit", at_least=0, whole=True)
+        check_number(self, "seed", at_least=0, at_most=2**63 - 1, whole=True)
         if self.loss_at is not None and not isinstance(self.loss_at, str):
-            _names(self, "loss_at", empty=False)
+            check_names(self, "loss_at", empty=False)
         if isinstance(self.blocks, Mapping):
             raise ConfigError(f"FinetuneConfig.blocks should be a list of names. Found {self.blocks!r}.")
-        _names(self, "blocks", empty=True)
+        check_names(self, "blocks", empty=True)
         if isinstance(self.loss_at, Mapping):
             for name, weight in self.loss_at.items():
                 number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
@@ -238,8 +210,8 @@ class FinetuneConfig:
                         "FinetuneConfig.loss_at should map names to positive finite weights. Found "
                         f"{name!r}: {weight!r}. Leave out what should not count."
                     )
-        _flag(self, "compile")
-        _choice(self, "precision", ("float32", "bfloat16"))
+        check_flag(self, "compile")
+        check_choice(self, "precision", ("float32", "bfloat16"))
         if not isinstance(self.train, EfQAT | None):
             raise ConfigError(f"FinetuneConfig.train should be an EfQAT, or None to train all. Found {self.train!r}.")
         if self.trains_part is not None and self.blocks:
@@ -303,17 +275,17 @@ class QFTConfig:
     finetune: FinetuneConfig | None = field(default_factory=FinetuneConfig)
 
     def __post_init__(self) -> None:
-        _instance(self, "hardware", HardwareSpec)
+        check_instance(self, "hardware", HardwareSpec)
         if self.finetune is not None:
-            _instance(self, "finetune", FinetuneConfig)
+            check_instance(self, "finetune", FinetuneConfig)
         for name in ("weight_bits", "small_layer_bits"):
-            _number(self, name, at_least=2, at_most=8, whole=True)
-        _number(self, "small_layer_share", at_least=0, at_most=1)
+            check_number(self, name, at_least=2, at_most=8, whole=True)
+        check_number(self, "small_layer_share", at_least=0, at_most=1)
         if self.activation_range is not None:
-            _choice(self, "activation_range", ("host", "max", "mse"))
-        _choice(self, "rounding", ("ste", "soft", "blend"))
+            check_choice(self, "activation_range", ("host", "max", "mse"))
+        check_choice(self, "rounding", ("ste", "soft", "blend"))
         _sparsity(self.sparsity)
-        _choice(self, "bounded", ("exact", "relu"))
+        check_choice(self, "bounded", ("exact", "relu"))
         for name, least in {"layer_bits": 2, "layer_activation_bits": 4}.items():
             found = getattr(self, name)
             if not isinstance(found, Mapping):
@@ -324,7 +296,7 @@ class QFTConfig:
                         f"QFTConfig.{name} should map names to {least} to 8 bits. Found {pattern!r}: {bits!r}."
                     )
         for name in ("equalize", "compensate", "bias_correction", "train_cross_layer", "train_scales"):
-            _flag(self, name)
+            check_flag(self, name)
         if self.layer_activation_bits and self.hardware.activation_bits is None:
             raise ConfigError(
                 "QFTConfig.layer_activation_bits should be empty where HardwareSpec.activation_bits is None. "
@@ -411,15 +383,3 @@ class QFTConfig:
                 )
             found.update(dict.fromkeys(matches, bits))
         return found
-
-
-def _flag(owner: object, name: str) -> None:
-    found = getattr(owner, name)
-    if not isinstance(found, bool):
-        raise ConfigError(f"{type(owner).__name__}.{name} should be True or False. Found {found!r}.")
-
-
-def _instance(owner: object, name: str, kind: type[Any]) -> None:
-    found = getattr(owner, name)
-    if not isinstance(found, kind):
-        raise ConfigError(f"{type(owner).__name__}.{name} should be a {kind.__name__}. Found {found!r}.")

@@ -14,10 +14,24 @@ import qft_plugin
 PACKAGE = Path(qft_plugin.__file__).parent
 HOSTS = {"nncf", "brevitas", "openvino", "onnx", "qonnx", "onnxruntime"}
 
-FLOORS = [{"errors"}, {"config"}, {"tensors"}, {"graph"}, {"training"}, {"job", "deploy"}, {"nncf", "brevitas"}]
+FLOORS = [
+    {"errors"},
+    {"checks"},
+    {"config"},
+    {"tensors"},
+    {"graph"},
+    {"training"},
+    {"job", "deploy"},
+    {"nncf", "brevitas"},
+]
 """Folders, and the files beside them; each may import those of earlier floors."""
 
-OUTSIDE = {"errors": set(), "config": set(), "deploy": {"torch", "numpy", *HOSTS} - {"nncf", "brevitas"}}
+OUTSIDE = {
+    "errors": set(),
+    "checks": set(),
+    "config": set(),
+    "deploy": {"torch", "numpy", *HOSTS} - {"nncf", "brevitas"},
+}
 """What a folder below the hosts may import beside the standard library; `torch` and `numpy` where nothing is said."""
 
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
