@@ -31,7 +31,6 @@ from qft_plugin.training.student import (
     Watcher,
     compiled_fake_quantize,
     looked_at,
-    observe,
     prediction_of,
     set_grids,
     unfolded,
@@ -113,7 +112,8 @@ def _calibrated(source: Source, tensors: Mapping[str, Tensor], inputs: Inputs) -
             before = seen.get(batch, found)
             seen[batch] = torch.stack([torch.minimum(before[0], found[0]), torch.maximum(before[1], found[1])])
 
-        observe(stand_ins, functools.partial(function, tensors, args, kwargs), watch)
+        with looked_at(stand_ins, watch):
+            function(tensors, args, kwargs)
     grids = {}
     for name, scaling in source.activations.items():
         seen = torch.stack([*extremes[name].values()]).mean(0)
@@ -200,7 +200,8 @@ class Student:
 
     def observe(self, tensors: Mapping[str, Tensor], call: Call, watcher: Watcher) -> None:
         """Run with float activations and show what each activation quantizer would have had as its input."""
-        observe(self._quantizers, lambda: self._run(tensors, call, {}), watcher)
+        with looked_at(self._quantizers, watcher):
+            self._run(tensors, call, {})
 
     def watch(
         self, tensors: Mapping[str, Tensor], call: Call, watchers: Mapping[str, Callable[[Tensor], None]]

@@ -31,7 +31,6 @@ from qft_plugin.training.student import (
     Watcher,
     compiled_fake_quantize,
     looked_at,
-    observe,
     prediction_of,
     set_grids,
     unfolded,
@@ -391,7 +390,8 @@ class Student:
 
     def observe(self, tensors: Mapping[str, Tensor], call: Call, watcher: Watcher) -> None:
         """Run with float activations and show what each activation quantizer would have had as its input."""
-        observe(self._quantizers, lambda: self._run(tensors, call), watcher)
+        with looked_at(self._quantizers, watcher):
+            self._run(tensors, call)
 
     def watch(
         self, tensors: Mapping[str, Tensor], call: Call, watchers: Mapping[str, Callable[[Tensor], None]]

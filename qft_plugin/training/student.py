@@ -44,8 +44,7 @@ class FakeQuantizer(nn.Module):
     Attributes:
         scale: real per step; without one, values pass unchanged.
         zero_point: the integer of the real 0.
-        seen: collects what is quantized while there is no scale.
-        look: is shown it.
+        watcher: is shown what it reads while there is no scale.
         starts_at_zero: whether the smallest number of the grid is 0, so that its clip is a ReLU.
     """
 
@@ -137,35 +136,18 @@ Watcher = Callable[[str, Tensor], None]
 """Called with the name of a quantizer and what it would have had as its input."""
 
 
-def observe(quantizers: Mapping[str, FakeQuantizer], run: Callable[[], object], watcher: Watcher) -> None:
-    """Run a network with float activations and show what each quantizer would have had as its input.
+@contextlib.contextmanager
+def looked_at(quantizers: Mapping[str, FakeQuantizer], watcher: Watcher) -> Iterator[None]:
+    """Let quantizers pass values unchanged, and show what each would have quantized.
 
     What is shown is not kept, so that the activations of the whole network are never held at once.
 
     Args:
         quantizers: those of the network, by name.
-        run: runs the network.
         watcher: called at each call of a quantizer; what it gets may change after it has returned.
     """
     for name, module in quantizers.items():
         module.scale, module.watcher = None, functools.partial(watcher, name)
-    try:
-        run()
-    finally:
-        for module in quantizers.values():
-            module.watcher = None
-
-
-@contextlib.contextmanager
-def looked_at(quantizers: Mapping[str, FakeQuantizer], look: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Show a function what each quantizer would have had as its input, in runs with float activations.
-
-    Args:
-        quantizers: those of the network, by name.
-        look: called with the name and the activation.
-    """
-    for name, module in quantizers.items():
-        module.watcher = functools.partial(look, name)
     try:
         yield
     finally:

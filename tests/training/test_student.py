@@ -20,7 +20,7 @@ from qft_plugin.training.student import (
     FakeQuantizer,
     Unfold,
     compiled_fake_quantize,
-    observe,
+    looked_at,
     prediction_of,
     unfolded,
 )
@@ -46,7 +46,8 @@ def test_without_a_scale_values_pass_and_are_seen() -> None:
 
     for _ in range(2):
         seen: list[tuple[str, Tensor]] = []
-        observe({"a": quantizer, "idle": idle}, run, lambda name, x, seen=seen: seen.append((name, x.clone())))  # type: ignore[misc]
+        with looked_at({"a": quantizer, "idle": idle}, lambda name, x, seen=seen: seen.append((name, x.clone()))):  # type: ignore[misc]
+            run()
         assert [name for name, _ in seen] == ["a", "a"]
         assert all(torch.equal(x, b) for (_, x), b in zip(seen, before, strict=True))
     assert quantizer.watcher is None
