@@ -570,6 +570,7 @@ def factors_of_addends(result):
     if result.name == "brevitas":
         return [m.weight for m in result.model.modules() if isinstance(m, Rescaled)]
     from nncf.torch.function_hook import get_hook_storage
+
     from qft_plugin.nncf._write import SQMultiply
 
     hooks = get_hook_storage(result.model).named_hooks()
