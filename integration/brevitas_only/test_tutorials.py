@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("brevitas", reason="the tutorials are about Brevitas")
 
-TUTORIALS = Path(__file__).resolve().parent.parent / "docs" / "tutorials"
+TUTORIALS = Path(__file__).parents[2] / "docs" / "tutorials"
 LEAST_AGREEMENT = 0.95
 """A tenth of the default finetune on digits; a network that was not finetuned agrees on 0.8 to 0.95."""
 

@@ -12,7 +12,7 @@ import torch
 from conftest import relative_error
 from hosts import HOSTS, host_of
 
-HERE = Path(__file__).parent
+INTEGRATION = Path(__file__).parents[1]
 
 SECONDS = 300
 """Much longer than it takes, which is about 12."""
@@ -35,7 +35,7 @@ def run_two(host, folder, train):
     """Run the program in two processes, and return what each of them found."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [sys.executable, *command, str(HERE / "quantize_and_save.py"), host, str(folder), train],
+        [sys.executable, *command, str(INTEGRATION / "quantize_and_save.py"), host, str(folder), train],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,

@@ -16,7 +16,7 @@ from qft_plugin.graph.torch_model import tensors_in
 
 pytestmark = pytest.mark.wide
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 EXACT = 1e-9
 """float64 keeps 16 digits; the networks are at most a few dozen layers deep."""
