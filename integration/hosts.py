@@ -94,6 +94,9 @@ START = ("equalize", "compensate", "train_cross_layer", "activation_range")
 
 HOSTS = {"nncf": UnderNNCF, "brevitas": UnderBrevitas}
 
+EACH_HOST = [pytest.param("nncf", marks=pytest.mark.nncf_only), "brevitas"]
+"""One host after the other, for tests that are parametrized by a host."""
+
 
 def host_of(name):
     """Return a host; skip the test where it is not installed."""
@@ -102,7 +105,7 @@ def host_of(name):
     return HOSTS[name]()
 
 
-@pytest.fixture(params=HOSTS)
+@pytest.fixture(params=EACH_HOST)
 def host(request):
     """Return one host after the other."""
     return host_of(request.param)

@@ -46,6 +46,7 @@ def brevitas_host():
     return brevitas
 
 
+@pytest.mark.nncf_only
 def test_nncf_keeps_the_modules_of_the_model(nncf_host, tmp_path):
     """Every module has its old type again, the file runs in int8, and explicit scales free what SiLU makes."""
     quantize, host = nncf_host
@@ -62,6 +63,7 @@ def test_nncf_keeps_the_modules_of_the_model(nncf_host, tmp_path):
         assert set(report.convolutions.values()) | set(report.linear.values()) <= INT8
 
 
+@pytest.mark.nncf_only
 def test_a_relu6_that_several_blocks_share_is_put_back_everywhere(nncf_host):
     """The written network is the student, also where one module stands in several places."""
     quantize, host = nncf_host

@@ -6,7 +6,7 @@ import nets
 import pytest
 import torch
 from conftest import few_steps, four_bits, relative_error
-from hosts import HOSTS
+from hosts import EACH_HOST, HOSTS
 
 from qft_plugin.graph.torch_model import tensors_in
 from qft_plugin.tensors.axes import Axes
@@ -25,7 +25,7 @@ CLOSE = {None: 0.35, SHARE: 0.95, "2:4": 0.95}
 """Relative L2 error of the outputs after 8 steps; a network of zeros is at 1, and random weights bear no pruning."""
 
 
-@pytest.fixture(params=HOSTS)
+@pytest.fixture(params=EACH_HOST)
 def host(request):
     if importlib.util.find_spec(request.param) is None:
         pytest.skip(f"{request.param} is not installed here")

@@ -10,6 +10,7 @@ import nets
 import pytest
 import torch
 from conftest import activation_quantizers, few_steps, four_bits, relative_error, weight_quantizers
+from hosts import EACH_HOST
 from torch import nn
 
 from qft_plugin import DeployabilityError, HardwareSpec, QFTWarning
@@ -245,7 +246,7 @@ SPECS = {
 }
 
 
-@pytest.fixture(params=HOSTS)
+@pytest.fixture(params=EACH_HOST)
 def host(request):
     if importlib.util.find_spec(request.param) is None:
         pytest.skip(f"{request.param} is not installed here")
@@ -466,6 +467,7 @@ def test_bounded_activations_have_a_factor_for_each_channel(spec, host):
     assert kinds.count(nn.ReLU6 if host.name == "nncf" else ChannelHardtanh) == 3
 
 
+@pytest.mark.nncf_only
 def test_without_quantized_activations_a_bound_is_a_barrier_under_nncf():
     """OpenVINO would move the factors around a ReLU6 into the weights before their integers are made."""
     pytest.importorskip("nncf")

@@ -127,6 +127,7 @@ def test_a_start_that_is_not_finite(finetune, host):
         host.finetuned(Ratio().eval(), images(scaled(1e-4)), four_bits(finetune=finetune))
 
 
+@pytest.mark.nncf_only
 def test_a_useless_result():
     """A loss that leaves nothing of the network is warned of."""
     with pytest.warns(QFTWarning, match=r"loss should end below 0\.3\. Found 0\.\d+"):

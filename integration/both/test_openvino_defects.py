@@ -117,9 +117,10 @@ def test_the_file_is_right_and_runs_in_int8(name, host, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "host"),
-    [(name, host) for host in ("nncf", "brevitas") for name in ("addition", "pooled", "transposed", "zero_bias")]
-    + [("product", "brevitas"), ("output", "nncf")]
-    + [(name, "nncf") for name in REDUCED],
+    [
+        *[pytest.param(name, "nncf", marks=pytest.mark.nncf_only) for name in [*SHARED, *REDUCED] if name != "product"],
+        *[(name, "brevitas") for name in SHARED if name != "output"],
+    ],
 )
 def test_without_the_remedies_the_proof_refuses_the_file(name, host, tmp_path, monkeypatch):
     """OpenVINO still has the defects, and the proof finds them."""

@@ -10,7 +10,7 @@ import pytest
 import quantize_and_save
 import torch
 from conftest import relative_error
-from hosts import HOSTS, host_of
+from hosts import EACH_HOST, host_of
 
 INTEGRATION = Path(__file__).parents[1]
 
@@ -59,7 +59,7 @@ def one_thread():
 
 
 @pytest.mark.parametrize("train", quantize_and_save.TRAIN)
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("host", EACH_HOST)
 def test_two_processes_quantize_what_one_does(host, train, tmp_path):
     """Losses, integers, outputs and files are the same in both processes, and those of one process within what the
     order of sums changes; each file is written once, by the first process.

@@ -17,8 +17,16 @@ SHORT = [("ir", "residual", "zeros"), ("ir", "inverted", "eight images"), ("qcdq
 
 TABLE = [pytest.mark.table, pytest.mark.wide]
 
+HOST = {"ir": "nncf", "qcdq": "brevitas", "qonnx": "brevitas"}
+
+
+def case(style, *where, marks=()):
+    """Return a case of a format, with the mark of its host."""
+    return pytest.param(style, *where, marks=[*marks, *([pytest.mark.nncf_only] if HOST[style] == "nncf" else [])])
+
+
 LONG = [
-    pytest.param(style, network, example, marks=TABLE)
+    case(style, network, example, marks=TABLE)
     for style in ("ir", "qcdq", "qonnx")
     for network in corruptions.NETWORKS
     for example in corruptions.EXAMPLES
@@ -29,8 +37,6 @@ LONG = [
 RIGHT = [("ir", "transformer"), ("qonnx", "residual"), ("ir", "deep"), ("qcdq", "wide")]
 """Formats and networks whose right files are proved in the default run."""
 
-HOST = {"ir": "nncf", "qcdq": "brevitas", "qonnx": "brevitas"}
-
 
 def right(style, network, example):
     """Return a right file; skip the test where its host is not installed."""
@@ -39,7 +45,7 @@ def right(style, network, example):
     return corruptions.right(network, style, example)
 
 
-@pytest.mark.parametrize(("style", "network", "example"), [*SHORT, *LONG])
+@pytest.mark.parametrize(("style", "network", "example"), [*[case(*short) for short in SHORT], *LONG])
 def test_corruptions_are_noticed_by_name(style, network, example):
     """A file that is wrong in one place is refused, and the first thing that is said names a layer next to it."""
     file = right(style, network, example)
@@ -52,9 +58,9 @@ def test_corruptions_are_noticed_by_name(style, network, example):
 @pytest.mark.parametrize(
     ("style", "network"),
     [
-        *RIGHT,
+        *[case(*file) for file in RIGHT],
         *[
-            pytest.param(style, network, marks=TABLE)
+            case(style, network, marks=TABLE)
             for style in HOST
             for network in corruptions.NETWORKS
             if (style, network) not in RIGHT
@@ -101,6 +107,7 @@ class Sum(nn.Module):
         return self.last((self.left(x) + self.right(x)).relu())
 
 
+@pytest.mark.nncf_only
 def test_a_rounding_that_the_runtime_drops_is_told(nncf_host, tmp_path):
     """OpenVINO leaves out the rounding in front of a fused addition: a warning names the layer, with its share."""
     items = [torch.randn(16, 3, 8, 8)]
@@ -116,6 +123,7 @@ def test_a_rounding_that_the_runtime_drops_is_told(nncf_host, tmp_path):
     assert rounding.far == 0
 
 
+@pytest.mark.nncf_only
 def test_without_quantized_addends_nothing_is_told(nncf_host, tmp_path):
     """The same network without quantizers of the addends is proved without a warning."""
     items = [torch.randn(16, 3, 8, 8)]
@@ -134,6 +142,7 @@ class Pooled(nn.Module):
         return self.second(self.pool(self.first(x).relu()))
 
 
+@pytest.mark.nncf_only
 @pytest.mark.parametrize(
     "pool", [nn.AvgPool2d(2), nn.AvgPool2d(3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.MaxPool2d(2)], ids=str
 )
@@ -166,6 +175,7 @@ class OnBatch(OnValues):
 
 
 @pytest.mark.filterwarnings("ignore:The file should compute what the model computes for every input")
+@pytest.mark.nncf_only
 @pytest.mark.parametrize(
     ("build", "other"),
     [(OnValues, torch.ones(2, 3, 8, 8) * 3), (OnBatch, torch.zeros(8, 3, 8, 8))],
@@ -192,6 +202,7 @@ class Heads(nn.Module):
         return self.second(x), one
 
 
+@pytest.mark.nncf_only
 def test_outputs_are_named_by_their_own_layer(nncf_host):
     """What is known of an output is the weight on its own way, and not the one that was used last of all."""
     from qft_plugin.nncf._save import watched
@@ -222,6 +233,7 @@ class Words(nn.Module):
         return self.last(x.unflatten(0, (-1, words.shape[1]))).mean(1)
 
 
+@pytest.mark.nncf_only
 def test_embeddings_and_transposed_weights_are_in_the_file(nncf_host, tmp_path):
     """Their integers are compared too, and those of an embedding are on its grid already when it is exported."""
     items = [torch.randint(16, (16, 6)) for _ in range(4)]

@@ -63,6 +63,7 @@ def few(item):
 
 # OpenVINO adds roundings in front of pools and concatenations in float (DenseNet, PoolFormer), which it is told of.
 @pytest.mark.filterwarnings("ignore:OpenVINO should round where the model rounds")
+@pytest.mark.nncf_only
 @every_structure
 def test_nncf(name, tmp_path):
     """NNCF quantizes the network, QFT finetunes it, and OpenVINO's file proves to compute the same."""

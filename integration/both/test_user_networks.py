@@ -154,6 +154,7 @@ class Standardized(nn.Conv2d):
         return functional.conv2d(x, W / W.std((1, 2, 3), keepdim=True), self.bias, padding=self.padding)
 
 
+@pytest.mark.nncf_only
 def test_layers_whose_weights_are_computed_are_named():
     """A layer that NNCF cannot quantize is named, with the reason; the others are quantized."""
     host = host_of("nncf")
