@@ -4,36 +4,49 @@
     python integration/run.py nncf217 nncf340  # these two
     python integration/run.py --table          # runs nothing; prints the table of what the recipes combine
 
-A recipe is `recipes/<tox environment>.toml` with the fields host, version, torch and notes. Needs Python 3.11 and tox.
+A recipe is a file of requirements, `recipes/<tox environment>.txt`, from which tox installs the host and torch. Its
+comments are printed as notes. Needs tox.
 """
 
 import argparse
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import tomllib
-
 HERE = Path(__file__).resolve().parent
-FIELDS = ("host", "version", "torch", "notes")
+PACKAGES = {"NNCF": "nncf", "Brevitas": "brevitas[export]"}
 
-Recipe = Mapping[str, str]
+
+@dataclass(frozen=True)
+class Recipe:
+    """The versions that an environment combines."""
+
+    host: str
+    version: str
+    torch: str
+    notes: str
+
+
+def read(file: Path) -> Recipe:
+    """Read a recipe, whose environment has the name of the host and digits.
+
+    Raises:
+        ValueError: it does not name one version of the host and one of torch.
+    """
+    lines = file.read_text(encoding="utf-8").splitlines()
+    notes = " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
+    pins = {name: version for line in lines if not line.startswith("#") for name, _, version in [line.partition("==")]}
+    host = next(host for host in PACKAGES if host.lower() == file.stem.rstrip("0123456789"))
+    if not (pins.get("torch") and pins.get(PACKAGES[host])):
+        raise ValueError(f"{file.name}: should pin torch and {PACKAGES[host]} by ==. Found {pins}.")
+    return Recipe(host, pins[PACKAGES[host]], pins["torch"], notes)
 
 
 def recipes() -> dict[str, Recipe]:
-    """Read all recipes, by the name of their tox environment.
-
-    Raises:
-        ValueError: a recipe lacks a field or has another one.
-    """
-    found = {}
-    for file in sorted((HERE / "recipes").glob("*.toml")):
-        recipe = tomllib.loads(file.read_text(encoding="utf-8"))
-        if tuple(recipe) != FIELDS:
-            raise ValueError(f"{file.name}: should have the fields {FIELDS}. Found {tuple(recipe)}.")
-        found[file.stem] = recipe
-    return found
+    """Read all recipes, by the name of their tox environment."""
+    return {file.stem: read(file) for file in sorted((HERE / "recipes").glob("*.txt"))}
 
 
 def table(chosen: Mapping[str, Recipe], results: Mapping[str, str] | None = None) -> str:
@@ -42,7 +55,7 @@ def table(chosen: Mapping[str, Recipe], results: Mapping[str, str] | None = None
     rows.append(["---"] * len(rows[0]))
     for name, recipe in chosen.items():
         result = [] if results is None else [results.get(name, "not run")]
-        rows.append([recipe["host"], recipe["version"], recipe["torch"], *result, recipe["notes"]])
+        rows.append([recipe.host, recipe.version, recipe.torch, *result, recipe.notes])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -1,50 +1,49 @@
-"""The recipes, the tox environments and the table that documents them say the same."""
+"""The recipes are the one place for versions of hosts; tox and the table that documents them follow."""
 
 import configparser
 import re
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("tomllib", reason="Python 3.10 has no parser of TOML; the other versions check this")
-
 import run
 
-TOX = Path(run.HERE).parent / "tox.ini"
+ROOT = Path(__file__).parents[2]
 
 
-PACKAGES = {"NNCF": "nncf", "Brevitas": "brevitas[export]"}
-
-
-def pinned():
-    """Read from tox.ini which versions of host and torch each environment of a host installs."""
+def environments():
+    """Read from tox.ini the names of the environments of both hosts."""
     tox = configparser.ConfigParser(interpolation=None)
-    tox.read(TOX)
-    found = {}
-    for host, package in PACKAGES.items():
-        short = host.lower()
-        section = next(name for name in tox.sections() if name.startswith(f"testenv:{short}{{"))
-        deps = tox[section]["deps"]
-        torch = re.search(r"torch==(\S+)", deps)[1]
-        for number in re.search(r"\{(.*)\}", section)[1].split(","):
-            name = f"{short}{number}"
-            version = re.search(rf"^{name}: {re.escape(package)}==(\S+)", deps, re.M)[1]
-            found[name] = (host, version, torch)
-    return found
+    tox.read(ROOT / "tox.ini")
+    sections = [re.fullmatch(r"testenv:(nncf|brevitas)\{(.*)\}", name) for name in tox.sections()]
+    return {f"{found[1]}{number}" for found in sections if found for number in found[2].split(",")}
 
 
 def test_every_environment_has_its_recipe():
-    """Each tox environment of a host has one recipe with the versions that it installs, and none is left over."""
-    recipes = {name: (r["host"], r["version"], r["torch"]) for name, r in run.recipes().items()}
-    assert recipes == pinned()
+    """Each tox environment of a host has one recipe, and none is left over."""
+    assert environments() == set(run.recipes())
+
+
+def test_versions_of_hosts_stand_in_recipes_only():
+    """What tox.ini installs of a host has its version from a recipe, in the demo and the benchmarks too."""
+    assert re.findall(r"(?:nncf|brevitas(?:\[export\])?)==.*", (ROOT / "tox.ini").read_text()) == []
 
 
 def test_the_table_lists_every_recipe(capsys):
-    """`--table` runs nothing and prints one row per recipe."""
+    """`--table` runs nothing and prints one row per recipe, and the docs have what it prints."""
     assert run.main(["--table"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
     assert lines[:2] == ["| host | version | torch | notes |", "| --- | --- | --- | --- |"]
-    assert [line.split(" | ")[1] for line in lines[2:]] == [recipe["version"] for recipe in run.recipes().values()]
+    assert [line.split(" | ")[1] for line in lines[2:]] == [recipe.version for recipe in run.recipes().values()]
+    assert printed in (ROOT / "docs" / "hosts.md").read_text(encoding="utf-8")
+
+
+def test_a_recipe_without_a_version(tmp_path):
+    """A recipe that leaves the version of its host open is refused by its name."""
+    file = tmp_path / "nncf999.txt"
+    file.write_text("torch==2.13.0\nnncf\n")
+    with pytest.raises(ValueError, match=r"nncf999\.txt: should pin torch and nncf"):
+        run.read(file)
 
 
 def test_results_stand_in_the_table(capsys, monkeypatch):
