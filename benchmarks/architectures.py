@@ -110,7 +110,7 @@ class MobileNetV2(nn.Module):
 
 
 class _EncoderLayer(nn.Module):
-    """A transformer encoder layer of BERT-base: width 768, 12 heads, LayerNorm behind each residual addition."""
+    """A transformer encoder layer of BERT-base: width 768, 12 heads, LayerNorm after each residual addition."""
 
     def __init__(self, width: int = 768, heads: int = 12) -> None:
         super().__init__()

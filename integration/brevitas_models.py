@@ -20,7 +20,7 @@ def conv(ins: int, outs: int, size: int = 3, *, weight: Any = QFTInt4Weight, **s
 
 
 def relu() -> qnn.QuantReLU:
-    """Make a ReLU with a quantizer behind it."""
+    """Make a ReLU with a quantizer after it."""
     return qnn.QuantReLU(act_quant=QFTUint8Act)
 
 
@@ -81,7 +81,7 @@ class LinearOnly(nn.Module):
 
 
 class Normed(nn.Module):
-    """BatchNorms behind layers with and without a bias, and one that alone cannot be folded."""
+    """BatchNorms after layers with and without a bias, and one that alone cannot be folded."""
 
     def __init__(self, weight: Any = QFTInt4Weight) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The hosts, each behind the same few calls, for tests that hold under every one of them."""
+"""The hosts, each with the same few calls, for tests that hold under every one of them."""
 
 import importlib.util
 

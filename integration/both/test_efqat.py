@@ -88,7 +88,7 @@ def test_both_hosts_train_the_same_part(name, refresh_images, both):
 
 @pytest.mark.parametrize("name", [*NETS, "twice", "transposed"])
 def test_no_weight_gradient_is_computed(name, host, monkeypatch):
-    """With a ratio of 0 every layer has the cheaper backward pass, whatever stands behind it, so none is computed."""
+    """With a ratio of 0 every layer has the cheaper backward pass, whatever stands after it, so none is computed."""
     inputs = []
     for operation in (Linear, Convolution):
         monkeypatch.setattr(operation, "weight_gradient", lambda *_: pytest.fail("the gradient of a whole kernel"))

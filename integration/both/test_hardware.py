@@ -47,7 +47,7 @@ class Places:
 
 
 def hook(op: str, number: int = 0) -> str:
-    """Name NNCF's quantizer behind an operation."""
+    """Name NNCF's quantizer after an operation."""
     return f"post_hooks.{op}__0.{number}"
 
 
@@ -62,7 +62,7 @@ PLACES = {
         },
         (hook("/relu/0"), hook("bn2/batch_norm/0")),
     ),
-    # The first hook behind a ReLU6 is the factor of its channels.
+    # The first hook after a ReLU6 is the factor of its channels.
     ("nncf", "inverted"): Places(
         {
             "stem.0.weight": (hook("x"), hook("stem/2/hardtanh/0", 1)),
@@ -359,7 +359,7 @@ def test_biases_are_integers(spec, net, host):
 
 @pytest.mark.parametrize("spec", ["finn", "integer only", "factors of 4 bits"])
 def test_layers_around_a_concatenation_are_constrained_too(spec, host):
-    """Bits, integer biases and factors hold for the layers before and behind a concatenation, and none is warned of."""
+    """Bits, integer biases and factors hold for the layers before and after a concatenation, and none is warned of."""
     model, items = nets.build("branches"), nets.items("branches")
     config = four_bits(hardware=SPECS[spec], layer_activation_bits={"join.weight": 6})
     result = host().quantize(model, items, config)

@@ -147,7 +147,7 @@ def test_a_block_trains_what_belongs_to_it(host, monkeypatch):
 
 @pytest.mark.parametrize("ends", [["conv3", "conv1"], ["stem"], ["conv1", "relu"], ["fc"]])
 def test_blocks_that_are_none(ends, host):
-    """Ends in the wrong order, at the input, without a name, or behind the loss are refused before any step."""
+    """Ends in the wrong order, at the input, without a name, or after the loss are refused before any step."""
     with pytest.raises(ConfigError, match=r"FinetuneConfig\.blocks should name"):
         host.finetuned(nets.build("residual"), nets.items("residual"), four_bits(finetune=few_steps(blocks=ends)))
 

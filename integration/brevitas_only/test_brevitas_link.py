@@ -305,7 +305,7 @@ def test_a_float_checkpoint(linked_before, monkeypatch):
 
 
 def test_batch_norms_are_folded():
-    """A BatchNorm behind a layer goes into it and leaves an Identity; one behind a pool stays, and is a barrier."""
+    """A BatchNorm after a layer goes into it and leaves an Identity; one after a pool stays, and is a barrier."""
     model, x = build("normed"), images("normed")
     exact = nn.functional.conv2d(x, model.c1.weight, padding=1)
     exact = model.bn1(exact).detach()
@@ -392,7 +392,7 @@ def test_two_layers_with_one_weight(what):
 
 
 def test_a_dead_activation():
-    """An activation that is 0 on the example, as behind a dead ReLU, does not keep a model from being linked."""
+    """An activation that is 0 on the example, as after a dead ReLU, does not keep a model from being linked."""
     model, x = build("residual"), images("residual")
     nn.init.constant_(model.c2.bias, -100.0)
     link(model, x)

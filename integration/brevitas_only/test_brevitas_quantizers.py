@@ -197,7 +197,7 @@ def test_activations_on_layers(layer, kind):
 
 @pytest.mark.parametrize("quantizer", [QFTUint8ActPerTensorFloat, QFTShiftedUint8ActPerTensorFloat])
 def test_a_batch_of_zeros(quantizer):
-    """A first batch that is 0 everywhere, as behind a dead ReLU, stays 0, and the next batch is quantized well."""
+    """A first batch that is 0 everywhere, as after a dead ReLU, stays 0, and the next batch is quantized well."""
     module = qnn.QuantReLU(act_quant=quantizer)
     assert torch.equal(module(-torch.ones(2, 3)), torch.zeros(2, 3))
     x = torch.rand(20, 3)

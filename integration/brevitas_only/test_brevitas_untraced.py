@@ -34,7 +34,7 @@ CHANNELS = 8
 
 
 class Norm(nn.BatchNorm2d):
-    """A BatchNorm that holds the activation function behind it, in place."""
+    """A BatchNorm that holds the activation function after it, in place."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
@@ -206,7 +206,7 @@ def relative(found, expected):
 @pytest.mark.filterwarnings("ignore:The file should run for any number of images")
 @pytest.mark.parametrize("name", CASES)
 def test_quantized_folded_saved(name, tmp_path):
-    """Every layer is quantized with a quantizer of its input, all BatchNorms behind layers fold, and the model can be
+    """Every layer is quantized with a quantizer of its input, all BatchNorms after layers fold, and the model can be
     finetuned, folded and saved as QCDQ and QONNX.
     """
     model, items = build(name)

@@ -220,7 +220,7 @@ def test_what_is_not_an_nncf_dataset(dataset):
 
 
 def test_errors_of_the_dataset_come_through():
-    """An error that the user's own loader raises is not hidden behind another one."""
+    """An error that the user's own loader raises is not hidden by another one."""
 
     def broken():
         yield torch.randn(IMAGES)

@@ -1,4 +1,4 @@
-"""The student of NNCF without NNCF: the same hooks at the same calls, ReLUs computed by the quantizers behind them."""
+"""The student of NNCF without NNCF: the same hooks at the same calls, ReLUs computed by the quantizers after them."""
 
 import nets
 import pytest

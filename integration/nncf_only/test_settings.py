@@ -117,7 +117,7 @@ def test_target_device(device, outputs):
 @pytest.mark.parametrize("range_", ["host", "max", "mse"])
 @pytest.mark.parametrize("device", ["CPU", "NPU"])
 def test_operations_in_place(device, range_, outputs):
-    """An addition or activation in place, right behind a quantizer, does not disturb the training or the ranges."""
+    """An addition or activation in place, right after a quantizer, does not disturb the training or the ranges."""
     results = []
     for name in ("residual", "in_place"):
         torch.manual_seed(0)

@@ -68,7 +68,7 @@ class ActInNorm(Chain):
 
 
 class ActInNormFirst(Chain):
-    """Norms with an activation function in front of the layers, and behind an addition."""
+    """Norms with an activation function in front of the layers, and after an addition."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ def test_the_student_is_the_network(name, outputs, tmp_path):
 
 
 def test_a_preactivation_network_adds_floats():
-    """What is only added is not quantized, whether NNCF has put the quantizer behind its maker or in front of `+=`."""
+    """What is only added is not quantized, whether NNCF has put the quantizer after its maker or in front of `+=`."""
     model, items = built("preactivation")
     q = host.quantize(model, nncf.Dataset(items), four_bits(finetune=None)).model
     names = [name for name, _ in get_hook_storage(q).named_hooks(remove_duplicate=False)]
@@ -231,7 +231,7 @@ def test_a_pruned_model_and_a_part_that_trains():
 
 
 class BatchAsConcatenation(Chain):
-    """Puts two views of every image behind each other, along the axis of the images."""
+    """Puts two views of every image one after the other, along the axis of the images."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x).relu()
