@@ -138,7 +138,7 @@ def test_bounds_absorb_a_factor(power: int, seed: int) -> None:
 
 @pytest.mark.parametrize("original", [nn.ReLU6(), nn.Hardtanh(-2.0, 3.0), nn.Hardtanh(-4.0, 0.0)])
 def test_the_factor_is_what_bounds_were_divided_by(original: nn.Hardtanh) -> None:
-    """Scaled by the factor of its channel in front, and back behind, the original does the same with values beyond."""
+    """Scaled by the factor of its channel in front, and back after, the original does the same with values beyond."""
     module = ChannelHardtanh(original, 3, axis=-1, like=torch.zeros((), dtype=torch.float64))
     c = torch.tensor([0.25, 1.0, 4.0], dtype=torch.float64)
     module.low.div_(c)
@@ -158,7 +158,7 @@ def strong(*modules: nn.Module) -> nn.Module:
 
 
 class Shared(nn.Module):
-    """One ReLU6 that stands behind two layers."""
+    """One ReLU6 that stands after two layers."""
 
     def __init__(self, between: int = CHANNELS) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "grouped": lambda: strong(conv(), nn.ReLU6(), Apply(shuffle), conv(groups=4), nn.Hardtanh(), conv(4)),
     "residual": lambda: strong(conv(), Residual(nn.Sequential(conv(), nn.ReLU6(), conv())), nn.ReLU6(), conv(4)),
     "called twice": lambda: strong(Shared()),
-    "pool behind": lambda: strong(conv(), nn.ReLU6(), nn.MaxPool2d(2), conv(4)),
+    "pool after": lambda: strong(conv(), nn.ReLU6(), nn.MaxPool2d(2), conv(4)),
     "linear": lambda: strong(conv(), nn.Flatten(), nn.Linear(288, 12), nn.ReLU6(), nn.Linear(12, 3)),
     "tokens": lambda: strong(
         Apply(lambda x: x.flatten(2).transpose(1, 2)), nn.Linear(CHANNELS, 6), nn.ReLU6(), nn.Linear(6, 3)
@@ -328,7 +328,7 @@ FREE = [
     "grouped",
     "residual",
     "called twice",
-    "pool behind",
+    "pool after",
     "linear",
     "tokens",
     "1-d",
@@ -438,7 +438,7 @@ def test_replace_by_relu_reaches_shared_modules(name: str) -> None:
 
 
 class ReadLater(nn.Module):
-    """An in-place ReLU6 whose input is read behind it: what is added is what it has made."""
+    """An in-place ReLU6 whose input is read after it: what is added is what it has made."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -233,7 +233,7 @@ def test_one_vector_cannot_fit_different_shapes(other: str) -> None:
 
 @pytest.mark.parametrize("length", [7, 5], ids=["another length", "as long as wide"])
 def test_the_channels_of_a_conv1d_are_axis_1(length: int) -> None:
-    """In `[N, C, L]` behind a convolution the vector is over C, also where L is as large."""
+    """In `[N, C, L]` after a convolution the vector is over C, also where L is as large."""
 
     def run(m: Steps, x: Tensor) -> Tensor:
         return m[1](m[0](x).relu())
@@ -251,7 +251,7 @@ SEQUENCES = {"[N, C]": (2, 3), "[N, L, C]": (2, 7, 3), "L as large as C": (2, 5,
 
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_the_channels_of_a_linear_layer_are_the_last_axis(name: str) -> None:
-    """Behind a linear layer the vector is over the last axis, however many axes stand before it."""
+    """After a linear layer the vector is over the last axis, however many axes stand before it."""
 
     def run(m: Steps, x: Tensor) -> Tensor:
         return m[1](m[0](x).relu())
@@ -303,7 +303,7 @@ def test_a_vector_ties_positions_that_were_apart() -> None:
     ids=["padded sequence", "two sequences", "padded image, channels last"],
 )
 def test_the_channels_of_a_sequence_in_parts_are_the_last_axis(run: Callable[[Steps, Tensor], Tensor]) -> None:
-    """Zeros or other tokens behind a sequence do not change which axis is that of the channels."""
+    """Zeros or other tokens after a sequence do not change which axis is that of the channels."""
     x = torch.randn(2, 7, 3, dtype=torch.float64)
     model = Steps(run, nn.Linear(3, 5), nn.Linear(3, 5), nn.Linear(5, 2)).double()
     name = record(model, x).ops[-2].outputs[0]

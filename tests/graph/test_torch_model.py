@@ -216,7 +216,7 @@ def test_largest_change_of_a_zero_output() -> None:
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_largest_change_keeps_nan(place: int) -> None:
-    """NaN in any output is NaN in the result, whatever stands before and behind it, so that no comparison passes."""
+    """NaN in any output is NaN in the result, whatever stands before and after it, so that no comparison passes."""
     expected = [torch.ones(2) for _ in range(3)]
     found = [torch.ones(2) * (1 + i) for i in range(3)]
     found[place] = torch.tensor([1.0, math.nan])

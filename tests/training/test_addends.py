@@ -98,7 +98,7 @@ def test_the_axis_is_that_of_the_channels(model: type[nn.Module], size: tuple[in
 
 
 def test_what_no_factor_frees_is_left_out() -> None:
-    """Behind a barrier on both sides, or with one scale for all channels, there is nothing to gain."""
+    """After a barrier on both sides, or with one scale for all channels, there is nothing to gain."""
 
     class Nothing(nn.Module):
         def __init__(self) -> None:
