@@ -9,9 +9,23 @@ import torch
 from brevitas.quant import Int8WeightPerTensorFloat, Uint8ActPerTensorFloatMaxInit
 from torch import Tensor, nn
 
-from qft_plugin.brevitas import QFTInt4Weight, QFTInt8Act, QFTUint8Act
+from qft_plugin import FinetuneConfig, QFTConfig
+from qft_plugin.brevitas import QFTInt4Weight, QFTInt8Act, QFTUint8Act, link
 from qft_plugin.brevitas._quantizers import KEPT
 from qft_plugin.brevitas._scalings import ActivationScaling, WeightScaling
+
+CLOSE = 0.15
+"""Error of 8-bit weights and activations, relative to what differs between images; a wrong bound shows as 0.4."""
+
+
+def few_steps(**settings: Any) -> FinetuneConfig:
+    """Make a finetune of 4 steps."""
+    return FinetuneConfig(**{"images_fed": 64, "batch_size": 16, **settings})
+
+
+def few(**settings: Any) -> QFTConfig:
+    """Make settings for a model that has its quantizers."""
+    return QFTConfig(**{"finetune": few_steps(), **settings})
 
 
 def conv(ins: int, outs: int, size: int = 3, *, weight: Any = QFTInt4Weight, **settings: Any) -> qnn.QuantConv2d:
@@ -269,6 +283,14 @@ def integers(layer: Any) -> Tensor:
         exact = quantized.value.double() / layer.weight_quant.scale().double()
     assert torch.allclose(exact, exact.round(), atol=1e-3)
     return exact.round()
+
+
+def linked(name: str, **settings: Any) -> tuple[nn.Module, Tensor]:
+    """Build a network, let its quantizers see 16 images, and link it."""
+    model, x = build(name, **settings), images(name)
+    run(model, x)
+    link(model, x[:2])
+    return model, x
 
 
 def shared_log_c(model: nn.Module) -> Tensor:
