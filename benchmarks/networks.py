@@ -44,8 +44,8 @@ since these are not homogeneous, and a residual stream that LayerNorms read, sin
 layer after a LayerNorm is free: its gamma and beta absorb the factor. So is what attention makes: it has the scales of
 the values.
 An activation that a number or a parameter is added to keeps its scale, because the constant would have to be scaled
-with it. Of 9,151 layer inputs of the networks of `benchmarks/zoo.py` this holds for 110, and for 57 of them nothing else
-does: the learnable affine blocks of hgnetv2 and the position embeddings of visformer.
+with it. Of 9,151 layer inputs of the networks of `benchmarks/zoo.py` this holds for 110, and for 57 of them nothing
+else does: the learnable affine blocks of hgnetv2 and the position embeddings of visformer.
 `nn.MultiheadAttention` is one operation as torch records it, and its projections are not counted.
 With `HardwareSpec(activation_scale="explicit")` layers after SiLU, GELU and Hardswish modules are free too.
 """
