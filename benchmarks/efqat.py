@@ -9,7 +9,6 @@ it is, as medians over the rounds; `plain_limit` is what the plain float network
 
 import argparse
 import copy
-import importlib
 import json
 import statistics
 import sys
@@ -22,17 +21,13 @@ import step_time
 import torch
 
 from qft_plugin import EfQAT, FinetuneConfig, QFTConfig
-from qft_plugin.job.run import predicted
-from qft_plugin.job.start import Start
-from qft_plugin.job.understand import Problem
+from qft_plugin.job import run
+from qft_plugin.job.host import Placed, Problem, Source, Start
 from qft_plugin.training.efqat import PartialTraining
 from qft_plugin.training.loss import Loss, distillation_loss
 from qft_plugin.training.teacher import Targets
 
 WARM_UP = 2
-TRAINERS = {"nncf": "qft_plugin.nncf._register", "brevitas": "qft_plugin.brevitas._run"}
-"""The module of each host that calls `pipeline.train`."""
-
 PARTS = [("cwpl", 0.0), ("cwpl", 0.05), ("cwpl", 0.25), ("cwpn", 0.05), ("cwpn", 0.25), ("lwpn", 0.05), ("lwpn", 0.25)]
 """Modes and ratios; a ratio of 0 is the same in all modes, and the limit of what can be gained."""
 
@@ -43,7 +38,14 @@ def measure(host: str, net: str, batch: int, rounds: int) -> dict[str, list[floa
     parts |= {f"{mode} {ratio}": EfQAT(mode=mode, ratio=ratio) for mode, ratio in PARTS}
     times: dict[str, list[float]] = {name: [] for name in parts}
 
-    def train(start: Start, problem: Problem, targets: Targets, config: QFTConfig, *, callback: object) -> None:  # noqa: ARG001
+    def train(
+        start: Start[Placed],
+        problem: Problem[Source],
+        targets: Targets,
+        config: QFTConfig,
+        *,
+        callback: object,  # noqa: ARG001
+    ) -> None:
         """Stand in for the training: run the backward passes of all finetunes, from copies of one start."""
         assert config.finetune is not None
         starts = {name: replace(start, dof=copy.deepcopy(start.dof)) for name in parts}
@@ -55,7 +57,7 @@ def measure(host: str, net: str, batch: int, rounds: int) -> dict[str, list[floa
         loss = Loss(problem.at.weights(len(wanted.features)), 0.0)
         for _ in range(WARM_UP + rounds):
             for name, own in starts.items():
-                found = distillation_loss(predicted(own, config.finetune, call), wanted, loss)
+                found = distillation_loss(run.predicted(own, config.finetune, call), wanted, loss)
                 begin = time.perf_counter()
                 found.backward()
                 times[name].append(1e3 * (time.perf_counter() - begin))
@@ -64,7 +66,7 @@ def measure(host: str, net: str, batch: int, rounds: int) -> dict[str, list[floa
     model, inputs = architectures.build(net, 2 * batch)
     finetune = FinetuneConfig(images_fed=batch, batch_size=batch)
     config = QFTConfig(finetune=finetune, compensate=False, equalize=False)  # a start that takes less time
-    with mock.patch.object(importlib.import_module(TRAINERS[host]), "train", train):
+    with mock.patch.object(run, "train", train):
         step_time.HOSTS[host](model, list(inputs.split(batch)), config, lambda _: None)
     return {name: ms[WARM_UP:] for name, ms in times.items()}
 

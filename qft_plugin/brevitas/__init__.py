@@ -7,8 +7,7 @@ from qft_plugin.brevitas._version import check_version
 
 check_version()
 
-from qft_plugin.brevitas._attach import Student, place  # noqa: E402  (only after the check that Brevitas is there)
-from qft_plugin.brevitas._link import dof_map_of, link  # noqa: E402
+from qft_plugin.brevitas._link import dof_map_of, link  # noqa: E402  (only after the check that Brevitas is there)
 from qft_plugin.brevitas._quantizers import (  # noqa: E402
     QFTInt4Weight,
     QFTInt4WeightDoublyPerChannelFloat,
@@ -38,14 +37,12 @@ __all__ = [
     "QFTUint8Act",
     "QFTUint8ActPerTensorFloat",
     "Rescaled",
-    "Student",
     "check_version",
     "dof_map_of",
     "finetune",
     "fold",
     "initialize",
     "link",
-    "place",
     "quantize",
     "save_qcdq",
     "save_qonnx",

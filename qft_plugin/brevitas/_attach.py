@@ -5,7 +5,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,17 +41,6 @@ CALIBRATION_IMAGES = 256
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a user asked of this host.
-
-    Attributes:
-        calibrate: choose the ranges of activations and the scales of weights anew, else keep those of the model.
-    """
-
-    calibrate: bool
-
-
-@dataclass(frozen=True)
 class Placed:
     """The quantizers of a Brevitas model around a folded network.
 
@@ -63,18 +52,22 @@ class Placed:
     placement: Placement
     tensors: Mapping[str, Tensor]
 
+    def with_placement(self, placement: Placement) -> "Placed":
+        """Return the same with other grids."""
+        return replace(self, placement=placement)
+
 
 @torch.no_grad()
-def place(source: Source, tensors: Mapping[str, Tensor], request: Request, inputs: Inputs) -> Placed:
+def place(source: Source, tensors: Mapping[str, Tensor], inputs: Inputs, *, calibrate: bool) -> Placed:
     """Describe the quantizers that the model has.
 
     Args:
         source: the model as it was read.
         tensors: weights and biases of the folded network.
-        request: whether to calibrate.
         inputs: the images.
+        calibrate: choose the ranges of activations and the scales of weights anew, else keep those of the model.
     """
-    if request.calibrate:
+    if calibrate:
         activations = _calibrated(source, tensors, inputs)
     else:
         activations = {
@@ -87,8 +80,8 @@ def place(source: Source, tensors: Mapping[str, Tensor], request: Request, input
         weights[name] = WeightPlace(
             per_channel=scaling.per_channel,
             doubly=left is not None,
-            scale=None if request.calibrate else scaling.folded_step(),
-            scale_in=None if request.calibrate or left is None else left.exp(),
+            scale=None if calibrate else scaling.folded_step(),
+            scale_in=None if calibrate or left is None else left.exp(),
         )
     return Placed(Placement(activations, source.on_tensor, {}, weights), tensors)
 

@@ -13,9 +13,11 @@ from qft_plugin.errors import DataError, ModelError
 from qft_plugin.graph.batch_norms import merge_norms
 from qft_plugin.graph.channel_affine import Rescaled, free_channels
 from qft_plugin.graph.channel_clip import free_bounds
-from qft_plugin.graph.layer_graph import LayerGraph
+from qft_plugin.graph.folding import names_of
+from qft_plugin.graph.layer_graph import DofMap, LayerGraph
 from qft_plugin.graph.record import record
 from qft_plugin.graph.torch_model import SAME, Call, check_finite, check_model, first_outputs, largest_change
+from qft_plugin.job.understand import proven_map
 from qft_plugin.training.student import QUANTIZER_OP, FakeQuantizer
 
 REPEATS: Final = 8
@@ -27,6 +29,7 @@ class Source:
     """A model as this host read it.
 
     Attributes:
+        linked: the Brevitas model, which holds the degrees of freedom and is changed when they are written.
         model: float twin of the Brevitas model, in eval mode; its parameters have the same names.
         graph: what the twin computes; a quantizer is an operation that passes values on.
         tensors: weights and biases by name.
@@ -35,9 +38,11 @@ class Source:
         on_tensor: which of them made a tensor.
         weights: trained state of each weight quantizer, by name of the weight.
         addend_factors: names of the factors in front of additions.
+        dof_map: which per-channel scales are shared, free, or pinned.
         kept: by name of a weight that is pruned, true where it is not.
     """
 
+    linked: nn.Module
     model: nn.Module
     graph: LayerGraph
     tensors: Mapping[str, Tensor]
@@ -46,7 +51,17 @@ class Source:
     on_tensor: Mapping[str, str]
     weights: Mapping[str, WeightScaling]
     addend_factors: frozenset[str]
+    dof_map: DofMap
     kept: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def again(self) -> "Source":
+        """Return the description of the model as it is after degrees of freedom were written into it."""
+        written = {name: self.linked.get_parameter(name).detach() for name in self._written}
+        return replace(self, tensors={**self.tensors, **written})
+
+    @property
+    def _written(self) -> list[str]:
+        return names_of([layer for layer in self.dof_map.layers if layer.weight in self.weights])
 
 
 def check(model: nn.Module) -> None:
@@ -146,20 +161,20 @@ def names_of_modules(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_modules()}
 
 
-def read(model: nn.Module, call: Call, *, explicit: bool = False) -> Source:
-    """Describe a model; it is copied, never changed.
+def read(
+    model: nn.Module, twin: nn.Module, call: Call, *, graph: LayerGraph | None = None, explicit: bool = False
+) -> Source:
+    """Describe a model, which is not changed.
 
     Args:
         model: a Brevitas model that passed `check`.
+        twin: what `runnable_twin` returned for it; it becomes a part of the description.
         call: arguments to trace it with.
+        graph: what `record` returned for the twin; `None` where it was not recorded yet.
         explicit: free the scales behind functions that no scale passes through.
-
-    Raises:
-        ModelError: it cannot be run on plain tensors, or quantizes a bias.
     """
-    twin = runnable_twin(model, call)
-    free_channels(twin, call, norms=True, barriers=explicit, only=names_of_modules(model))
-    graph = record(twin, call)
+    if free_channels(twin, call, norms=True, barriers=explicit, only=names_of_modules(model)) or graph is None:
+        graph = record(twin, call)
     stand_ins = {name.replace(".", "/"): name for name, m in twin.named_modules() if isinstance(m, FakeQuantizer)}
     on_tensor: dict[str, str] = {}
     for op in graph.ops:
@@ -178,29 +193,38 @@ def read(model: nn.Module, call: Call, *, explicit: bool = False) -> Source:
         for name, module in model.named_modules()
         if (scaling := weight_scaling(module)) is not None
     }
-    tensors = {**dict(twin.named_parameters(remove_duplicate=False)), **dict(twin.named_buffers())}
+    named = [*twin.named_parameters(remove_duplicate=False), *twin.named_buffers()]
+    tensors = {name: t.detach() for name, t in named}
+    graph = replace(graph, vectors=tuple(group for group in groups.values() if len(graph.shapes[group[0]]) > 1))
     return Source(
+        model,
         twin,
-        replace(graph, vectors=tuple(group for group in groups.values() if len(graph.shapes[group[0]]) > 1)),
-        {name: t.detach() for name, t in tensors.items()},
+        graph,
+        tensors,
         {name: scaling.bits for name, scaling in weights.items()},
         activations,
         on_tensor,
         weights,
         frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Rescaled)),
+        proven_map(twin, graph, tensors, call),
     )
 
 
 @torch.no_grad()
-def fold_norms(model: nn.Module, twin: nn.Module, graph: LayerGraph) -> None:
+def fold_norms(model: nn.Module, twin: nn.Module, graph: LayerGraph) -> bool:
     """Fold every BatchNorm that alone follows a layer into it, in place; scales of these layers start anew.
 
     Args:
         model: the model to change.
         twin: a float copy with the same names.
         graph: what `record` returned for the twin.
+
+    Returns:
+        Whether there was one.
     """
-    for name in merge_norms(model, twin, graph):
+    folded = merge_norms(model, twin, graph)
+    for name in folded:
         scaling = weight_scaling(model.get_submodule(name))
         if scaling is not None:
             scaling.ready = False
+    return bool(folded)

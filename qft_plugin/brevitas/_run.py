@@ -1,31 +1,21 @@
 """What a user of Brevitas calls: initialize, finetune, quantize."""
 
 import copy
-import sys
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any, Final
 
 import torch
 from torch import nn
 
-from qft_plugin.brevitas._attach import Request, teacher
-from qft_plugin.brevitas._link import link_on, shared_factors
-from qft_plugin.brevitas._read import Source, check, made_in_inference_mode
-from qft_plugin.brevitas._swap import swap
+from qft_plugin.brevitas._host import Brevitas
+from qft_plugin.brevitas._read import check, made_in_inference_mode
 from qft_plugin.brevitas._version import check_version
-from qft_plugin.brevitas._write import write
 from qft_plugin.config import QFTConfig
-from qft_plugin.deploy.images import keep_images
 from qft_plugin.errors import ConfigError
 from qft_plugin.graph.channel_affine import Rescaled
-from qft_plugin.graph.torch_model import Call, accepts, check_finite, check_model
-from qft_plugin.job.run import Callback, check_accumulators, check_start, targets_of, train
-from qft_plugin.job.start import initialize as initialized
-from qft_plugin.job.start import start
-from qft_plugin.job.understand import Problem, images, understand
-from qft_plugin.training.data import Inputs, as_call
-from qft_plugin.training.distributed import agreed, joined
+from qft_plugin.graph.torch_model import check_finite, check_model
+from qft_plugin.job.run import Callback, run
+from qft_plugin.training.distributed import joined
 from qft_plugin.training.finetune import FinetuneResult
 
 BY_QUANTIZERS: Final = (
@@ -51,10 +41,10 @@ def initialize(model: nn.Module, data: Iterable[Any], config: QFTConfig | None =
         config: the settings; bit widths and granularity are those of the model's quantizers.
     """
     config = _config(config, model)
-    with torch.inference_mode(False), torch.no_grad(), joined(model) as world:
-        inputs = _images(model, data, config)
-        with agreed(world):
-            _initialize(model, inputs, config)
+    with torch.inference_mode(False), torch.no_grad(), joined(model):
+        check_version()
+        check(model)
+        run(Brevitas(model, data, None, calibrates=True), config)
 
 
 def finetune(
@@ -91,8 +81,9 @@ def finetune(
         )
     check_model(teacher)
     with torch.inference_mode(False), torch.enable_grad(), joined(model):
-        inputs = _images(model, data, config)
-        result = _finetune(model, teacher, inputs, config, callback)
+        check_version()
+        check(model)
+        result = run(Brevitas(model, data, teacher, calibrates=False), config, callback=callback).result
     assert result is not None
     return result
 
@@ -134,18 +125,12 @@ def quantize(
     config = config or QFTConfig()
     check_version()
     check_model(model)
-    with torch.inference_mode(False), torch.enable_grad(), joined(model) as world:
+    with torch.inference_mode(False), torch.enable_grad(), joined(model):
         if made_in_inference_mode(model):
             model = copy.deepcopy(model)  # a copy that is made here is an ordinary one
         check_finite(dict(model.named_parameters()))
-        inputs = images(model, data, config)
-        with agreed(world):
-            call = _first(inputs) if example_input is None else as_call(example_input, accepts=accepts(model))
-            quantized = swap(model, call, inputs, config)
-            _initialize(quantized, inputs, config)
-        if config.finetune is not None:
-            _finetune(quantized, model, inputs, config, callback)
-    return quantized
+        host = Brevitas(model, data, model, calibrates=True, swaps=True, example_input=example_input)
+        return run(host, config, callback=callback).model
 
 
 def _config(config: QFTConfig | None, model: Any) -> QFTConfig:
@@ -169,51 +154,3 @@ def _config(config: QFTConfig | None, model: Any) -> QFTConfig:
             "like=weight) modules, or call quantize on the float model, which puts them there."
         )
     return config
-
-
-def _images(model: nn.Module, data: Iterable[Any], config: QFTConfig) -> Inputs:
-    check_version()
-    check(model)
-    return images(model, data, config)
-
-
-def _first(inputs: Inputs) -> Call:
-    return inputs.first()
-
-
-def _understood(model: nn.Module, inputs: Inputs, config: QFTConfig) -> tuple[Source, Problem]:
-    source = link_on(model, _first(inputs), explicit=config.hardware.activation_scale == "explicit")
-    return source, understand(source, inputs, config)
-
-
-def _initialize(model: nn.Module, inputs: Inputs, config: QFTConfig) -> None:
-    source, problem = _understood(model, inputs, config)
-    request = Request(calibrate=True)
-    begin = initialized(sys.modules["qft_plugin.brevitas"], problem, request, config)
-    if config.finetune is None:
-        check_start(begin, problem)
-        check_accumulators(begin.dof)
-    write(model, source, begin)
-    keep_images(model, inputs)
-
-
-def _finetune(
-    model: nn.Module, float_model: nn.Module, inputs: Inputs, config: QFTConfig, callback: Callback | None
-) -> FinetuneResult | None:
-    with agreed(inputs.world):
-        source, problem = _understood(model, inputs, config)
-        targets = targets_of(teacher(float_model, source, problem.at, _first(inputs)), problem, config)
-        factors = shared_factors(model)
-        assert factors is not None
-        begin = start(
-            sys.modules["qft_plugin.brevitas"],
-            problem,
-            Request(calibrate=False),
-            replace(config, activation_range="host"),
-            log_c=factors.log_c.detach().clone(),
-            compensate=False,
-        )
-    result = train(begin, problem, targets, config, callback=callback)
-    write(model, source, begin)
-    keep_images(model, inputs)
-    return result

@@ -1,6 +1,7 @@
 """Back to Brevitas: trained degrees of freedom into a linked model, and a linked model into an ordinary one."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from brevitas.quant.solver.bias import BiasQuantSolver
 from brevitas.quant.solver.weight import WeightQuantSolver
 from torch import Tensor, nn
 
+from qft_plugin.brevitas._attach import Placed
 from qft_plugin.brevitas._link import dof_map_of, shared_factors
 from qft_plugin.brevitas._quantizers import take_any_inputs
 from qft_plugin.brevitas._read import Source
@@ -28,26 +30,27 @@ from qft_plugin.graph.channel_clip import ChannelHardtanh
 from qft_plugin.graph.folding import fold_network, names_of
 from qft_plugin.graph.layer_graph import PINNED, DofMap
 from qft_plugin.graph.torch_model import replace_modules, tensor_of
-from qft_plugin.job.start import Start
-from qft_plugin.training.integers import deployed_weights, folded_tensors
+from qft_plugin.job.host import Start
+from qft_plugin.training.integers import DeployedWeight, folded_tensors
 from qft_plugin.training.rounding import moved_to
 
 
 @torch.no_grad()
-def write(model: nn.Module, source: Source, start: Start) -> None:
+def write(source: Source, start: Start[Placed], deployed: Mapping[str, DeployedWeight]) -> None:
     """Put the degrees of freedom into the linked model that was read, in place.
 
     Args:
-        model: the linked model.
         source: what was read of it.
         start: holds the degrees of freedom and the factors that were folded before.
+        deployed: the integers and steps of all quantized weights by name.
     """
+    model = source.linked
     dof = start.dof
     log_c = start.log_c + dof.log_c
     values = folded_tensors(dof)
-    for name, deployed in deployed_weights(dof).items():
-        step = dof.map.layer(name).axes.on_weight(deployed.step, deployed.step_in, values[name])
-        values[name] = moved_to(deployed.integers, values[name], step)
+    for name, found in deployed.items():
+        step = dof.map.layer(name).axes.on_weight(found.step, found.step_in, values[name])
+        values[name] = moved_to(found.integers, values[name], step)
     unfolded = fold_network(dof.map, -log_c, values)
     for layer in dof.map.layers:
         if layer.weight in dof.weight_grids:

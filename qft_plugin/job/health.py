@@ -3,8 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from qft_plugin.errors import DataError, ModelError, QFTError, QFTWarning
 from qft_plugin.graph.layer_graph import LayerGraph
 from qft_plugin.graph.placement import Placement
 from qft_plugin.graph.torch_model import Call
+from qft_plugin.job.host import Student, Watchers
 from qft_plugin.training.data import Inputs
 from qft_plugin.training.loss import Prediction
 from qft_plugin.training.solve import Solution
@@ -31,30 +31,6 @@ FEW: Final = 8
 
 LISTED: Final = 3
 """How many of the activations that a warning is about it names."""
-
-
-Watchers = Mapping[str, Callable[[Tensor], None]]
-"""What is shown the input of an operation, by its name."""
-
-
-class Student(Protocol):
-    """What is asked of a host's student."""
-
-    def __call__(self, solution: Solution, call: Call) -> Prediction:
-        """Run with quantized activations."""
-        ...
-
-    def looked_at(self, look: Callable[[str, Tensor], None]) -> AbstractContextManager[None]:
-        """Show a function what each activation quantizer reads in runs with float activations, with its name."""
-        ...
-
-    def watch(self, tensors: Mapping[str, Tensor], call: Call, watchers: Watchers) -> None:
-        """Run with float activations and show each watcher the input of its operation."""
-        ...
-
-    def trace(self, solution: Solution, call: Call, watchers: Watchers) -> None:
-        """Run with quantized activations and show each watcher the input of its operation."""
-        ...
 
 
 def extremes(x: Tensor, images: int) -> Tensor:

@@ -1,11 +1,11 @@
-"""The whole job step by step: the only place that knows all of them. A host calls these in order."""
+"""The whole job step by step, the same for every host."""
 
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Final, cast
+from typing import Final
 
 import torch
 from torch import nn
@@ -15,15 +15,16 @@ from qft_plugin.errors import ConfigError, QFTError, QFTWarning
 from qft_plugin.graph.layer_graph import DofMap
 from qft_plugin.graph.torch_model import Call
 from qft_plugin.job.health import check_squares, is_finite, not_finite, warn_of_targets
-from qft_plugin.job.start import Start
-from qft_plugin.job.understand import Problem
+from qft_plugin.job.host import Host, Placed, PlacedT, Problem, Source, SourceT, Start
+from qft_plugin.job.understand import images, understand
 from qft_plugin.tensors.partial_gradients import PartialBackward
 from qft_plugin.training.blocks import split
+from qft_plugin.training.distributed import agreed
 from qft_plugin.training.dof import Dof
 from qft_plugin.training.efqat import PartialTraining, release
 from qft_plugin.training.finetune import EVALUATION_IMAGES, FinetuneResult, Goal, finetune
-from qft_plugin.training.integers import accumulator_bits
-from qft_plugin.training.loss import Loss, Network, Prediction
+from qft_plugin.training.integers import DeployedWeight, accumulator_bits, deployed_weights
+from qft_plugin.training.loss import Loss, Prediction
 from qft_plugin.training.phases import Options, Phase, Step
 from qft_plugin.training.solve import solve
 from qft_plugin.training.student import copies_for_gradients
@@ -56,16 +57,42 @@ class Job:
     result: FinetuneResult | None
 
 
-def targets_of(teacher: Network, problem: Problem, config: QFTConfig) -> Targets | Recomputed | None:
+def run(host: Host[SourceT, PlacedT], config: QFTConfig, *, callback: Callback | None = None) -> Job:
+    """Quantize a model: the steps of a job, each of which is described where it stands.
+
+    Of several processes, all fail together up to where training begins.
+
+    Args:
+        host: has the user's model and dataset, and the quantizers.
+        config: the settings.
+        callback: called after each finetuning step.
+    """
+    inputs = images(host.model, host.items(), config, head_items=host.head_items)
+    with agreed(inputs.world):
+        source = host.read(inputs, config)
+        problem = understand(source, inputs, config)
+        targets = targets_of(host, problem, config)
+        start = host.initialize(problem, config)
+    result = train(start, problem, targets, config, callback=callback)
+    deployed = deployed_weights(start.dof)
+    if targets is not None or config.finetune is None:  # else a job that trains will say so
+        check_accumulators(start.dof, deployed)
+    return Job(host.write(problem, start, deployed), source.dof_map, result)
+
+
+def targets_of(
+    host: Host[SourceT, PlacedT], problem: Problem[SourceT], config: QFTConfig
+) -> Targets | Recomputed | None:
     """Run the teacher once over what this process trains on; without a finetune there is nothing to compare with.
 
     Args:
-        teacher: the float network, compared at `problem.at`.
+        host: makes the teacher.
         problem: what `understand` returned.
         config: the settings.
     """
     settings = config.finetune
-    if settings is None:
+    teacher = None if settings is None else host.teacher(problem)
+    if settings is None or teacher is None:
         return None
     random = is_random(teacher, problem.inputs)
     if random or images_meet(teacher, problem.inputs):
@@ -103,41 +130,43 @@ def _check_logits(settings: FinetuneConfig, logits: object) -> None:
 
 
 def train(
-    start: Start,
-    problem: Problem,
+    start: Start[Placed],
+    problem: Problem[Source],
     targets: Targets | Recomputed | None,
     config: QFTConfig,
     *,
     callback: Callback | None,
 ) -> FinetuneResult | None:
-    """Finetune against the teacher's outputs; leaves the best state in `start.dof`, and warns of what would overflow.
+    """Finetune against the teacher's outputs; leaves the best state in `start.dof`.
 
     Args:
         start: what `initialize` returned.
         problem: what `understand` returned.
         targets: what `targets_of` returned.
-        config: the settings; without a finetune in them nothing happens.
+        config: the settings; without a finetune in them the start is looked at, and nothing trains.
         callback: called after each finetuning step.
+
+    Raises:
+        ModelError: the student computes NaN or infinity at the start.
     """
-    settings, dof = config.finetune, start.dof
-    result = None
-    if settings is not None and targets is not None:
-        try:
-            result = _finetuned(start, problem, targets, settings, callback)
-        except RuntimeError as error:
-            if "modified by an inplace operation" not in str(error):
-                raise
-            # `a += 1` after a layer has read `a` is nothing wrong where nothing trains. The first step has found it.
-            result = _finetuned(start, problem, targets, settings, callback, copies=True)
-        _warn_of_loss(result, settings)
-    else:
+    settings = config.finetune
+    if settings is None:
         check_start(start, problem)
-    check_accumulators(dof)
+    if settings is None or targets is None:
+        return None
+    try:
+        result = _finetuned(start, problem, targets, settings, callback)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        # `a += 1` after a layer has read `a` is nothing wrong where nothing trains. The first step has found it.
+        result = _finetuned(start, problem, targets, settings, callback, copies=True)
+    _warn_of_loss(result, settings)
     return result
 
 
 @torch.no_grad()
-def check_start(start: Start, problem: Problem) -> None:
+def check_start(start: Start[Placed], problem: Problem[Source]) -> None:
     """Refuse a start that computes NaN or infinity, where no finetune follows that would look at its loss.
 
     Raises:
@@ -166,12 +195,17 @@ def _warn_of_loss(result: FinetuneResult, settings: FinetuneConfig) -> None:
         )
 
 
-def check_accumulators(dof: Dof) -> None:
-    """Warn of every layer whose accumulator could overflow."""
+def check_accumulators(dof: Dof, deployed: Mapping[str, DeployedWeight]) -> None:
+    """Warn of every layer whose accumulator could overflow.
+
+    Args:
+        dof: the degrees of freedom.
+        deployed: the integers of all quantized weights by name.
+    """
     width = dof.hardware.accumulator_bits
     if width is None:
         return
-    wide = {name: bits for name, bits in accumulator_bits(dof).items() if bits > width}
+    wide = {name: bits for name, bits in accumulator_bits(dof, deployed).items() if bits > width}
     if wide:
         warnings.warn(
             f"An accumulator of {width} bits should hold every sum. Found inputs that would overflow it: "
@@ -182,7 +216,7 @@ def check_accumulators(dof: Dof) -> None:
         )
 
 
-def predicted(start: Start, settings: FinetuneConfig, call: Call, *, copies: bool = False) -> Prediction:
+def predicted(start: Start[Placed], settings: FinetuneConfig, call: Call, *, copies: bool = False) -> Prediction:
     """Run the student with what its degrees of freedom are now, with gradients to those that train.
 
     Args:
@@ -199,13 +233,13 @@ def predicted(start: Start, settings: FinetuneConfig, call: Call, *, copies: boo
         PartialBackward(solution.partial) if solution.partial else contextlib.nullcontext(),
         copies_for_gradients() if copies and torch.is_grad_enabled() else contextlib.nullcontext(),
     ):
-        prediction = cast(Prediction, start.student(solution, call))
+        prediction = start.student(solution, call)
     return prediction.to(torch.float32) if low else prediction
 
 
 def _finetuned(
-    start: Start,
-    problem: Problem,
+    start: Start[Placed],
+    problem: Problem[Source],
     targets: Targets | Recomputed,
     settings: FinetuneConfig,
     callback: Callback | None,
@@ -217,9 +251,9 @@ def _finetuned(
     part = settings.trains_part
     if isinstance(targets, Targets):  # else the teacher runs along
         warn_of_targets(targets, loss.weights, problem.inputs)
-    # What is chosen to train depends on every bit of the state.
-    problem.inputs.world.share_state(dof)
-
+    if part is not None:
+        # What is chosen to train depends on every bit of the state; `finetune` shares it where all trains.
+        problem.inputs.world.share_state(dof)
     try:
         partial = None if part is None else PartialTraining(dof, part)
         return finetune(
@@ -240,13 +274,13 @@ def _finetuned(
         release(dof)
 
 
-def _not_finite(start: Start, problem: Problem) -> QFTError:
+def _not_finite(start: Start[Placed], problem: Problem[Source]) -> QFTError:
     share = problem.inputs.share
     calls = share.batches(share.at_once(TEACHER_BATCH), at_most=EVALUATION_IMAGES)
     return not_finite(start.student, problem.source.graph, start.placed.placement, solve(start.dof), calls)
 
 
-def _phases(start: Start, problem: Problem, loss: Loss, settings: FinetuneConfig) -> list[Phase]:
+def _phases(start: Start[Placed], problem: Problem[Source], loss: Loss, settings: FinetuneConfig) -> list[Phase]:
     """Choose what trains when: everything at once, or one block after the other."""
     dof, at, ends = start.dof, problem.at, problem.at.inputs[: problem.at.blocks]
     grouped = functools.partial(

@@ -4,8 +4,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import ModuleType
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -31,7 +30,8 @@ from qft_plugin.job.activation_ranges import BATCH, activation_grids
 from qft_plugin.job.bias_correction import BIAS_IMAGES, correctable, corrections, output_means
 from qft_plugin.job.gptq_inputs import can_compensate, input_rows
 from qft_plugin.job.health import Ranges, warn_of_images, warn_of_ranges
-from qft_plugin.job.understand import Problem, laid_out
+from qft_plugin.job.host import Host, Placed, PlacedT, Problem, Source, SourceT, Start, Student
+from qft_plugin.job.understand import laid_out
 from qft_plugin.tensors.gptq import compensated_kernel, moments_of, parts_of
 from qft_plugin.tensors.grid import largest_integer
 from qft_plugin.tensors.mmse import doubly_scales, nearest_factor, weight_scale
@@ -54,35 +54,17 @@ COMPENSATION_IMAGES: Final = 256
 """Images on which rounding errors compensate each other."""
 
 
-@dataclass(frozen=True)
-class Start:
-    """Everything that a finetune starts from.
-
-    Attributes:
-        placed: the host's quantizers around the folded network.
-        student: the host's student.
-        dof: the degrees of freedom; their cross-layer factors are relative to `log_c`.
-        log_c: logarithm of the factor of every variable that is folded into the student already, `[dof_map.size]`.
-    """
-
-    placed: Any
-    student: Any
-    dof: Dof
-    log_c: Tensor
-
-
-def initialize(host: ModuleType, problem: Problem, request: Any, config: QFTConfig) -> Start:
+def initialize(host: Host[SourceT, PlacedT], problem: Problem[SourceT], config: QFTConfig) -> Start[PlacedT]:
     """Choose where the finetune starts: equalization, the host's calibration, MMSE scales, compensated weights, biases.
 
     Args:
-        host: the host's package; it has `place` and `Student`.
+        host: places the quantizers and makes the student.
         problem: what `understand` returned.
-        request: what the user asked the host for, passed on to it.
         config: the settings.
     """
     log_c = _equalization(problem, config)
     ranges = Ranges()
-    begin = start(host, problem, request, config, log_c=log_c, compensate=config.compensate, ranges=ranges)
+    begin = start(host, problem, config, log_c=log_c, compensate=config.compensate, ranges=ranges)
     _look(begin, problem, ranges)
     if config.bias_correction:
         _correct_biases(begin, problem)
@@ -90,34 +72,32 @@ def initialize(host: ModuleType, problem: Problem, request: Any, config: QFTConf
 
 
 def start(
-    host: ModuleType,
-    problem: Problem,
-    request: Any,
+    host: Host[SourceT, PlacedT],
+    problem: Problem[SourceT],
     config: QFTConfig,
     *,
     log_c: Tensor,
     compensate: bool,
     ranges: Ranges | None = None,
-) -> Start:
+) -> Start[PlacedT]:
     """Fold the network, let the host place its quantizers, and make the degrees of freedom.
 
     Args:
-        host: the host's package.
+        host: places the quantizers and makes the student.
         problem: what `understand` returned.
-        request: what the user asked the host for, passed on to it.
         config: the settings.
         log_c: logarithm of the initial factor of every variable, `[dof_map.size]`.
         compensate: move weights so that their rounding errors compensate each other.
         ranges: notes what the network computes while compensation runs it.
     """
-    source, dof_map, inputs = problem.source, problem.dof_map, problem.inputs
+    source, dof_map, inputs = problem.source, problem.source.dof_map, problem.inputs
     tensors = {name: source.tensors[name] for name in names_of(dof_map.layers)}
-    placed = host.place(source, fold_network(dof_map, log_c, tensors), request, inputs)
+    placed = host.place(source, fold_network(dof_map, log_c, tensors), inputs)
     if source.weight_bits is None:
-        placed = replace(placed, placement=_with_bits(source.graph, placed.placement, dof_map, config))
+        placed = placed.with_placement(_with_bits(source.graph, placed.placement, dof_map, config))
     _warn_of_computed_weights(source.graph)
     compiled = config.finetune is not None and config.finetune.compile
-    student = host.Student(placed, source, problem.at, _unfolds(dof_map, problem.at, log_c), compiled=compiled)
+    student = host.student(problem, placed, _unfolds(dof_map, problem.at, log_c), compiled=compiled)
     groups, loose = addends(source.graph, placed.placement)
     kind, tied = config.hardware.elementwise_rescale, config.hardware.ties_addends
     if tied and loose:
@@ -128,14 +108,14 @@ def start(
             stacklevel=2,
         )
     shared = _shared(source.graph, placed.placement, dof_map, config)
-    grids = _activation_grids(student, placed.placement, placed.tensors, inputs, config)
+    grids = _activation_grids(student, placed, inputs, config)
     grids = tied_grids(shared_grids(grids, shared), merged([*shared, *groups], list(grids)), kind)
-    weights = _weight_grids(source, placed.placement, placed.tensors, dof_map, config, grids, shared)
+    weights = _weight_grids(source, placed, config, grids, shared)
     values = dict(placed.tensors)
     if compensate:
         # A weight that stays 0 cannot compensate anything.
         dense = {name: grid for name, grid in weights.items() if name not in source.kept}
-        values |= _compensated(student, source.graph, dof_map, dense, values, inputs, ranges or Ranges())
+        values |= _compensated(student, problem, dense, values, ranges or Ranges())
     dof = Dof(
         dof_map,
         {name: laid_out(t, inputs) for name, t in values.items()},
@@ -173,14 +153,14 @@ def _is_held(weight: Any) -> bool:
     return isinstance(weight, Const) and weight.name != MADE_INSIDE
 
 
-def _equalization(problem: Problem, config: QFTConfig) -> Tensor:
+def _equalization(problem: Problem[Source], config: QFTConfig) -> Tensor:
     """Choose the initial cross-layer factors, `[dof_map.size]`.
 
     What is added starts with one scale in each channel, so that the host can place its quantizers around an addition
     that needs no factors yet.
     """
     source = problem.source
-    dof_map, merged = problem.dof_map.merged(source.addend_factors)
+    dof_map, merged = source.dof_map.merged(source.addend_factors)
     layers = dof_map.layers
     kernels = [layer.weight for layer in layers if layer.is_kernel]
     bits = _bits(source, {name: source.tensors[name] for name in kernels}, config)
@@ -193,7 +173,7 @@ def _equalization(problem: Problem, config: QFTConfig) -> Tensor:
     return torch.cat([log_c.new_zeros(1), log_c])[merged[PINNED + 1 :].to(log_c.device)]
 
 
-def _bits(source: Any, weights: Mapping[str, Tensor], config: QFTConfig) -> Mapping[str, int]:
+def _bits(source: Source, weights: Mapping[str, Tensor], config: QFTConfig) -> Mapping[str, int]:
     """Return the bit width of each weight: the host's where it has fixed them, else by the settings."""
     if source.weight_bits is not None:
         return {name: bits for name, bits in source.weight_bits.items() if name in weights}
@@ -212,15 +192,13 @@ def _unfolds(dof_map: DofMap, at: Comparison, log_c: Tensor) -> tuple[Unfold | N
 
 
 @torch.no_grad()
-def _activation_grids(
-    student: Any, placement: Placement, tensors: Mapping[str, Tensor], inputs: Inputs, config: QFTConfig
-) -> dict[str, ActivationGrid]:
+def _activation_grids(student: Student, placed: Placed, inputs: Inputs, config: QFTConfig) -> dict[str, ActivationGrid]:
     """Return the grids of all activation quantizers with their initial scales."""
-    grids = dict(placement.activations)
+    grids = dict(placed.placement.activations)
     kind = config.activation_range or "mse"
     if kind == "host":
         return grids
-    return activation_grids(grids, functools.partial(student.observe, tensors), inputs, kind)
+    return activation_grids(grids, functools.partial(student.observe, placed.tensors), inputs, kind)
 
 
 def _with_bits(graph: LayerGraph, placement: Placement, dof_map: DofMap, config: QFTConfig) -> Placement:
@@ -287,17 +265,16 @@ def _one_of(names: Sequence[str | None], shared: Sequence[Sequence[str]]) -> str
 
 @torch.no_grad()
 def _compensated(
-    student: Any,
-    graph: LayerGraph,
-    dof_map: DofMap,
+    student: Student,
+    problem: Problem[Source],
     grids: Mapping[str, WeightGrid],
     tensors: Mapping[str, Tensor],
-    inputs: Inputs,
     ranges: Ranges,
 ) -> dict[str, Tensor]:
     """Let the rounding errors of each layer compensate each other on the images; returns the weights that change."""
-    layers = [layer for layer in dof_map.layers if layer.weight in grids and can_compensate(layer)]
-    ops = {op.name: op for op in graph.ops}
+    source, inputs = problem.source, problem.inputs
+    layers = [layer for layer in source.dof_map.layers if layer.weight in grids and can_compensate(layer)]
+    ops = {op.name: op for op in source.graph.ops}
     moments: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
 
@@ -328,7 +305,7 @@ def _compensated(
 
 
 @torch.no_grad()
-def _look(start: Start, problem: Problem, ranges: Ranges) -> None:
+def _look(start: Start[Placed], problem: Problem[Source], ranges: Ranges) -> None:
     """Warn of what is constant and of what dominates among the first images, which compensation has seen, if it ran."""
     inputs, placed = problem.inputs, start.placed
     warn_of_images(inputs)
@@ -341,7 +318,7 @@ def _look(start: Start, problem: Problem, ranges: Ranges) -> None:
 
 
 @torch.no_grad()
-def _correct_biases(start: Start, problem: Problem) -> None:
+def _correct_biases(start: Start[Placed], problem: Problem[Source]) -> None:
     """Let each layer's mean output be that of the float network, in folded units; changes `start.dof`."""
     dof, student, tensors = start.dof, start.student, start.placed.tensors
     layers = correctable(dof.map.layers, dof.weight_grids)
@@ -356,16 +333,15 @@ def _correct_biases(start: Start, problem: Problem) -> None:
 
 
 def _weight_grids(
-    source: Any,
-    placement: Placement,
-    tensors: Mapping[str, Tensor],
-    dof_map: DofMap,
+    source: Source,
+    placed: Placed,
     config: QFTConfig,
     activations: Mapping[str, ActivationGrid],
     shared: Sequence[Sequence[str]],
 ) -> dict[str, WeightGrid]:
     """Choose the bit width and the initial scales of every weight that the host quantized."""
-    layers = [layer for layer in dof_map.layers if layer.weight in placement.weights]
+    placement, tensors = placed.placement, placed.tensors
+    layers = [layer for layer in source.dof_map.layers if layer.weight in placement.weights]
     if not layers:
         raise ModelError(
             "At least one layer should be quantized. Found none. Look at what keeps them out, under NNCF ignored_scope "

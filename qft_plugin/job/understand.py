@@ -1,9 +1,8 @@
-"""What a job works on: a network as its host read it, its degrees of freedom, its images, and where it is compared."""
+"""What a job works on: the images, the degrees of freedom of a network, and where it is compared."""
 
 import logging
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from qft_plugin.errors import ConfigError, QFTWarning
 from qft_plugin.graph.comparison import Comparison, comparison
 from qft_plugin.graph.dof_map import map_dof
 from qft_plugin.graph.folding import fold_network, names_of
-from qft_plugin.graph.layer_graph import DofMap
+from qft_plugin.graph.layer_graph import DofMap, LayerGraph
 from qft_plugin.graph.torch_model import (
     SAME,
     Call,
@@ -25,32 +24,13 @@ from qft_plugin.graph.torch_model import (
     repeatable,
     tensors_in,
 )
+from qft_plugin.job.host import Problem, SourceT
 from qft_plugin.training.blocks import check_blocks
 from qft_plugin.training.data import Inputs, read_inputs
 from qft_plugin.training.distributed import agreed, check_alike, world_of
 from qft_plugin.training.order import strata_of
 
 logger = logging.getLogger("qft_plugin")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A network and its images, understood.
-
-    Attributes:
-        source: the network as its host read it: `model` (a float copy), `graph`, `tensors` (weights and biases by
-            name), `weight_bits` (bits by name, `None` where the settings choose them), `addend_factors` (names of the
-            weights that are factors in front of an addition), and `kept` (where a pruned weight is not
-            0, by its name).
-        dof_map: which per-channel scales are shared, free, or pinned.
-        inputs: the images, in the fastest layout.
-        at: where teacher and student are compared.
-    """
-
-    source: Any
-    dof_map: DofMap
-    inputs: Inputs
-    at: Comparison
 
 
 def images(model: nn.Module, items: Iterable[Any], config: QFTConfig, *, head_items: int = 0) -> Inputs:
@@ -101,15 +81,17 @@ def _runs(model: nn.Module, call: Call) -> bool:
     return True
 
 
-def understand(source: Any, inputs: Inputs, config: QFTConfig) -> Problem:
-    """Find the degrees of freedom of a network and where it is compared.
+def understand(source: SourceT, inputs: Inputs, config: QFTConfig) -> Problem[SourceT]:
+    """Find where a network is compared with its teacher, and the fastest layout of its images.
 
     Args:
         source: the network as its host read it.
         inputs: the images.
         config: the settings.
+
+    Raises:
+        ConfigError: a setting does not fit the network.
     """
-    dof_map = proven_map(source, inputs.first())
     settings = config.finetune or FinetuneConfig()
     part = settings.trains_part
     if source.kept and part is not None and part.ratio > 0:
@@ -117,15 +99,15 @@ def understand(source: Any, inputs: Inputs, config: QFTConfig) -> Problem:
             "FinetuneConfig.train should be None, or EfQAT(ratio=0), for a pruned model: which weights train is chosen "
             f"among all of a layer. Found a ratio of {part.ratio} and {len(source.kept)} pruned weights."
         )
-    at = _comparable(comparison(source.graph, settings.loss_at, settings.blocks), dof_map)
+    at = _comparable(comparison(source.graph, settings.loss_at, settings.blocks), source.dof_map)
     if settings.cross_entropy == 1:
         at = Comparison(at.inputs[: at.blocks], outputs=False, blocks=at.blocks)  # the logits are enough
-    check_blocks(source.graph, dof_map, at, classes=settings.cross_entropy > 0)
-    return Problem(source, dof_map, _fastest_layout(source.model, inputs), at)
+    check_blocks(source.graph, source.dof_map, at, classes=settings.cross_entropy > 0)
+    return Problem(source, _fastest_layout(source.model, inputs), at)
 
 
 @torch.no_grad()
-def proven_map(source: Any, call: Call) -> DofMap:
+def proven_map(model: nn.Module, graph: LayerGraph, tensors: Mapping[str, Tensor], call: Call) -> DofMap:
     """Map the degrees of freedom, and try the map before it is used.
 
     Random factors are folded into the float network and its outputs compared; where they change, every scale is
@@ -133,21 +115,22 @@ def proven_map(source: Any, call: Call) -> DofMap:
     something that a trace does not show, and a wrong map would be a wrong network.
 
     Args:
-        source: the network as its host read it.
-        call: arguments of the network.
+        model: the float network.
+        graph: what it computes.
+        tensors: its parameters and buffers by name.
+        call: its arguments.
     """
-    dof_map = map_dof(source.graph)
+    dof_map = map_dof(graph)
     if dof_map.size == 0:
         return dof_map
     generator = torch.Generator().manual_seed(0)
-    tensors = {name: source.tensors[name] for name in names_of(dof_map.layers)}
     log_c = 0.5 * torch.randn(dof_map.size, generator=generator)
-    folded = fold_network(dof_map, log_c, tensors)
+    folded = fold_network(dof_map, log_c, {name: tensors[name] for name in names_of(dof_map.layers)})
     args, kwargs = call
     with repeatable():
-        expected = list(tensors_in(source.model(*args, **kwargs)))
+        expected = list(tensors_in(model(*args, **kwargs)))
     with repeatable():
-        found = list(tensors_in(Functional(source.model)(folded, args, kwargs)))
+        found = list(tensors_in(Functional(model)(folded, args, kwargs)))
     if largest_change(expected, found) <= SAME:
         return dof_map
     warnings.warn(

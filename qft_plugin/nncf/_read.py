@@ -25,7 +25,7 @@ from qft_plugin.graph.channel_affine import (
     with_addend_factors,
 )
 from qft_plugin.graph.channel_clip import free_bounds, replace_by_relu
-from qft_plugin.graph.layer_graph import MADE_INSIDE, Const, LayerGraph, Op, Ref
+from qft_plugin.graph.layer_graph import MADE_INSIDE, Const, DofMap, LayerGraph, Op, Ref
 from qft_plugin.graph.torch_model import (
     SAME,
     Call,
@@ -37,6 +37,7 @@ from qft_plugin.graph.torch_model import (
     tensors_in,
 )
 from qft_plugin.graph.torch_model import check_model as check_torch_model
+from qft_plugin.job.understand import proven_map
 from qft_plugin.training.data import Inputs
 
 logger = logging.getLogger("qft_plugin")
@@ -79,6 +80,7 @@ class Source:
         in_teacher: the name in `teacher` of each operation of `graph`.
         in_result: its name in what is returned, where every module is the user's again.
         kept: by name of a weight that NNCF has pruned, true where it is not.
+        dof_map: which per-channel scales are shared, free, or pinned.
     """
 
     teacher: nn.Module
@@ -92,6 +94,7 @@ class Source:
     in_teacher: Mapping[str, str]
     in_result: Mapping[str, str]
     kept: Mapping[str, Tensor]
+    dof_map: DofMap
     weight_bits: None = None
     """The settings choose them."""
 
@@ -241,7 +244,10 @@ def read(model: nn.Module, inputs: Inputs, config: QFTConfig | None = None) -> S
             )
     named = [*rescaled.named_parameters(remove_duplicate=False), *rescaled.named_buffers(remove_duplicate=False)]
     tensors = {name: t.detach() for name, t in named}
-    return Source(teacher, rescaled, graph, tensors, norms, ports, addends, copied, in_teacher, in_result, kept)
+    dof_map = proven_map(rescaled, graph, tensors, call)
+    return Source(
+        teacher, rescaled, graph, tensors, norms, ports, addends, copied, in_teacher, in_result, kept, dof_map
+    )
 
 
 def add_factors(

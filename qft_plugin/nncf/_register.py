@@ -4,9 +4,8 @@ import contextlib
 import copy
 import functools
 import inspect
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Final
 
 import nncf
@@ -22,19 +21,14 @@ from nncf.quantization.advanced_parameters import (
 )
 from torch import nn
 
-from qft_plugin.config import HardwareSpec, QFTConfig
-from qft_plugin.deploy.images import keep_images
-from qft_plugin.errors import ConfigError, DataError, HostError
-from qft_plugin.job.activation_ranges import BATCH, RANGE_IMAGES
-from qft_plugin.job.run import Job, targets_of, train
-from qft_plugin.job.start import initialize
-from qft_plugin.job.understand import images, understand
-from qft_plugin.nncf._attach import teacher
-from qft_plugin.nncf._read import check_model, example_of, read
+from qft_plugin.config import QFTConfig
+from qft_plugin.errors import ConfigError, HostError
+from qft_plugin.job.run import Job, run
+from qft_plugin.nncf._host import NNCF
+from qft_plugin.nncf._read import check_model
+from qft_plugin.nncf._request import Request
 from qft_plugin.nncf._version import check_version
-from qft_plugin.nncf._write import write
-from qft_plugin.training.data import Inputs
-from qft_plugin.training.distributed import agreed, joined
+from qft_plugin.training.distributed import joined
 from qft_plugin.training.phases import Step
 
 PLACES: Final = (nncf, nncf.quantization, nncf.quantization.quantize_model)
@@ -119,16 +113,7 @@ def _quantize(
         check_model(model)
         # One process keeps all images anyway; NNCF says then what is wrong with its setting.
         head_items = request.calibration_items if request.own_items and world.size > 1 else 0
-        inputs = images(model, request.items(), config, head_items=head_items)
-        with agreed(world):
-            source = read(model, inputs, config)
-            problem = understand(source, inputs, config)
-            targets = targets_of(teacher(source, problem.at), problem, config)
-            start = initialize(sys.modules["qft_plugin.nncf"], problem, request, config)
-        result = train(start, problem, targets, config, callback=report)
-        quantized = write(start.placed, start.dof)
-        keep_images(quantized, inputs)
-        return Job(quantized, problem.dof_map, result)
+        return run(NNCF(model, request, head_items), config, callback=report)
 
 
 def _config(algorithm: Any) -> QFTConfig:
@@ -202,81 +187,6 @@ def _host_settings(original: Callable[..., Any], host: dict[str, Any], config: Q
     advanced.overflow_fix = OverflowFix.DISABLE
     advanced.disable_bias_correction = True
     return {**host, "advanced_parameters": advanced}
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a user asked NNCF for.
-
-    Attributes:
-        original: NNCF's own `quantize`.
-        dataset: the calibration dataset.
-        settings: the other arguments of NNCF's own `quantize`.
-        hardware: what the target can do.
-        own_items: NNCF calibrates on the items of the dataset as they are; otherwise on the first images in batches,
-            since of what it estimates only the signs are taken.
-    """
-
-    original: Callable[..., Any]
-    dataset: Any
-    settings: dict[str, Any]
-    hardware: HardwareSpec
-    own_items: bool
-
-    def items(self) -> Iterable[Any]:
-        """Iterate over the model's inputs.
-
-        Raises:
-            DataError: the dataset is not NNCF's.
-        """
-        if not isinstance(self.dataset, nncf.Dataset):
-            raise DataError(
-                f"calibration_dataset should be an nncf.Dataset. Found {type(self.dataset).__name__}. "
-                "Wrap it: nncf.Dataset(loader, lambda batch: batch[0])."
-            )
-        items: Iterable[Any] = self.dataset.get_inference_data()
-        return items
-
-    @property
-    def calibration_items(self) -> int:
-        """How many items of the dataset NNCF calibrates on, at most."""
-        default = inspect.signature(self.original).parameters["subset_size"].default
-        return int(self.settings.get("subset_size", default))
-
-    @property
-    def runs_on_cpu(self) -> bool:
-        """Whether the model is meant for OpenVINO's CPU plugin."""
-        device = self.settings.get("target_device", nncf.TargetDevice.ANY)
-        return device in (nncf.TargetDevice.ANY, nncf.TargetDevice.CPU)
-
-    def place(self, model: nn.Module, inputs: Inputs) -> nn.Module:
-        """Let NNCF place and calibrate its quantizers on the images that were read."""
-        if self.own_items:
-            sizes: Sequence[int] = inputs.sizes if inputs.own is None else inputs.sizes[: self.calibration_items]
-            replay = _Again(inputs, sizes, self.dataset.get_batch_size())
-        else:
-            # Every item costs memory: NNCF keeps small statistics of each, which glibc puts between large free blocks.
-            count, size = min(len(inputs), RANGE_IMAGES), inputs.at_once(BATCH)
-            replay = _Again(inputs, [min(size, count - start) for start in range(0, count, size)], min(size, count))
-        quantized: nn.Module = self.original(model, nncf.Dataset(replay), **self.settings)
-        return quantized
-
-
-class _Again:
-    """The images of the user's dataset again: a generator can be read once only."""
-
-    def __init__(self, inputs: Inputs, sizes: Sequence[int], batch_size: int | None) -> None:
-        self._inputs, self._sizes = inputs, sizes
-        self.batch_size = batch_size  # NNCF chooses the form of its statistics by it
-
-    def __iter__(self) -> Iterator[Any]:
-        start = 0
-        for size in self._sizes:
-            yield example_of(self._inputs.batch(slice(start, start + size)))
-            start += size
-
-    def __len__(self) -> int:
-        return len(self._sizes)
 
 
 @contextlib.contextmanager

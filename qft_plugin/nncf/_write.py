@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,10 +19,11 @@ from qft_plugin.graph.channel_clip import ChannelHardtanh
 from qft_plugin.graph.layer_graph import PINNED, on_axis
 from qft_plugin.graph.placement import ActivationGrid
 from qft_plugin.graph.torch_model import replace_modules, tensor_of
-from qft_plugin.nncf._attach import Placed, rename_hooks
+from qft_plugin.nncf._attach import rename_hooks
+from qft_plugin.nncf._place import Placed
 from qft_plugin.tensors.grid import largest_integer
 from qft_plugin.training.dof import Dof
-from qft_plugin.training.integers import DeployedWeight, deployed_weights
+from qft_plugin.training.integers import DeployedWeight
 from qft_plugin.training.solve import solve
 
 try:
@@ -32,7 +33,7 @@ except ImportError:  # NNCF 2.17
 
 
 @torch.no_grad()
-def write(placed: Placed, dof: Dof) -> nn.Module:
+def write(placed: Placed, dof: Dof, deployed: Mapping[str, DeployedWeight]) -> nn.Module:
     """Put the trained tensors and NNCF's own quantizers into the model that NNCF made.
 
     The weights are snapped onto their grid, so that every runtime finds the student's integers, whatever it does with
@@ -41,6 +42,7 @@ def write(placed: Placed, dof: Dof) -> nn.Module:
     Args:
         placed: the model with NNCF's quantizers; it is changed and returned.
         dof: the trained degrees of freedom.
+        deployed: the integers and steps of all quantized weights by name.
 
     Returns:
         The model, in eval mode.
@@ -55,16 +57,16 @@ def write(placed: Placed, dof: Dof) -> nn.Module:
         layer = dof.map.layer(name)
         if bool((torch.cat([layer.in_index, layer.out_index]) != PINNED).any()):
             storage.register_pre_function_hook(*placed.factors[name], _multiply(on_axis(tensor, layer.axis)))
-    for weight, deployed in deployed_weights(dof).items():
+    for weight, found in deployed.items():
         left = None
-        if deployed.step_in is not None:
+        if found.step_in is not None:
             # NNCF's quantizer has one scale for each output channel: the other factor is multiplied behind it.
             W = tensor_of(model, weight)
-            left = dof.map.layer(weight).axes.per_in(deployed.step_in, W)
+            left = dof.map.layer(weight).axes.per_in(found.step_in, W)
             W.div_(left)
         for name in placed.weight_hooks[weight]:
             old = storage.get_submodule(name)
-            storage.set_submodule(name, _weight_quantizer(old, deployed))
+            storage.set_submodule(name, _weight_quantizer(old, found))
             if left is not None:
                 _, op, port = decode_hook_name(name)
                 storage.register_pre_function_hook(op, port, _multiply(left))

@@ -1,6 +1,7 @@
 """From trained degrees of freedom to what hardware holds: integers, folded tensors, integer biases, accumulators."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +66,7 @@ def folded_tensors(dof: Dof) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def integer_biases(dof: Dof) -> dict[str, Tensor]:
+def integer_biases(dof: Dof, deployed: Mapping[str, DeployedWeight]) -> dict[str, Tensor]:
     """Return the integers that an accumulator starts from: the bias and what the zero point of the input adds (Eq. 7).
 
     sum_i (q_i - Z) W_int[o, i] + B / S_acc  =  sum_i q_i W_int[o, i] + (B / S_acc - Z sum_i W_int[o, i])
@@ -75,12 +76,13 @@ def integer_biases(dof: Dof) -> dict[str, Tensor]:
 
     Args:
         dof: the degrees of freedom.
+        deployed: the integers of all quantized weights by name.
 
     Returns:
         `[out]` by name of the weight, for every layer whose accumulator has one scale, held in float.
     """
     c, scales, Z = dof.factors(), dof.activation_scales(), dof.zero_points()
-    steps, deployed = weight_steps(dof, scales), deployed_weights(dof)
+    steps = weight_steps(dof, scales)
     found = {}
     for module in dof.quantized():
         layer, grid = module.layer, dof.weight_grids[module.layer.weight]
@@ -96,18 +98,18 @@ def integer_biases(dof: Dof) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def accumulator_bits(dof: Dof) -> dict[str, int]:
+def accumulator_bits(dof: Dof, deployed: Mapping[str, DeployedWeight]) -> dict[str, int]:
     """Return how wide the accumulator of each layer must be so that no input can overflow it.
 
     Args:
         dof: the degrees of freedom.
+        deployed: the integers of all quantized weights by name.
 
     Returns:
         Bits of a signed accumulator by name of the weight, for every layer whose accumulator has one scale.
     """
-    deployed, biases = deployed_weights(dof), integer_biases(dof)
     found = {}
-    for name, bias in biases.items():
+    for name, bias in integer_biases(dof, deployed).items():
         # Of a concatenation, parts may have integers of different widths: the widest could meet every weight.
         read = dof.input_grids(name)
         W_int = dof.map.layer(name).axes.out_slices(deployed[name].integers)

@@ -147,9 +147,9 @@ def test_parts_of_a_concatenation_share_one_scale(kind: str) -> None:
     assert dof.input_grids("mix.weight") == tuple(dof.activation_grids.values())
     assert dof.input_grids("left.weight") == ()
     W = deployed_weights(dof)["mix.weight"].integers.flatten(1)
-    bias = integer_biases(dof)["mix.weight"]
+    bias = integer_biases(dof, deployed_weights(dof))["mix.weight"]
     largest = max(float(((W * -128).maximum(W * 127)).sum(1).add(bias.clamp(min=0)).max()), 1)
-    assert 2 ** (accumulator_bits(dof)["mix.weight"] - 1) > largest
+    assert 2 ** (accumulator_bits(dof, deployed_weights(dof))["mix.weight"] - 1) > largest
 
 
 def test_parts_of_a_concatenation_share_one_zero_point() -> None:
@@ -239,7 +239,7 @@ def test_biases_are_integers_of_the_accumulator(bits: int, channelwise: bool) ->
     for state in states(dof):
         solution, scales = solve(state), state.activation_scales()
         steps = weight_steps(state, scales)
-        absorbed = integer_biases(state)
+        absorbed = integer_biases(state, deployed_weights(state))
         for layer in state.map.layers:
             S_acc = accumulator_step(state, state.trained_weight(layer.weight), steps, scales)
             integers = (solution.tensors[layer.bias] / S_acc).detach()
@@ -269,7 +269,7 @@ def test_a_layer_that_reads_floats_keeps_a_float_bias() -> None:
     dof_map = mapped(model, torch.zeros(1, 3, dtype=torch.float64))
     dof = Dof(dof_map, parameters_of(model), grids, {}, hardware=HardwareSpec(bias_bits=4))
     torch.testing.assert_close(solve(dof).tensors["0.bias"], model[0].bias, rtol=EXACT, atol=EXACT)
-    assert accumulator_bits(dof) == {}
+    assert accumulator_bits(dof, deployed_weights(dof)) == {}
 
 
 KERNELS = {
@@ -306,10 +306,10 @@ def test_accumulators_are_as_wide_as_the_worst_input_needs(
     dof = Dof(dof_map, parameters_of(net), weights, activations, hardware=HardwareSpec(bias_bits=16))
     rows = Axes(kind, groups).out_slices(deployed_weights(dof)["0.weight"].integers).numpy()
     assert rows.shape == ({"conv": 2, "grouped": 4}.get(kernel, 3), 4)
-    biases = integer_biases(dof)["0.weight"].numpy()
+    biases = integer_biases(dof, deployed_weights(dof))["0.weight"].numpy()
     ends = [reference.widest_sum(row, int(bias), *grid[:2]) for row, bias in zip(rows, biases, strict=True)]
     smallest, largest = min(low for low, _ in ends), max(high for _, high in ends)
-    bits = accumulator_bits(dof)["0.weight"]
+    bits = accumulator_bits(dof, deployed_weights(dof))["0.weight"]
     assert -(2 ** (bits - 1)) <= smallest
     assert largest <= 2 ** (bits - 1) - 1
     assert smallest < -(2 ** (bits - 2)) or largest > 2 ** (bits - 2) - 1 or bits == 2
@@ -341,7 +341,8 @@ def one_linear(W_int: list[int], grid: tuple[int, int, int], bias: int = 0) -> D
 )
 def test_accumulator_bits_by_hand(W_int: list[int], grid: tuple[int, int, int], bias: int, bits: int) -> None:
     """The ends of two's complement, by numbers that just fit and just do not."""
-    assert accumulator_bits(one_linear(W_int, grid, bias)) == {"0.weight": bits}
+    dof = one_linear(W_int, grid, bias)
+    assert accumulator_bits(dof, deployed_weights(dof)) == {"0.weight": bits}
 
 
 def test_a_layer_that_could_overflow_is_named() -> None:
@@ -349,10 +350,10 @@ def test_a_layer_that_could_overflow_is_named() -> None:
     dof = one_linear([127] * 10, (0, 255, 0))
     dof.hardware = HardwareSpec(accumulator_bits=19)
     with pytest.warns(QFTWarning, match=r"accumulator of 19 bits.*0\.weight needs 20"):
-        check_accumulators(dof)
+        check_accumulators(dof, deployed_weights(dof))
     for width in (20, None):
         dof.hardware = HardwareSpec(accumulator_bits=width)
-        check_accumulators(dof)
+        check_accumulators(dof, deployed_weights(dof))
 
 
 def fork() -> tuple[LayerGraph, Placement]:

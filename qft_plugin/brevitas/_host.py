@@ -1,0 +1,99 @@
+"""Brevitas as a host of a job."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from qft_plugin.brevitas._attach import Placed, Student, place, teacher
+from qft_plugin.brevitas._link import link_on, shared_factors
+from qft_plugin.brevitas._read import Source
+from qft_plugin.brevitas._swap import swap
+from qft_plugin.brevitas._write import write
+from qft_plugin.config import QFTConfig
+from qft_plugin.deploy.images import keep_images
+from qft_plugin.graph.torch_model import accepts
+from qft_plugin.job.host import Problem, Start
+from qft_plugin.job.start import initialize, start
+from qft_plugin.training.data import Inputs, as_call
+from qft_plugin.training.integers import DeployedWeight, deployed_weights
+from qft_plugin.training.loss import Network
+from qft_plugin.training.student import Unfold
+
+
+@dataclass(frozen=True)
+class Brevitas:
+    """The host of one job; see `job.host.Host`.
+
+    Attributes:
+        model: the user's model.
+        data: batches of unlabeled inputs.
+        float_model: the teacher; `None` where nothing trains yet.
+        calibrates: choose the start anew, else that which the model holds is trained.
+        swaps: `model` is a float one, whose layers become Brevitas' own in a copy; else it is changed itself.
+        example_input: one input to trace a float model with; `None` takes the first images.
+        head_items: see `Host`.
+    """
+
+    model: nn.Module
+    data: Iterable[Any]
+    float_model: nn.Module | None
+    calibrates: bool
+    swaps: bool = False
+    example_input: Any = None
+    head_items: int = 0
+
+    def items(self) -> Iterable[Any]:
+        """Return the batches."""
+        return self.data
+
+    def read(self, inputs: Inputs, config: QFTConfig) -> Source:
+        """Link the model, after it was made from a float one where that is asked for."""
+        model, call = self.model, inputs.first()
+        if self.swaps:
+            example = self.example_input
+            model = swap(model, call if example is None else as_call(example, accepts=accepts(model)), inputs, config)
+        return link_on(model, call, explicit=config.hardware.activation_scale == "explicit")
+
+    def teacher(self, problem: Problem[Source]) -> Network | None:
+        """Return the float model as a function."""
+        if self.float_model is None:
+            return None
+        return teacher(self.float_model, problem.source, problem.at, problem.inputs.first())
+
+    def initialize(self, problem: Problem[Source], config: QFTConfig) -> Start[Placed]:
+        """Choose where the finetune starts: it trains what the model holds, before or after calibration."""
+        if self.calibrates:
+            chosen = initialize(self, problem, config)
+            if self.float_model is None or config.finetune is None:
+                return chosen
+            write(problem.source, chosen, deployed_weights(chosen.dof))
+            problem = replace(problem, source=problem.source.again())
+        factors = shared_factors(problem.source.linked)
+        assert factors is not None
+        return start(
+            replace(self, calibrates=False),
+            problem,
+            replace(config, activation_range="host"),
+            log_c=factors.log_c.detach().clone(),
+            compensate=False,
+        )
+
+    def place(self, source: Source, tensors: Mapping[str, Tensor], inputs: Inputs) -> Placed:
+        """Describe the quantizers that the model has."""
+        return place(source, tensors, inputs, calibrate=self.calibrates)
+
+    def student(
+        self, problem: Problem[Source], placed: Placed, unfolds: Sequence[Unfold | None], *, compiled: bool
+    ) -> Student:
+        """Give the twin's stand-ins their grids."""
+        return Student(placed, problem.source, problem.at, unfolds, compiled=compiled)
+
+    def write(
+        self, problem: Problem[Source], start: Start[Placed], deployed: Mapping[str, DeployedWeight]
+    ) -> nn.Module:
+        """Put the degrees of freedom into the linked model."""
+        write(problem.source, start, deployed)
+        keep_images(problem.source.linked, problem.inputs.laid_out(channels_last=False))
+        return problem.source.linked

@@ -1,0 +1,278 @@
+"""The contract of a host (NNCF, Brevitas, or another framework): what it gives to a job, as types that mypy checks.
+
+A host is an object with the methods of `Host`; `job.run.run` calls each of them once, in the order in which they stand
+there. What they pass on to each other are a `Source` (the network as it was read), a `Placed` (the host's quantizers in
+the folded network) and a `Student` (the network that trains). The job itself never looks into a host's own types.
+
+Names connect everything: a weight or bias has its name in `Source.tensors`, an operation and an activation have theirs
+in `Source.graph`, and a quantizer of activations has one that the host makes up, in `Placed.placement`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from qft_plugin.config import QFTConfig
+from qft_plugin.graph.comparison import Comparison
+from qft_plugin.graph.layer_graph import DofMap, LayerGraph
+from qft_plugin.graph.placement import Placement
+from qft_plugin.graph.torch_model import Call
+from qft_plugin.training.data import Inputs
+from qft_plugin.training.dof import Dof
+from qft_plugin.training.integers import DeployedWeight
+from qft_plugin.training.loss import Network, Prediction
+from qft_plugin.training.solve import Solution
+from qft_plugin.training.student import Unfold, Watcher
+
+Watchers = Mapping[str, Callable[[Tensor], None]]
+"""Functions that are shown the first activation that an operation reads, by name of the operation."""
+
+T = TypeVar("T")
+
+
+class Source(Protocol):
+    """A network as its host read it. It is not changed later."""
+
+    @property
+    def model(self) -> nn.Module:
+        """A float copy of the user's network in eval mode, with the names of `tensors`, which computes `graph`.
+
+        What can be folded is folded: it computes what the user's network computes, within rounding.
+        """
+        ...
+
+    @property
+    def graph(self) -> LayerGraph:
+        """The calls of `model` on the first images; shapes have the axis of the images."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Parameters and buffers of `model` by name, detached, real units."""
+        ...
+
+    @property
+    def dof_map(self) -> DofMap:
+        """What `job.understand.proven_map` found for `model`, `graph` and `tensors`."""
+        ...
+
+    @property
+    def weight_bits(self) -> Mapping[str, int] | None:
+        """Bit width of each weight that the host quantizes, by name; `None` where the settings choose them.
+
+        With `None` they choose those of activations too.
+        """
+        ...
+
+    @property
+    def addend_factors(self) -> frozenset[str]:
+        """Names of the weights that are factors in front of an addition; they start at 1."""
+        ...
+
+    @property
+    def kept(self) -> Mapping[str, Tensor]:
+        """By name of a weight that is pruned, a tensor of its shape that is true where it is not 0 for good."""
+        ...
+
+
+class Placed(Protocol):
+    """A host's quantizers in the folded network."""
+
+    @property
+    def placement(self) -> Placement:
+        """Where they are: the grid of each activation quantizer, and what that of each weight can express."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The weights and biases that `Host.place` was given, as the host holds them now, real units."""
+        ...
+
+    def with_placement(self: T, placement: Placement) -> T:
+        """Return the same with other grids of the same quantizers; called before there is a student."""
+        ...
+
+
+class Student(Protocol):
+    """The network with quantized activations; weights, biases and scales are an argument of every call.
+
+    Whatever runs is the folded network: activations are in its units, x / c, but for what `__call__` returns.
+    """
+
+    def __call__(self, solution: Solution, call: Call, /) -> Prediction:
+        """Run with quantized activations, with gradients to everything in `solution`; called in every step.
+
+        Args:
+            solution: the tensors of `Placed.tensors` by name (weights quantized already), and all scales.
+            call: the batch.
+
+        Returns:
+            The activations at `Problem.at`, in the units of the teacher (`training.student.unfolded` brings them back).
+        """
+        ...
+
+    def observe(self, tensors: Mapping[str, Tensor], call: Call, watcher: Watcher, /) -> None:
+        """Run with float activations and show what each activation quantizer would have had as its input.
+
+        Args:
+            tensors: weights and biases by name.
+            call: the batch.
+            watcher: called with the name of the quantizer and the activation, which may change after it has returned.
+        """
+        ...
+
+    def looked_at(self, look: Watcher, /) -> AbstractContextManager[None]:
+        """Show a function what `observe` shows, of the runs of `watch` inside the context."""
+        ...
+
+    def watch(self, tensors: Mapping[str, Tensor], call: Call, watchers: Watchers, /) -> None:
+        """Run with float activations and show each watcher the input of its operation.
+
+        Args:
+            tensors: weights and biases by name.
+            call: the batch.
+            watchers: for names of operations in `Layer.calls`.
+        """
+        ...
+
+    def trace(self, solution: Solution, call: Call, watchers: Watchers, /) -> None:
+        """Run with quantized activations and show each watcher the input of its operation.
+
+        Args:
+            solution: as in `__call__`.
+            call: the batch.
+            watchers: for names of operations of the graph; one that the host does not run itself is left out.
+        """
+        ...
+
+
+SourceT = TypeVar("SourceT", bound=Source)
+PlacedT = TypeVar("PlacedT", bound=Placed)
+SourceT_co = TypeVar("SourceT_co", bound=Source, covariant=True)
+PlacedT_co = TypeVar("PlacedT_co", bound=Placed, covariant=True)
+
+
+@dataclass(frozen=True)
+class Problem(Generic[SourceT_co]):
+    """A network and its images, understood; what `job.understand.understand` returns.
+
+    Attributes:
+        source: the network as its host read it.
+        inputs: the images, in the fastest layout.
+        at: where teacher and student are compared.
+    """
+
+    source: SourceT_co
+    inputs: Inputs
+    at: Comparison
+
+
+@dataclass(frozen=True)
+class Start(Generic[PlacedT_co]):
+    """Where a finetune starts; what `job.start.initialize` returns. Training changes `dof` and nothing else.
+
+    Attributes:
+        placed: the host's quantizers around the folded network.
+        student: the host's student.
+        dof: the degrees of freedom; their cross-layer factors are relative to `log_c`.
+        log_c: logarithm of the factor of every variable that is folded into the student already, `[dof_map.size]`.
+    """
+
+    placed: PlacedT_co
+    student: Student
+    dof: Dof
+    log_c: Tensor
+
+
+class Host(Protocol[SourceT, PlacedT]):
+    """What a job asks of a host; the methods are called in this order, those with other images or models never."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's model, checked by the host; images are checked against its forward, dtype and device."""
+        ...
+
+    @property
+    def head_items(self) -> int:
+        """How many of the first items of the dataset every one of several processes keeps, at least."""
+        ...
+
+    def items(self) -> Iterable[Any]:
+        """Return the user's dataset: tensors, tuples of tensors or dicts of tensors. It is iterated over once.
+
+        Raises:
+            DataError: it is no dataset of this host.
+        """
+        ...
+
+    def read(self, inputs: Inputs, config: QFTConfig, /) -> SourceT:
+        """Describe the user's model, of which copies may be changed.
+
+        Args:
+            inputs: the images; `inputs.first()` to run it with.
+            config: the settings.
+
+        Raises:
+            ModelError: it cannot be quantized, computes NaN, or is random in eval mode.
+        """
+        ...
+
+    def teacher(self, problem: Problem[SourceT], /) -> Network | None:
+        """Return the float network as a function from a batch to its activations at `problem.at`.
+
+        `None` where nothing trains in this job although the settings have a finetune: another job will train.
+
+        Raises:
+            ConfigError: it has no such activations.
+        """
+        ...
+
+    def initialize(self, problem: Problem[SourceT], config: QFTConfig, /) -> Start[PlacedT]:
+        """Choose where the finetune starts.
+
+        That is `job.start.initialize(self, problem, config)`, or where the model holds a start already,
+        `job.start.start(self, problem, ...)` with it. Both call `place` and then `student`.
+        """
+        ...
+
+    def place(self, source: SourceT, tensors: Mapping[str, Tensor], inputs: Inputs, /) -> PlacedT:
+        """Put the host's quantizers into a copy of `source.model` and calibrate those of activations.
+
+        Args:
+            source: what `read` returned.
+            tensors: weights and biases of all layers of the map with the initial cross-layer factors folded in, by
+                name, real units.
+            inputs: the images.
+        """
+        ...
+
+    def student(
+        self, problem: Problem[SourceT], placed: PlacedT, unfolds: Sequence[Unfold | None], /, *, compiled: bool
+    ) -> Student:
+        """Make the network that trains.
+
+        Args:
+            problem: the network, and where it is compared.
+            placed: what `place` returned, with the bit widths of the settings.
+            unfolds: what brings each activation at `problem.at` back to the teacher's units.
+            compiled: fuse the fake-quantization (`training.student.compiled_fake_quantize`).
+        """
+        ...
+
+    def write(
+        self, problem: Problem[SourceT], start: Start[PlacedT], deployed: Mapping[str, DeployedWeight], /
+    ) -> nn.Module:
+        """Put the trained degrees of freedom into a model of the host's own kind, and keep the first images with it.
+
+        Args:
+            problem: the network and the images.
+            start: holds the degrees of freedom as they are at the end, and what they are relative to.
+            deployed: the integers and steps of all quantized weights by name, solved from `start.dof`.
+
+        Returns:
+            The model, in eval mode: its integers are those of the student.
+        """
+        ...

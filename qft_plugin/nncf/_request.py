@@ -1,0 +1,90 @@
+"""What a user asked NNCF for: the dataset, and how NNCF places and calibrates its own quantizers."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import nncf
+from torch import nn
+
+from qft_plugin.config import HardwareSpec
+from qft_plugin.errors import DataError
+from qft_plugin.job.activation_ranges import BATCH, RANGE_IMAGES
+from qft_plugin.nncf._read import example_of
+from qft_plugin.training.data import Inputs
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asked NNCF for.
+
+    Attributes:
+        original: NNCF's own `quantize`.
+        dataset: the calibration dataset.
+        settings: the other arguments of NNCF's own `quantize`.
+        hardware: what the target can do.
+        own_items: NNCF calibrates on the items of the dataset as they are; otherwise on the first images in batches,
+            since of what it estimates only the signs are taken.
+    """
+
+    original: Callable[..., Any]
+    dataset: Any
+    settings: dict[str, Any]
+    hardware: HardwareSpec
+    own_items: bool
+
+    def items(self) -> Iterable[Any]:
+        """Iterate over the model's inputs.
+
+        Raises:
+            DataError: the dataset is not NNCF's.
+        """
+        if not isinstance(self.dataset, nncf.Dataset):
+            raise DataError(
+                f"calibration_dataset should be an nncf.Dataset. Found {type(self.dataset).__name__}. "
+                "Wrap it: nncf.Dataset(loader, lambda batch: batch[0])."
+            )
+        items: Iterable[Any] = self.dataset.get_inference_data()
+        return items
+
+    @property
+    def calibration_items(self) -> int:
+        """How many items of the dataset NNCF calibrates on, at most."""
+        default = inspect.signature(self.original).parameters["subset_size"].default
+        return int(self.settings.get("subset_size", default))
+
+    @property
+    def runs_on_cpu(self) -> bool:
+        """Whether the model is meant for OpenVINO's CPU plugin."""
+        device = self.settings.get("target_device", nncf.TargetDevice.ANY)
+        return device in (nncf.TargetDevice.ANY, nncf.TargetDevice.CPU)
+
+    def place(self, model: nn.Module, inputs: Inputs) -> nn.Module:
+        """Let NNCF place and calibrate its quantizers on the images that were read."""
+        if self.own_items:
+            sizes: Sequence[int] = inputs.sizes if inputs.own is None else inputs.sizes[: self.calibration_items]
+            replay = _Again(inputs, sizes, self.dataset.get_batch_size())
+        else:
+            # Every item costs memory: NNCF keeps small statistics of each, which glibc puts between large free blocks.
+            count, size = min(len(inputs), RANGE_IMAGES), inputs.at_once(BATCH)
+            replay = _Again(inputs, [min(size, count - start) for start in range(0, count, size)], min(size, count))
+        quantized: nn.Module = self.original(model, nncf.Dataset(replay), **self.settings)
+        return quantized
+
+
+class _Again:
+    """The images of the user's dataset again: a generator can be read once only."""
+
+    def __init__(self, inputs: Inputs, sizes: Sequence[int], batch_size: int | None) -> None:
+        self._inputs, self._sizes = inputs, sizes
+        self.batch_size = batch_size  # NNCF chooses the form of its statistics by it
+
+    def __iter__(self) -> Iterator[Any]:
+        start = 0
+        for size in self._sizes:
+            yield example_of(self._inputs.batch(slice(start, start + size)))
+            start += size
+
+    def __len__(self) -> int:
+        return len(self._sizes)
