@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from qft_plugin import EfQAT
+from qft_plugin.config import QFTConfig
 from qft_plugin.graph.dof_map import map_dof
 from qft_plugin.graph.record import record
 from qft_plugin.tensors.mmse import weight_scale
 from qft_plugin.tensors.partial_gradients import PartialBackward
-from qft_plugin.training.dof import Dof, WeightGrid
+from qft_plugin.training.dof import Dof, WeightGrid, parameter_groups
 from qft_plugin.training.efqat import PartialTraining
 from qft_plugin.training.solve import solve
 
@@ -74,10 +75,10 @@ def times(model: nn.Module, x: Tensor, ratio: float | None, steps: int) -> tuple
         )
         for layer in dof_map.layers
     }
-    dof = Dof(dof_map, tensors, grids, {}, train_cross_layer=ratio is None)
+    dof = Dof(dof_map, tensors, grids, {}, config=QFTConfig(train_cross_layer=ratio is None))
     if ratio is not None:
         PartialTraining(dof, EfQAT(ratio=ratio))
-    trained = [p for g in dof.parameter_groups(learning_rate=1, scale_learning_rate=1) for p in g["params"]]
+    trained = [p for g in parameter_groups(dof, learning_rate=1, scale_learning_rate=1) for p in g["params"]]
     found = []
     for _ in range(WARM_UP + steps):
         begin = time.process_time()

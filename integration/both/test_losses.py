@@ -142,7 +142,7 @@ def test_a_block_trains_what_belongs_to_it(host, monkeypatch):
         moved = [n for n in after if not torch.equal(after[n], before[n])]
         owners = {names[int(n.split(".")[1])].split(".")[0] for n in moved if n.startswith("layers.")}
         assert owners == layers
-        assert any(n.startswith("log_s.") for n in moved)
+        assert any(n.startswith("activations.log_s.") for n in moved)
 
 
 @pytest.mark.parametrize("ends", [["conv3", "conv1"], ["stem"], ["conv1", "relu"], ["fc"]])

@@ -33,6 +33,7 @@ from qft_plugin.graph.torch_model import replace_modules, tensor_of
 from qft_plugin.job.host import Start
 from qft_plugin.training.integers import DeployedWeight, folded_tensors
 from qft_plugin.training.rounding import moved_to
+from qft_plugin.training.solve import rescale_factor
 
 
 @torch.no_grad()
@@ -57,16 +58,16 @@ def write(source: Source, start: Start[Placed], deployed: Mapping[str, DeployedW
             for parameter in (layer.weight, layer.bias):
                 if parameter is not None:
                     model.get_parameter(parameter).copy_(unfolded[parameter])
-    scales, zero_points = dof.activation_scales(), dof.zero_points()
+    scales, zero_points = dof.activations.steps(), dof.activations.zero_points()
     for name, scaling in source.activations.items():
-        scaling.start(scales[name], int(zero_points.get(name, dof.activation_grids[name].zero_point)))
+        scaling.start(scales[name], int(zero_points.get(name, dof.activations.grids[name].zero_point)))
     factors = shared_factors(model)
     assert factors is not None
     factors.log_c.copy_(log_c)
     factors.bias_bits = dof.hardware.bias_bits
     for name in dof.weight_grids:
         weight, trained = source.weights[name], dof.trained_weight(name)
-        weight.log_F.copy_(dof.rescale_factor(trained).log())
+        weight.log_F.copy_(rescale_factor(dof, trained).log())
         before = weight.neighbours.before
         if before is not None and dof.weight_grids[name].s_in is None:
             weight.log_F.add_(before.log_s)  # its inputs have several scales, of which it follows one from now on

@@ -20,7 +20,7 @@ from qft_plugin.job.understand import images, understand
 from qft_plugin.tensors.partial_gradients import PartialBackward
 from qft_plugin.training.blocks import split
 from qft_plugin.training.distributed import agreed
-from qft_plugin.training.dof import Dof
+from qft_plugin.training.dof import Dof, parameter_groups
 from qft_plugin.training.efqat import PartialTraining, release
 from qft_plugin.training.finetune import EVALUATION_IMAGES, FinetuneResult, Goal, finetune
 from qft_plugin.training.integers import DeployedWeight, accumulator_bits, deployed_weights
@@ -284,7 +284,8 @@ def _phases(start: Start[Placed], problem: Problem[Source], loss: Loss, settings
     """Choose what trains when: everything at once, or one block after the other."""
     dof, at, ends = start.dof, problem.at, problem.at.inputs[: problem.at.blocks]
     grouped = functools.partial(
-        dof.parameter_groups,
+        parameter_groups,
+        dof,
         learning_rate=settings.learning_rate,
         scale_learning_rate=settings.scale_learning_rate,
     )

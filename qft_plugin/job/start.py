@@ -35,7 +35,7 @@ from qft_plugin.job.understand import laid_out
 from qft_plugin.tensors.gptq import compensated_kernel, moments_of, parts_of
 from qft_plugin.tensors.grid import largest_integer
 from qft_plugin.tensors.mmse import doubly_scales, nearest_factor, weight_scale
-from qft_plugin.training.activation_scales import shared_grids, tied_grids
+from qft_plugin.training.activation_scales import Ties, shared_grids, tied_grids
 from qft_plugin.training.data import Inputs
 from qft_plugin.training.dof import Dof, WeightGrid
 from qft_plugin.training.solve import solve
@@ -121,14 +121,8 @@ def start(
         {name: laid_out(t, inputs) for name, t in values.items()},
         weights,
         grids,
-        train_cross_layer=config.train_cross_layer,
-        train_scales=config.train_scales,
-        hardware=config.hardware,
-        addends=groups if tied else (),
-        shared=shared,
-        rounding=config.rounding,
-        sparsity=config.sparsity,
-        kept=source.kept,
+        config=config,
+        ties=Ties(addends=groups if tied else (), shared=shared),
     )
     return Start(placed, student, dof, log_c)
 
@@ -367,5 +361,6 @@ def _weight_grids(
             right = W if scale_in is None else W / layer.axes.per_in(scale_in, W)
             F = nearest_factor(right, layer.axes, scale / F_unit, unit=F_unit, kind=kind, bits=width)
             scale = F * F_unit
-        grids[layer.weight] = WeightGrid(bits=width, scale=scale, s_in=s_in, s_out=s_out, scale_in=scale_in)
+        kept = source.kept.get(layer.weight)
+        grids[layer.weight] = WeightGrid(width, scale, s_in, s_out, scale_in=scale_in, kept=kept)
     return grids

@@ -9,7 +9,7 @@ from torch import Tensor
 from qft_plugin.config import EfQAT
 from qft_plugin.training.dof import Dof, LayerDof
 from qft_plugin.training.held import Held, held_part, settled
-from qft_plugin.training.solve import weight_steps
+from qft_plugin.training.solve import integers_of, scales_of
 
 ROUNDING_SLACK: Final = 1e-9
 """A share of a number of weights may be a whole number in decimals and miss it by its last bit."""
@@ -93,13 +93,10 @@ def hold(dof: Dof, trained: Mapping[str, Tensor]) -> None:
         dof: the degrees of freedom.
         trained: by name of the weight, `[out]`.
     """
-    c, steps = dof.factors(), weight_steps(dof, dof.activation_scales())
+    scales = scales_of(dof)
     for name, mask in trained.items():
         kernel = dof.trained_weight(name)
-        W, axes = kernel.folded_weight(kernel.channels(c)), kernel.layer.axes
-        assert kernel.element is not None
-        integers = kernel.element.integers(W, axes.on_weight(steps[name], kernel.scale_in, W))
-        kernel.held = held_part(kernel.W, integers, mask, axes)
+        kernel.held = held_part(kernel.W, integers_of(kernel, scales), mask, kernel.layer.axes)
 
 
 @torch.no_grad()
@@ -108,12 +105,11 @@ def settle(dof: Dof) -> None:
 
     The weights are then the whole state: `release` changes nothing that is solved, nor what is deployed.
     """
-    c, steps = dof.factors(), weight_steps(dof, dof.activation_scales())
+    scales = scales_of(dof)
     for name, held in held_kernels(dof).items():
         kernel = dof.trained_weight(name)
-        axes = kernel.layer.axes
-        step = axes.on_weight(steps[name], kernel.scale_in, kernel.W)
-        kernel.W.copy_(settled(held, kernel.W, kernel.units(kernel.channels(c)), step, axes))
+        units, step = kernel.units(kernel.channels(scales.factors)), kernel.step(scales.weights[name])
+        kernel.W.copy_(settled(held, kernel.W, units, step, kernel.layer.axes))
 
 
 def release(dof: Dof) -> None:

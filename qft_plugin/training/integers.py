@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qft_plugin.training.dof import Dof, LayerDof
-from qft_plugin.training.solve import accumulator_step, on_hardware, weight_steps
+from qft_plugin.training.solve import Scales, accumulator_step, integers_of, on_hardware, scales_of
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,16 @@ class DeployedWeight:
 @torch.no_grad()
 def deployed_weights(dof: Dof) -> dict[str, DeployedWeight]:
     """Return the integers and steps of all quantized weights by name."""
-    c, scales = dof.factors(), dof.activation_scales()
-    steps = weight_steps(dof, scales)
-    result = {}
+    return _deployed(dof, scales_of(dof))
+
+
+def _deployed(dof: Dof, scales: Scales) -> dict[str, DeployedWeight]:
+    found = {}
     for module in dof.quantized():
-        layer, grid = module.layer, dof.weight_grids[module.layer.weight]
-        W = module.folded_weight(module.channels(c))
-        step = steps[layer.weight]
-        assert module.element is not None
-        integers = module.element.integers(W, layer.axes.on_weight(step, module.scale_in, W))
-        result[layer.weight] = DeployedWeight(integers, step, module.scale_in, grid.bits)
-    return result
+        name = module.layer.weight
+        integers, bits = integers_of(module, scales), dof.weight_grids[name].bits
+        found[name] = DeployedWeight(integers, scales.weights[name], module.scale_in, bits)
+    return found
 
 
 @torch.no_grad()
@@ -51,17 +50,17 @@ def folded_tensors(dof: Dof) -> dict[str, Tensor]:
     Weights are not yet rounded; where an element has decided on another integer than the nearest one, the weight is
     moved next to it. Biases are what the hardware holds.
     """
-    c, scales = dof.factors(), dof.activation_scales()
-    steps = weight_steps(dof, scales)
+    scales = scales_of(dof)
     tensors: dict[str, Tensor] = {}
     for module in dof.layers:
         assert isinstance(module, LayerDof)
-        W, B = module.folded(module.channels(c))
+        layer, channels = module.layer, module.channels(scales.factors)
+        W, B = module.folded_weight(channels), module.folded_bias(channels)
         if module.element is not None:
-            W = module.element.near(W, module.layer.axes.on_weight(steps[module.layer.weight], module.scale_in, W))
-        tensors[module.layer.weight] = W
-        if module.layer.bias is not None and B is not None:
-            tensors[module.layer.bias] = on_hardware(dof, module, B, steps, scales)
+            W = module.element.near(W, module.step(scales.weights[layer.weight]))
+        tensors[layer.weight] = W
+        if layer.bias is not None and B is not None:
+            tensors[layer.bias] = on_hardware(dof, module, B, scales)
     return tensors
 
 
@@ -81,18 +80,17 @@ def integer_biases(dof: Dof, deployed: Mapping[str, DeployedWeight]) -> dict[str
     Returns:
         `[out]` by name of the weight, for every layer whose accumulator has one scale, held in float.
     """
-    c, scales, Z = dof.factors(), dof.activation_scales(), dof.zero_points()
-    steps = weight_steps(dof, scales)
+    scales, Z = scales_of(dof), dof.activations.zero_points()
     found = {}
     for module in dof.quantized():
         layer, grid = module.layer, dof.weight_grids[module.layer.weight]
-        S_acc = accumulator_step(dof, module, steps, scales)
+        S_acc = accumulator_step(dof, module, scales)
         if S_acc is None or grid.s_in is None or not layer.is_kernel:
             continue
         sums = layer.axes.out_slices(deployed[layer.weight].integers).sum(1)
-        B = module.folded_bias(module.channels(c))
-        start = torch.zeros_like(sums) if B is None else (on_hardware(dof, module, B, steps, scales) / S_acc).round()
-        zero_point = Z.get(grid.s_in, sums.new_tensor(dof.activation_grids[grid.s_in].zero_point))
+        B = module.folded_bias(module.channels(scales.factors))
+        start = torch.zeros_like(sums) if B is None else (on_hardware(dof, module, B, scales) / S_acc).round()
+        zero_point = Z.get(grid.s_in, sums.new_tensor(dof.activations.grids[grid.s_in].zero_point))
         found[layer.weight] = start - zero_point * sums
     return found
 

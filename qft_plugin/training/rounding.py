@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from qft_plugin.config import Rounding, Sparsity
 from qft_plugin.errors import ModelError
-from qft_plugin.graph.layer_graph import Layer
 from qft_plugin.tensors.axes import Axes
 from qft_plugin.tensors.fake_quantize import fake_quantize, fake_quantize_folded, multiplied
 from qft_plugin.tensors.grid import integer_range, to_integer
@@ -101,21 +100,20 @@ def two_of_four(u: Tensor, axes: Axes) -> Tensor:
     return kept.flatten(-2)[..., :channels].movedim(-1, axis).reshape(u.shape)
 
 
-def mask_of(layer: Layer, W: Tensor, sparsity: Sparsity) -> Mask | None:
+def mask_of(axes: Axes, W: Tensor, sparsity: Sparsity) -> Mask | None:
     """Return what chooses the weights of a layer that are kept; `None` where all are.
 
     Weights of normalisations are never dropped, and no layer with fewer than four input channels (in each group) gets
     a 2:4 mask.
 
     Args:
-        layer: the layer.
-        W: its weight.
+        axes: the meaning of the axes of its weight.
+        W: the weight.
         sparsity: the setting.
     """
-    if sparsity is None or layer.kind == "layer_norm":
+    if sparsity is None or axes.kind == "layer_norm":
         return None
     if sparsity == "2:4":
-        axes = layer.axes
         if axes.channels(W)[0] // axes.groups < FOUR:
             return None
         return functools.partial(two_of_four, axes=axes)
@@ -326,7 +324,7 @@ ELEMENTS: Final[dict[Rounding, type[NearestRounding]]] = {
 
 
 def element_of(
-    layer: Layer,
+    axes: Axes,
     W: Tensor,
     *,
     bits: int,
@@ -337,15 +335,15 @@ def element_of(
     """Make the element of a layer.
 
     Args:
-        layer: the layer.
-        W: its weight in units of its initial step.
+        axes: the meaning of the axes of its weight.
+        W: the weight in units of its initial step.
         bits: bit width; the grid is symmetric and narrow.
         rounding: the setting.
         sparsity: the setting.
         kept: true where the weight is not pruned already; `None` where all of it may be any number.
     """
     low, high = integer_range(bits, signed=True, narrow=True)
-    mask = mask_of(layer, W, sparsity)
+    mask = mask_of(axes, W, sparsity)
     if kept is not None:
         mask = functools.partial(_kept_by_both, kept=kept, mask=mask)
     return ELEMENTS[rounding](W, low=low, high=high, mask=mask)

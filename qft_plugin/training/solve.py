@@ -11,14 +11,13 @@ S_wR * S_wL * c_in / c_out = s_out * F / s_in. The integers are those of Eq. (2)
 denominator of  W / (S_wR * S_wL)  are multiplied by the same factor.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from qft_plugin.tensors.fake_quantize import fake_quantize
-from qft_plugin.tensors.grid import integer_range
+from qft_plugin.tensors.grid import integer_range, quantize_factor
 from qft_plugin.tensors.partial_gradients import PartialWeight
 from qft_plugin.training.dof import Channels, Dof, LayerDof
 from qft_plugin.training.held import Held, partly_trained
@@ -44,74 +43,96 @@ class Solution:
     partial: tuple[PartialWeight, ...] = ()
 
 
-def weight_scales(S_a_in: Tensor, S_a_out: Tensor, F: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve a kernel's left and right scales from the degrees of freedom.
+def weight_scales(s_in: Tensor, s_out: Tensor, F: Tensor, *, kernel: Tensor) -> Tensor:
+    """Solve the scales of all kernels in the folded network from the degrees of freedom.
 
-    Eq. (2):  S_wL = 1 / S_a_in      S_wR = S_a_out * F
+    Eq. (2):  S_wL = 1 / S_a(in)      S_wR = S_a(out) * F      with  S_a = s * c
 
-    Args:
-        S_a_in: scale of the input edge, `[in]`, real per step.
-        S_a_out: scale of the output edge, `[out]`, real per step.
-        F: rescale factor, `[]` (layerwise) or `[out]` (channelwise), output steps per accumulator step.
+    The factors c are in the weights already, so that the step of a folded weight is
 
-    Returns:
-        `S_wL`, `[in]`, and `S_wR`, `[out]`. The step of `W[o, i]` is `S_wR[o] * S_wL[i]`.
-    """
-    return 1 / S_a_in, S_a_out * F
-
-
-def weight_steps(dof: Dof, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Solve the step of every quantized kernel in the folded network.
-
-    Eq. (2) with the factors folded:  S_wR * S_wL * c_in / c_out = s_out * F / s_in
+        S_wR * S_wL * c_in / c_out = F * s_out / s_in
 
     Args:
-        dof: the degrees of freedom.
-        scales: step of every activation quantizer by name, `[]`.
+        s_in: step of the input edge of each kernel, `[kernels]`, real per step; 1 where it is not quantized.
+        s_out: step of the output edge of each kernel, likewise.
+        F: rescale factors of all kernels, one (layerwise) or `out` (channelwise) of each, `[factors]`, output steps per
+            accumulator step.
+        kernel: number of the kernel of each factor, `[factors]`.
 
     Returns:
-        By name of the weight, `[]` or `[out]`, real per step.
+        `[factors]`, real per step.
     """
-    layers = dof.quantized()
+    return F * (s_out / s_in).index_select(0, kernel)
+
+
+def rescale_factor(dof: Dof, layer: LayerDof) -> Tensor:
+    """Return a layer's rescale factor as the hardware holds it, `[]` or `[out]`.
+
+    Where an edge of the layer is not quantized it is no factor between integers, and any number will do.
+    """
+    grid, F = dof.weight_grids[layer.layer.weight], layer.log_F.exp()
+    between_integers = grid.s_in is not None and grid.s_out is not None
+    return quantize_factor(F, dof.hardware.rescale_factor) if between_integers else F
+
+
+@dataclass(frozen=True)
+class Scales:
+    """All scales in one state of the degrees of freedom.
+
+    Attributes:
+        factors: cross-layer factor of every variable, `[1 + size]`.
+        activations: step of every activation quantizer by name, `[]`, real (folded) per step.
+        weights: step of every quantized kernel in the folded network by name of the weight, `[]` or `[out]`, real per
+            step.
+    """
+
+    factors: Tensor
+    activations: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def scales_of(dof: Dof) -> Scales:
+    """Solve all scales."""
+    factors, activations, layers = dof.factors(), dof.activations.steps(), dof.quantized()
     if not layers:
-        return {}
+        return Scales(factors, activations, {})
     if dof.hardware.rescale_factor == "float":
         F = torch.cat([layer.log_F.reshape(-1) for layer in layers]).exp()
     else:
-        F = torch.cat([dof.rescale_factor(layer).reshape(-1) for layer in layers])
+        F = torch.cat([rescale_factor(dof, layer).reshape(-1) for layer in layers])
     grids = [dof.weight_grids[layer.layer.weight] for layer in layers]
     one = F.new_ones(())
     s_out, s_in = (
-        torch.stack([one if name is None else scales[name] for name in names])
+        torch.stack([one if name is None else activations[name] for name in names])
         for names in ([grid.s_out for grid in grids], [grid.s_in for grid in grids])
     )
-    steps = F * (s_out / s_in).index_select(0, dof.layer_of_step)
+    steps = weight_scales(s_in, s_out, F, kernel=dof.index.kernel_of_step)
     parts = steps.split_with_sizes([layer.log_F.numel() for layer in layers])
-    return {layer.layer.weight: part.view(layer.log_F.shape) for layer, part in zip(layers, parts, strict=True)}
+    weights = {d.layer.weight: part.view(d.log_F.shape) for d, part in zip(layers, parts, strict=True)}
+    return Scales(factors, activations, weights)
 
 
 def solve(dof: Dof) -> Solution:
     """Compute everything that the online graph needs from the degrees of freedom (Fig. 4, Eq. 2-4)."""
-    c, scales = dof.factors(), dof.activation_scales()
-    steps = weight_steps(dof, scales)
+    scales = scales_of(dof)
     tensors: dict[str, Tensor] = {}
     partial: list[PartialWeight] = []
-    for module, channels in zip(dof.layers, dof.spread(c), strict=True):
+    for module, channels in zip(dof.layers, dof.index.channels(scales.factors), strict=True):
         assert isinstance(module, LayerDof)
         layer = module.layer
         if module.held is not None and module.element is not None:
-            W, cheaper = _partly_trained(module, module.element, module.held, channels, steps[layer.weight])
+            W, cheaper = _partly_trained(module, module.element, module.held, channels, scales.weights[layer.weight])
             partial += [] if cheaper is None else [cheaper]
         elif module.element is not None:
-            step = layer.axes.on_weight(steps[layer.weight], module.scale_in, module.W)
+            step = module.step(scales.weights[layer.weight])
             W = module.element.folded(module.W, module.units(channels), step, dof.progress)
         else:
             W = module.folded_weight(channels)
         B = module.folded_bias(channels)
         tensors[layer.weight] = W
         if layer.bias is not None and B is not None:
-            tensors[layer.bias] = on_hardware(dof, module, B, steps, scales)
-    return Solution(tensors, scales, c, dof.zero_points(), tuple(partial))
+            tensors[layer.bias] = on_hardware(dof, module, B, scales)
+    return Solution(tensors, scales.activations, scales.factors, dof.activations.zero_points(), tuple(partial))
 
 
 def _partly_trained(
@@ -123,9 +144,14 @@ def _partly_trained(
     return partly_trained(held, layer.units(c.detach()), step, scale, element, layer.layer.axes)
 
 
-def accumulator_step(
-    dof: Dof, layer: LayerDof, steps: Mapping[str, Tensor], scales: Mapping[str, Tensor]
-) -> Tensor | None:
+def integers_of(layer: LayerDof, scales: Scales) -> Tensor:
+    """Return the integers of a quantized weight, held in float, of the shape of the weight."""
+    assert layer.element is not None
+    W = layer.folded_weight(layer.channels(scales.factors))
+    return layer.element.integers(W, layer.step(scales.weights[layer.layer.weight]))
+
+
+def accumulator_step(dof: Dof, layer: LayerDof, scales: Scales) -> Tensor | None:
     """Return the scale of a layer's accumulator (Eq. 8), or `None` where it has none.
 
     S_acc = s_in * S_w
@@ -133,8 +159,7 @@ def accumulator_step(
     Args:
         dof: the degrees of freedom.
         layer: those of the layer.
-        steps: step of every quantized kernel by name of the weight.
-        scales: step of every activation quantizer by name.
+        scales: all scales.
 
     Returns:
         `[]` or `[out]`, real per step.
@@ -142,14 +167,12 @@ def accumulator_step(
     grid = dof.weight_grids.get(layer.layer.weight)
     if grid is None or grid.s_in is None or layer.log_L is not None:
         return None
-    return steps[layer.layer.weight] * scales[grid.s_in]
+    return scales.weights[layer.layer.weight] * scales.activations[grid.s_in]
 
 
-def on_hardware(
-    dof: Dof, layer: LayerDof, B: Tensor, steps: Mapping[str, Tensor], scales: Mapping[str, Tensor]
-) -> Tensor:
+def on_hardware(dof: Dof, layer: LayerDof, B: Tensor, scales: Scales) -> Tensor:
     """Fake-quantize a bias to integers in the scale of the accumulator, where the hardware holds it so."""
-    S_acc = None if dof.hardware.bias_bits is None else accumulator_step(dof, layer, steps, scales)
+    S_acc = None if dof.hardware.bias_bits is None else accumulator_step(dof, layer, scales)
     if S_acc is None or dof.hardware.bias_bits is None:
         return B
     low, high = integer_range(dof.hardware.bias_bits, signed=True)

@@ -20,10 +20,10 @@ from qft_plugin.graph.placement import ActivationGrid, Placement, WeightPlace
 from qft_plugin.job.run import check_accumulators
 from qft_plugin.job.start import _with_bits
 from qft_plugin.tensors.axes import Axes
-from qft_plugin.training.activation_scales import tied_grids
-from qft_plugin.training.dof import Dof, WeightGrid
+from qft_plugin.training.activation_scales import Ties, tied_grids
+from qft_plugin.training.dof import Dof, WeightGrid, parameter_groups
 from qft_plugin.training.integers import accumulator_bits, deployed_weights, folded_tensors, integer_biases
-from qft_plugin.training.solve import accumulator_step, solve, weight_steps
+from qft_plugin.training.solve import accumulator_step, rescale_factor, scales_of, solve
 
 EXACT = 1e-12
 """A handful of float64 operations in another order."""
@@ -74,7 +74,14 @@ def residual(hardware: HardwareSpec, *, channelwise: bool = True, seed: int = 0)
         outs = (len(layer.out_index),) if channelwise else ()
         weights[layer.weight] = WeightGrid(4, 0.02 + 0.02 * torch.rand(outs).double(), *edges[layer.weight])
     groups = () if hardware.elementwise_rescale == "tensor" else [["a", "c"]]
-    return Dof(dof_map, parameters_of(model), weights, activations, hardware=hardware, addends=groups)
+    return Dof(
+        dof_map,
+        parameters_of(model),
+        weights,
+        activations,
+        config=QFTConfig(hardware=hardware),
+        ties=Ties(addends=groups),
+    )
 
 
 def trained(dof: Dof, steps: int = 3) -> Iterator[Dof]:
@@ -100,21 +107,21 @@ def states(dof: Dof) -> Iterator[Dof]:
 def test_addends_share_one_scale() -> None:
     """With no rescaling at additions there is one trained scale for the group, which starts at the largest."""
     dof = residual(HardwareSpec(elementwise_rescale="none"))
-    assert len(dof.log_s) == 4
+    assert len(dof.activations.log_s) == 4
     seen = set()
     for state in states(dof):
-        scales = state.activation_scales()
+        scales = state.activations.steps()
         assert torch.equal(scales["a"], scales["c"])
         seen.add(scales["a"].item())
     assert len(seen) == 4
-    assert residual(HardwareSpec(elementwise_rescale="none")).activation_scales()["a"].item() == pytest.approx(0.071)
-    _, group = dof.parameter_groups(learning_rate=1, scale_learning_rate=1)
+    assert residual(HardwareSpec(elementwise_rescale="none")).activations.steps()["a"].item() == pytest.approx(0.071)
+    _, group = parameter_groups(dof, learning_rate=1, scale_learning_rate=1)
     assert len({id(p) for p in group["params"]}) == len(group["params"])
-    _, alone = dof.parameter_groups(learning_rate=1, scale_learning_rate=1, layers=(), quantizers={"c"}, factors=False)
+    _, alone = parameter_groups(dof, learning_rate=1, scale_learning_rate=1, layers=(), quantizers={"c"}, factors=False)
     assert alone["params"] == []
-    every = dof.activation_scales().keys()
-    _, group = dof.parameter_groups(learning_rate=1, scale_learning_rate=1, layers=(), quantizers=every, factors=False)
-    assert id(dof.log_s[1]) in [id(p) for p in group["params"]]
+    every = dof.activations.steps().keys()
+    _, group = parameter_groups(dof, learning_rate=1, scale_learning_rate=1, layers=(), quantizers=every, factors=False)
+    assert id(dof.activations.log_s[1]) in [id(p) for p in group["params"]]
 
 
 def concatenated(hardware: HardwareSpec, grids: dict[str, ActivationGrid]) -> Dof:
@@ -126,7 +133,14 @@ def concatenated(hardware: HardwareSpec, grids: dict[str, ActivationGrid]) -> Do
         "mix.weight": WeightGrid(4, torch.tensor(0.02).double(), "p", None),
     }
     dof_map = mapped(model, image())
-    return Dof(dof_map, parameters_of(model), weights, grids, hardware=hardware, shared=[["p", "q"]])
+    return Dof(
+        dof_map,
+        parameters_of(model),
+        weights,
+        grids,
+        config=QFTConfig(hardware=hardware),
+        ties=Ties(shared=[["p", "q"]]),
+    )
 
 
 @pytest.mark.parametrize("kind", ["tensor", "none", "power_of_two"])
@@ -134,17 +148,17 @@ def test_parts_of_a_concatenation_share_one_scale(kind: str) -> None:
     """One scale is trained for both, whatever additions need; it starts at the larger, and the wider grid counts."""
     grids = {"p": ActivationGrid(0.03, 0, 15), "q": ActivationGrid(0.07, -128, 127)}
     dof = concatenated(HardwareSpec(elementwise_rescale=kind, bias_bits=16), grids)
-    assert dof.activation_scales()["p"].item() == pytest.approx(0.07)
+    assert dof.activations.steps()["p"].item() == pytest.approx(0.07)
     seen = set()
     for state in states(dof):
-        scales = state.activation_scales()
+        scales = state.activations.steps()
         assert scales["p"].item() == scales["q"].item()
         seen.add(scales["p"].item())
-        S_acc = accumulator_step(state, state.trained_weight("mix.weight"), weight_steps(state, scales), scales)
+        S_acc = accumulator_step(state, state.trained_weight("mix.weight"), scales_of(state))
         integers = (solve(state).tensors["mix.bias"] / S_acc).detach()
         torch.testing.assert_close(integers, integers.round(), rtol=0, atol=INTEGER * 2**8)
     assert len(seen) == 4
-    assert dof.input_grids("mix.weight") == tuple(dof.activation_grids.values())
+    assert dof.input_grids("mix.weight") == tuple(dof.activations.grids.values())
     assert dof.input_grids("left.weight") == ()
     W = deployed_weights(dof)["mix.weight"].integers.flatten(1)
     bias = integer_biases(dof, deployed_weights(dof))["mix.weight"]
@@ -156,31 +170,31 @@ def test_parts_of_a_concatenation_share_one_zero_point() -> None:
     """Zero points that train are one parameter over a range that holds both; the accumulator absorbs it."""
     grids = {"p": ActivationGrid(0.03, 0, 255, 200, shifts=True), "q": ActivationGrid(0.05, 0, 255, 20, shifts=True)}
     dof = concatenated(HardwareSpec(bias_bits=16), grids)
-    p, q = dof.activation_grids.values()
+    p, q = dof.activations.grids.values()
     assert (p.scale, p.zero_point) == (q.scale, q.zero_point)
     assert p.scale * (0 - p.zero_point) == pytest.approx(-6, abs=p.scale)
     assert p.scale * (255 - p.zero_point) == pytest.approx(11.75, abs=p.scale)
-    assert len(dof.shift) == len(dof.log_s) == 1
+    assert len(dof.activations.shift) == len(dof.activations.log_s) == 1
     with torch.no_grad():
-        dof.shift[0].add_(20 / 255)
-    points = dof.zero_points()
+        dof.activations.shift[0].add_(20 / 255)
+    points = dof.activations.zero_points()
     assert points["p"].item() == points["q"].item() == p.zero_point + 20
-    _, group = dof.parameter_groups(learning_rate=1, scale_learning_rate=1)
+    _, group = parameter_groups(dof, learning_rate=1, scale_learning_rate=1)
     assert len({id(p) for p in group["params"]}) == len(group["params"])
 
 
 def test_addends_differ_by_a_shift() -> None:
     """The ratio of the scales is a power of two exactly, before and after training, and both scales train."""
     dof = residual(HardwareSpec(elementwise_rescale="power_of_two"))
-    assert len(dof.log_s) == 5
+    assert len(dof.activations.log_s) == 5
     seen = set()
     for state in states(dof):
-        scales = state.activation_scales()
+        scales = state.activations.steps()
         ratio = (scales["c"] / scales["a"]).item()
         assert math.frexp(ratio)[0] == 0.5
         seen.add(scales["a"].item())
     assert len(seen) == 4
-    assert all(p.grad is not None and float(p.grad) != 0 for p in dof.log_s)
+    assert all(p.grad is not None and float(p.grad) != 0 for p in dof.activations.log_s)
 
 
 def test_a_shift_between_addends_can_change() -> None:
@@ -189,8 +203,8 @@ def test_a_shift_between_addends_can_change() -> None:
     ratios = []
     for move in (0.0, math.log(3)):
         with torch.no_grad():
-            dof.log_s[3].add_(move)
-        scales = dof.activation_scales()
+            dof.activations.log_s[3].add_(move)
+        scales = dof.activations.steps()
         ratios.append((scales["c"] / scales["a"]).item())
     assert ratios == [4, 16]
 
@@ -198,7 +212,7 @@ def test_a_shift_between_addends_can_change() -> None:
 def test_without_a_constraint_addends_are_free() -> None:
     """Each has its scale, and none is moved at the start."""
     dof = residual(HardwareSpec())
-    assert [round(s.item(), 9) for s in dof.activation_scales().values()] == [0.03, 0.02, 0.011, 0.071, 0.05]
+    assert [round(s.item(), 9) for s in dof.activations.steps().values()] == [0.03, 0.02, 0.011, 0.071, 0.05]
 
 
 @pytest.mark.parametrize("channelwise", [True, False])
@@ -209,21 +223,20 @@ def test_rescale_factors_are_what_hardware_can_multiply_by(kind: str | int, chan
     inside = [name for name, grid in dof.weight_grids.items() if grid.s_out is not None]
     assert len(inside) == 3
     for state in states(dof):
-        scales = state.activation_scales()
-        steps = weight_steps(state, scales)
+        scales = scales_of(state)
         for name in inside:
             module, grid = state.trained_weight(name), state.weight_grids[name]
-            S_acc = accumulator_step(state, module, steps, scales)
-            factors = (S_acc / scales[grid.s_out]).reshape(-1)
+            S_acc = accumulator_step(state, module, scales)
+            factors = (S_acc / scales.activations[grid.s_out]).reshape(-1)
             assert factors.numel() == (CHANNELS if channelwise else 1)
-            held = state.rescale_factor(module)
+            held = rescale_factor(state, module)
             torch.testing.assert_close(factors, held.reshape(-1), rtol=EXACT, atol=0)
             bits = 1 if kind == "power_of_two" else kind
             assert all(reference.significant(F, bits) for F in held.reshape(-1).tolist())
             assert deployed_weights(state)[name].step is not None
-            torch.testing.assert_close(deployed_weights(state)[name].step, steps[name], rtol=EXACT, atol=0)
+            torch.testing.assert_close(deployed_weights(state)[name].step, scales.weights[name], rtol=EXACT, atol=0)
         last = state.trained_weight("2.weight")
-        assert torch.equal(state.rescale_factor(last), last.log_F.exp())
+        assert torch.equal(rescale_factor(state, last), last.log_F.exp())
     assert all(state.trained_weight(name).log_F.grad.abs().sum() > 0 for name in inside)
 
 
@@ -237,11 +250,10 @@ def test_biases_are_integers_of_the_accumulator(bits: int, channelwise: bool) ->
             module.bias.mul_(30)
     clipped = 0
     for state in states(dof):
-        solution, scales = solve(state), state.activation_scales()
-        steps = weight_steps(state, scales)
+        solution, scales = solve(state), scales_of(state)
         absorbed = integer_biases(state, deployed_weights(state))
         for layer in state.map.layers:
-            S_acc = accumulator_step(state, state.trained_weight(layer.weight), steps, scales)
+            S_acc = accumulator_step(state, state.trained_weight(layer.weight), scales)
             integers = (solution.tensors[layer.bias] / S_acc).detach()
             torch.testing.assert_close(integers, integers.round(), rtol=0, atol=INTEGER * 2 ** (bits // 2))
             assert -(2 ** (bits - 1)) <= integers.min().round()
@@ -267,7 +279,7 @@ def test_a_layer_that_reads_floats_keeps_a_float_bias() -> None:
     model = nn.Sequential(nn.Linear(3, 2)).double()
     grids = {"0.weight": WeightGrid(4, torch.tensor(0.2).double(), None, None)}
     dof_map = mapped(model, torch.zeros(1, 3, dtype=torch.float64))
-    dof = Dof(dof_map, parameters_of(model), grids, {}, hardware=HardwareSpec(bias_bits=4))
+    dof = Dof(dof_map, parameters_of(model), grids, {}, config=QFTConfig(hardware=HardwareSpec(bias_bits=4)))
     torch.testing.assert_close(solve(dof).tensors["0.bias"], model[0].bias, rtol=EXACT, atol=EXACT)
     assert accumulator_bits(dof, deployed_weights(dof)) == {}
 
@@ -303,7 +315,7 @@ def test_accumulators_are_as_wide_as_the_worst_input_needs(
     dof_map = mapped(net, x.double())
     weights = {"0.weight": WeightGrid(4, torch.tensor(0.2).double(), "in", None)}
     activations = {"in": ActivationGrid(0.1, *grid)}
-    dof = Dof(dof_map, parameters_of(net), weights, activations, hardware=HardwareSpec(bias_bits=16))
+    dof = Dof(dof_map, parameters_of(net), weights, activations, config=QFTConfig(hardware=HardwareSpec(bias_bits=16)))
     rows = Axes(kind, groups).out_slices(deployed_weights(dof)["0.weight"].integers).numpy()
     assert rows.shape == ({"conv": 2, "grouped": 4}.get(kernel, 3), 4)
     biases = integer_biases(dof, deployed_weights(dof))["0.weight"].numpy()

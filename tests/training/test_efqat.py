@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from models import chained, image
 from torch import Tensor, nn
 
-from qft_plugin.config import EfQAT, FinetuneConfig
+from qft_plugin.config import EfQAT, FinetuneConfig, QFTConfig
 from qft_plugin.graph.placement import ActivationGrid
 from qft_plugin.graph.torch_model import Call
 from qft_plugin.tensors.mmse import weight_scale
 from qft_plugin.tensors.partial_gradients import PartialBackward
 from qft_plugin.training.data import Inputs
-from qft_plugin.training.dof import Dof, WeightGrid
+from qft_plugin.training.dof import Dof, WeightGrid, parameter_groups
 from qft_plugin.training.efqat import (
     PartialTraining,
     carried,
@@ -62,7 +62,7 @@ def make_dof(model: nn.Module, *, per_channel: bool = True, doubly: bool = False
         scale = weight_scale(W, layer.axes, bits=bits, per_channel=per_channel and not norm)
         left = torch.rand(len(layer.in_index), dtype=torch.float64) + 0.5 if doubly and not norm else None
         grids[layer.weight] = WeightGrid(bits, scale, "a", "b", left)
-    return Dof(dof_map, tensors, grids, ACTIVATIONS, train_scales=train_scales)
+    return Dof(dof_map, tensors, grids, ACTIVATIONS, config=QFTConfig(train_scales=train_scales))
 
 
 def some(dof: Dof, *, share: float = 0.3, seed: int = 0) -> dict[str, Tensor]:
@@ -84,7 +84,7 @@ def student(dof: Dof, model: nn.Module, *, cheaper: bool = True) -> Callable[[Ca
 def moved(dof: Dof) -> Dof:
     """Move everything that trains."""
     with torch.no_grad():
-        for group in dof.parameter_groups(learning_rate=1, scale_learning_rate=1):
+        for group in parameter_groups(dof, learning_rate=1, scale_learning_rate=1):
             for p in group["params"]:
                 p.add_(0.1 * torch.randn_like(p))
     return dof
@@ -229,7 +229,7 @@ def test_gradients_of_all_that_trains(share: float, per_channel: bool) -> None:
     model = network()
     dof, x = make_dof(model, per_channel=per_channel), image()
     hold(dof, some(dof, share=share))
-    leaves = [p for g in dof.parameter_groups(learning_rate=1, scale_learning_rate=1) for p in g["params"]]
+    leaves = [p for g in parameter_groups(dof, learning_rate=1, scale_learning_rate=1) for p in g["params"]]
     found = []
     for cheaper in (True, False):
         y = student(dof, model, cheaper=cheaper)(((x,), {})).features[0]
@@ -265,7 +265,7 @@ def test_what_trains() -> None:
     trained = some(dof)
     trained["0.weight"][:] = False
     hold(dof, trained)
-    values, scales = (g["params"] for g in dof.parameter_groups(learning_rate=1, scale_learning_rate=1))
+    values, scales = (g["params"] for g in parameter_groups(dof, learning_rate=1, scale_learning_rate=1))
     rows = [held.rows for held in held_kernels(dof).values() if len(held.index)]
     assert len(rows) < len(held_kernels(dof))
     assert {id(p) for p in rows} < {id(p) for p in values}
@@ -273,7 +273,7 @@ def test_what_trains() -> None:
     norms = {id(d.W) for d in dof.quantized() if not d.layer.is_kernel}
     assert norms
     assert others == norms | {id(d.bias) for d in dof.quantized() if d.bias is not None}
-    assert {id(p) for p in scales} == {id(d.log_F) for d in dof.quantized()} | {id(p) for p in dof.log_s}
+    assert {id(p) for p in scales} == {id(d.log_F) for d in dof.quantized()} | {id(p) for p in dof.activations.log_s}
     for name, held in held_kernels(dof).items():
         assert held.rows.shape[0] == int(trained[name].sum())
         assert held.rows[0].numel() == sizes(dof)[name] // len(trained[name]) if len(held.index) else True
@@ -295,7 +295,7 @@ def run(
 
     part = config.trains_part
     partial = None if part is None else PartialTraining(dof, part)
-    groups = dof.parameter_groups(learning_rate=config.learning_rate, scale_learning_rate=config.scale_learning_rate)
+    groups = parameter_groups(dof, learning_rate=config.learning_rate, scale_learning_rate=config.scale_learning_rate)
     loss = Loss((1.0,), 0.0)
     try:
         return finetune(
@@ -316,7 +316,7 @@ def test_a_part_learns(mode: str, ratio: float) -> None:
     """The loss falls, with scales, biases and norms alone too; what was never chosen keeps its integers."""
     model = network()
     dof = make_dof(model)
-    start, steps = integers(dof), [p.detach().clone() for p in dof.log_s]
+    start, steps = integers(dof), [p.detach().clone() for p in dof.activations.log_s]
     ever = {name: torch.zeros_like(m, dtype=torch.bool) for name, m in magnitudes(dof).items()}
 
     def watch(_: Step) -> None:
@@ -327,7 +327,7 @@ def test_a_part_learns(mode: str, ratio: float) -> None:
     result = run(dof, model, config, callback=watch)
     assert result.final_loss < 0.95 * result.start_loss
     assert not held_kernels(dof)
-    assert not any(torch.equal(p, before) for p, before in zip(dof.log_s, steps, strict=True))
+    assert not any(torch.equal(p, before) for p, before in zip(dof.activations.log_s, steps, strict=True))
     assert any(t.any() for t in ever.values()) == (ratio > 0)
     changed = 0
     for name, now in integers(dof).items():
@@ -466,7 +466,7 @@ def test_the_optimizer_holds_moments_of_rows_only() -> None:
     model = network()
     dof = make_dof(model)
     partial = PartialTraining(dof, EfQAT(mode="cwpn", ratio=0.3, refresh_images=100))
-    groups = dof.parameter_groups(learning_rate=0.015, scale_learning_rate=3e-3)
+    groups = parameter_groups(dof, learning_rate=0.015, scale_learning_rate=3e-3)
     optimizer = torch.optim.Adam(groups, fused=True)
 
     def step() -> None:

@@ -8,14 +8,15 @@ from graphs import FOLD_TOLERANCE, chain, linear_op, mapped, parameters_of, unar
 from models import CHANNELS, conv, image
 from torch import Tensor, nn
 
+from qft_plugin.config import QFTConfig
 from qft_plugin.graph.dof_map import map_dof
 from qft_plugin.graph.folding import fold_network, names_of
 from qft_plugin.graph.layer_graph import DofMap
 from qft_plugin.graph.placement import ActivationGrid
 from qft_plugin.tensors.fake_quantize import fake_quantize
-from qft_plugin.training.dof import Dof, WeightGrid
+from qft_plugin.training.dof import Dof, WeightGrid, parameter_groups
 from qft_plugin.training.integers import deployed_weights, folded_tensors
-from qft_plugin.training.solve import solve, weight_scales, weight_steps
+from qft_plugin.training.solve import scales_of, solve, weight_scales
 
 EXACT = 1e-12
 """A handful of float64 operations in another order."""
@@ -53,7 +54,7 @@ def make_dof(model: nn.Module, x: Tensor, *, bits: int = 4, channelwise: bool = 
     dof = Dof(dof_map, parameters_of(model), grids, ACTIVATIONS)
     with torch.no_grad():
         left_scales = [layer.log_L for layer in dof.layers if layer.log_L is not None]
-        for p in [dof.log_c, *dof.log_s, *(layer.log_F for layer in dof.layers), *left_scales]:
+        for p in [dof.log_c, *dof.activations.log_s, *(layer.log_F for layer in dof.layers), *left_scales]:
             p.add_(0.3 * torch.randn_like(p))
     return dof
 
@@ -66,8 +67,8 @@ def unfolded_integers(dof: Dof, weight: str, W: Tensor) -> np.ndarray:
     layer, grid = dof.map.layer(weight), dof.weight_grids[weight]
     module = next(m for m in dof.layers if m.layer.weight == weight)
     c = dof.factors().detach()
-    s_in = 1.0 if grid.s_in is None else dof.activation_scales()[grid.s_in].detach()
-    s_out = 1.0 if grid.s_out is None else dof.activation_scales()[grid.s_out].detach()
+    s_in = 1.0 if grid.s_in is None else dof.activations.steps()[grid.s_in].detach()
+    s_out = 1.0 if grid.s_out is None else dof.activations.steps()[grid.s_out].detach()
     S_a_in, S_a_out = s_in * c[layer.in_index], s_out * c[layer.out_index]
     F = module.log_F.detach().exp().expand(len(S_a_out))
     if module.log_L is not None:
@@ -109,10 +110,14 @@ def test_the_student_computes_with_the_deployed_integers(kind: str, doubly: bool
 
 
 def test_weight_scales_is_equation_2() -> None:
-    """S_wL = 1 / S_a(in), S_wR = S_a(out) * F, and their outer product is the step that `weight_steps` folds."""
-    S_wL, S_wR = weight_scales(torch.tensor([0.5, 2.0]), torch.tensor([3.0, 5.0]), torch.tensor(0.25))
-    assert S_wL.tolist() == [2.0, 0.5]
-    assert S_wR.tolist() == [0.75, 1.25]
+    """S_wL = 1 / S_a(in), S_wR = S_a(out) * F; folded by the factors, their outer product has one step for each row."""
+    s_in, s_out, F, kernel = [0.5, 2.0], [3.0, 5.0], [0.25, 0.5, 4.0], [0, 0, 1]
+    tensors = (torch.tensor(values, dtype=torch.float64) for values in (s_in, s_out, F))
+    found = weight_scales(*tensors, kernel=torch.tensor(kernel))
+    for row, k in enumerate(kernel):
+        c_in, c_out = torch.rand(4, dtype=torch.float64) + 0.5, torch.rand((), dtype=torch.float64) + 0.5
+        S_wL, S_wR = 1 / (s_in[k] * c_in), s_out[k] * c_out * F[row]
+        torch.testing.assert_close(S_wR * S_wL * c_in / c_out, found[row].expand(4), rtol=EXACT, atol=0)
 
 
 def test_training_starts_at_the_given_values() -> None:
@@ -124,7 +129,7 @@ def test_training_starts_at_the_given_values() -> None:
         "2.weight": WeightGrid(8, torch.tensor(0.02), "a", "b"),
     }
     dof = Dof(dof_map, tensors, grids, ACTIVATIONS)
-    steps, solution = weight_steps(dof, dof.activation_scales()), solve(dof)
+    steps, solution = scales_of(dof).weights, solve(dof)
     for name, grid in grids.items():
         torch.testing.assert_close(steps[name], grid.scale.double(), rtol=EXACT, atol=0)
         assert deployed_weights(dof)[name].bits == grid.bits
@@ -200,7 +205,7 @@ def test_the_left_scale_is_trained_with_the_other_scales() -> None:
     """It is given to the optimizer once, at the learning rate of scales, and a kernel without one has none."""
     model, x = two_layers("grouped")
     dof = make_dof(model, x, doubly=True)
-    values, scales = dof.parameter_groups(learning_rate=1, scale_learning_rate=2)
+    values, scales = parameter_groups(dof, learning_rate=1, scale_learning_rate=2)
     left = [dof.trained_weight(name).log_L for name in dof.weight_grids]
     assert len(left) == 3
     assert all(sum(p is q for q in scales["params"]) == 1 for p in left)
@@ -210,19 +215,19 @@ def test_the_left_scale_is_trained_with_the_other_scales() -> None:
 
 def test_values_and_scales_train_at_rates_of_their_own() -> None:
     """The first group, of weights and biases, has the one rate, the second one, of all logarithms, the other."""
-    values, scales = make_dof(*two_layers("grouped")).parameter_groups(learning_rate=1, scale_learning_rate=2)
+    values, scales = parameter_groups(make_dof(*two_layers("grouped")), learning_rate=1, scale_learning_rate=2)
     assert (values["lr"], scales["lr"]) == (1, 2)
 
 
 def test_a_part_of_the_degrees_of_freedom_trains() -> None:
     """Only the named layers with all that is theirs, the named quantizers, and the factors if asked."""
     dof = make_dof(*two_layers("grouped"), doubly=True)
-    layer, step = dof.trained_weight("2.weight"), dof.log_s[1]
+    layer, step = dof.trained_weight("2.weight"), dof.activations.log_s[1]
     settings = {"learning_rate": 1.0, "scale_learning_rate": 2.0}
-    values, scales = dof.parameter_groups(**settings, layers={"2.weight"}, quantizers={"b"}, factors=False)
+    values, scales = parameter_groups(dof, **settings, layers={"2.weight"}, quantizers={"b"}, factors=False)
     assert {id(p) for p in values["params"]} == {id(layer.W), id(layer.bias)}
     assert {id(p) for p in scales["params"]} == {id(step), id(layer.log_F), id(layer.log_L)}
-    _, scales = dof.parameter_groups(**settings, layers=(), quantizers=())
+    _, scales = parameter_groups(dof, **settings, layers=(), quantizers=())
     assert [id(p) for p in scales["params"]] == [id(dof.log_c)]
 
 
@@ -262,7 +267,7 @@ def test_a_layer_that_is_not_quantized_is_folded_but_not_trained() -> None:
         dof.log_c.normal_()
     expected = fold_network(dof.map, dof.log_c.detach(), parameters_of(model))
     torch.testing.assert_close(solve(dof).tensors["2.weight"], expected["2.weight"], rtol=EXACT, atol=0)
-    trained = {id(p) for g in dof.parameter_groups(learning_rate=1, scale_learning_rate=1) for p in g["params"]}
+    trained = {id(p) for g in parameter_groups(dof, learning_rate=1, scale_learning_rate=1) for p in g["params"]}
     assert trained == {id(p) for p in dof.parameters() if p.requires_grad}
     assert not any(id(p) in trained for p in dof.layers[1].parameters())
 
@@ -286,9 +291,9 @@ def test_the_degrees_of_freedom_fold_like_the_network(kind: str) -> None:
 def test_fixed_factors_do_not_train() -> None:
     """With `train_cross_layer=False` the factors get no gradient and are not given to the optimizer."""
     model, x = two_layers("conv")
-    dof = Dof(mapped(model, x), parameters_of(model), {}, {}, train_cross_layer=False)
+    dof = Dof(mapped(model, x), parameters_of(model), {}, {}, config=QFTConfig(train_cross_layer=False))
     assert not dof.log_c.requires_grad
-    assert all(not g["params"] for g in dof.parameter_groups(learning_rate=1, scale_learning_rate=1))
+    assert all(not g["params"] for g in parameter_groups(dof, learning_rate=1, scale_learning_rate=1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -297,7 +302,12 @@ def test_folding_of_the_degrees_of_freedom_is_differentiable(kind: str) -> None:
     dof = make_dof(*two_layers(kind))
     layer = dof.layers[1]
     c = dof.factors().detach().requires_grad_()
-    assert torch.autograd.gradcheck(lambda c: layer.folded(layer.channels(c)), (c,))
+
+    def folded(c: Tensor) -> tuple[Tensor, Tensor]:
+        channels = layer.channels(c)
+        return layer.folded_weight(channels), layer.folded_bias(channels)
+
+    assert torch.autograd.gradcheck(folded, (c,))
 
 
 @pytest.mark.parametrize("doubly", [False, True], ids=["", "doubly"])

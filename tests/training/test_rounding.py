@@ -14,16 +14,15 @@ from hypothesis import strategies as st
 from models import CHANNELS, conv, image
 from torch import Tensor, nn
 
-from qft_plugin.config import FinetuneConfig, Rounding, Sparsity
+from qft_plugin.config import FinetuneConfig, QFTConfig, Rounding, Sparsity
 from qft_plugin.errors import ModelError
-from qft_plugin.graph.layer_graph import Layer
 from qft_plugin.graph.placement import ActivationGrid
 from qft_plugin.graph.torch_model import Call
 from qft_plugin.tensors.axes import Axes
 from qft_plugin.tensors.fake_quantize import fake_quantize
 from qft_plugin.tensors.grid import integer_range, to_integer
 from qft_plugin.training.data import Inputs
-from qft_plugin.training.dof import Dof, WeightGrid
+from qft_plugin.training.dof import Dof, WeightGrid, parameter_groups
 from qft_plugin.training.finetune import FinetuneResult, Goal, finetune
 from qft_plugin.training.integers import deployed_weights, folded_tensors
 from qft_plugin.training.loss import Loss, Prediction
@@ -58,12 +57,11 @@ SPARSITIES: list[Sparsity] = [None, 0.3, "2:4"]
 LOW, HIGH = -7, 7
 
 
-def linear_layer(ins: int = 6, outs: int = 4, kind: str = "linear", groups: int = 1) -> Layer:
-    return Layer("w", None, kind, groups, (), (), (), torch.zeros(ins).long(), torch.zeros(outs).long())
+LINEAR = Axes("linear")
 
 
 def element(rounding: Rounding, u: Tensor, *, sparsity: Sparsity = None, bits: int = 4) -> NearestRounding:
-    return element_of(linear_layer(u.shape[1]), u, bits=bits, rounding=rounding, sparsity=sparsity)
+    return element_of(LINEAR, u, bits=bits, rounding=rounding, sparsity=sparsity)
 
 
 def weights(count: int = 4, ins: int = 8) -> Tensor:
@@ -138,7 +136,7 @@ def test_rectified_sigmoid_is_that_of_the_reference() -> None:
 def test_soft_rounding_by_hand() -> None:
     """Weight, and gradient of V and of the step, of a single weight of 2.3 steps of 0.5: base 2, share 0.3."""
     step = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
-    made = element_of(linear_layer(1), torch.tensor([[2.3]], dtype=torch.float64), bits=4, rounding="soft")
+    made = element_of(LINEAR, torch.tensor([[2.3]], dtype=torch.float64), bits=4, rounding="soft")
     assert isinstance(made, SoftRounding)
     found = made(torch.tensor([[1.15]]), step, 0.5)
     assert found.item() == pytest.approx(1.15, rel=EXACT)
@@ -407,7 +405,9 @@ def make_dof(
         scale = spread * 2 ** (4 - bits) * (0.2 + 0.1 * torch.rand(len(layer.out_index), dtype=torch.float64))
         left = torch.exp(0.3 * torch.randn(len(layer.in_index), dtype=torch.float64)) if doubly else None
         grids[layer.weight] = WeightGrid(bits, scale, *edges[layer.weight], left)
-    return Dof(dof_map, parameters_of(model), grids, ACTIVATIONS, rounding=rounding, sparsity=sparsity)
+    return Dof(
+        dof_map, parameters_of(model), grids, ACTIVATIONS, config=QFTConfig(rounding=rounding, sparsity=sparsity)
+    )
 
 
 def moved(dof: Dof) -> Dof:
@@ -448,7 +448,7 @@ def test_what_is_solved_is_what_is_deployed(rounding: Rounding, sparsity: Sparsi
 def test_all_that_trains_is_given_to_the_optimizer(rounding: Rounding) -> None:
     """Once each; soft rounding trains V instead of the weight, and the cross-layer factors train with STE only."""
     dof = make_dof(network(), rounding=rounding)
-    given_ = [id(p) for g in dof.parameter_groups(learning_rate=1, scale_learning_rate=1) for p in g["params"]]
+    given_ = [id(p) for g in parameter_groups(dof, learning_rate=1, scale_learning_rate=1) for p in g["params"]]
     assert len(given_) == len(set(given_))
     assert set(given_) == {id(p) for p in dof.parameters() if p.requires_grad}
     names = {name for name, p in dof.named_parameters() if p.requires_grad}
@@ -502,14 +502,13 @@ def test_a_network_without_a_pattern_is_refused() -> None:
     dof_map = mapped(model, image())
     grids = {"0.weight": WeightGrid(4, torch.ones(()).double(), None, None)}
     with pytest.raises(ModelError, match=r"QFTConfig.sparsity='2:4'.*0\.weight.*four input channels"):
-        Dof(dof_map, parameters_of(model), grids, {}, sparsity="2:4")
+        Dof(dof_map, parameters_of(model), grids, {}, config=QFTConfig(sparsity="2:4"))
 
 
 def test_normalisations_are_never_sparse() -> None:
     """A gain of a normalisation keeps all its values, whatever the setting."""
-    layer = linear_layer(5, 5, "layer_norm")
     for sparsity in (0.5, "2:4"):
-        assert element_of(layer, torch.ones(5), bits=8, sparsity=sparsity).mask is None
+        assert element_of(Axes("layer_norm"), torch.ones(5), bits=8, sparsity=sparsity).mask is None
 
 
 def run(dof: Dof, model: nn.Module, x: Tensor, targets: Targets, **changes: Any) -> FinetuneResult:
@@ -519,7 +518,7 @@ def run(dof: Dof, model: nn.Module, x: Tensor, targets: Targets, **changes: Any)
         return Prediction((torch.func.functional_call(model, solve(dof).tensors, call[0]),), None)
 
     config = FinetuneConfig(images_fed=64 * 120, batch_size=64, **changes)
-    groups = dof.parameter_groups(learning_rate=config.learning_rate, scale_learning_rate=config.scale_learning_rate)
+    groups = parameter_groups(dof, learning_rate=config.learning_rate, scale_learning_rate=config.scale_learning_rate)
     loss = Loss((1.0,), 0.0)
     return finetune(
         student,
@@ -575,4 +574,4 @@ def test_the_regulariser_decides() -> None:
 def test_elements_are_those_of_the_setting() -> None:
     """There is one element for each name, with nearest rounding as the default."""
     assert set(ELEMENTS) == set(ROUNDINGS)
-    assert type(element_of(linear_layer(), torch.ones(4, 6), bits=4)) is NearestRounding
+    assert type(element_of(LINEAR, torch.ones(4, 6), bits=4)) is NearestRounding

@@ -9,13 +9,13 @@ import torch
 from graphs import mapped, parameters_of
 from torch import Tensor, nn
 
-from qft_plugin.config import HardwareSpec
+from qft_plugin.config import HardwareSpec, QFTConfig
 from qft_plugin.graph.placement import ActivationGrid
 from qft_plugin.tensors.fake_quantize import fake_quantize, fake_quantize_composed
 from qft_plugin.tensors.grid import to_integer
-from qft_plugin.training.dof import Dof, WeightGrid
+from qft_plugin.training.dof import Dof, WeightGrid, parameter_groups
 from qft_plugin.training.integers import deployed_weights, integer_biases
-from qft_plugin.training.solve import accumulator_step, solve, weight_steps
+from qft_plugin.training.solve import accumulator_step, scales_of, solve
 from qft_plugin.training.student import FakeQuantizer, set_grids
 
 EXACT = 1e-12
@@ -122,7 +122,7 @@ def layer_dof(
     scale = 0.05 + 0.05 * torch.rand((outs,) if channelwise else (), dtype=torch.float64)
     grids = {"0.weight": WeightGrid(4, scale, "in", None)}
     hardware = HardwareSpec(bias_bits=bias_bits)
-    dof = Dof(dof_map, parameters_of(model), grids, {"in": grid}, hardware=hardware)
+    dof = Dof(dof_map, parameters_of(model), grids, {"in": grid}, config=QFTConfig(hardware=hardware))
     with torch.no_grad():
         for p in dof.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -174,8 +174,7 @@ def test_the_absorbed_bias_by_hand() -> None:
     dof = Dof(
         mapped(model, torch.zeros(1, 3, dtype=torch.float64)), tensors, grids, {"in": ActivationGrid(0.5, 0, 15, 5)}
     )
-    scales = dof.activation_scales()
-    S_acc = accumulator_step(dof, dof.trained_weight("0.weight"), weight_steps(dof, scales), scales)
+    S_acc = accumulator_step(dof, dof.trained_weight("0.weight"), scales_of(dof))
     assert S_acc is not None
     assert S_acc.item() == pytest.approx(0.1, rel=EXACT)
     assert integer_biases(dof, deployed_weights(dof))["0.weight"].tolist() == [-3]
@@ -196,7 +195,7 @@ def shifting(zero_point: int = 6, *, shifts: bool = True, train_scales: bool = T
     grids = {"in": ActivationGrid(0.2, 0, 15, zero_point, shifts), "other": ActivationGrid(0.2, 0, 15, 3)}
     weights = {"0.weight": WeightGrid(4, torch.tensor(0.2).double(), "in", None)}
     dof_map = mapped(model, torch.zeros(1, 6, dtype=torch.float64))
-    return Dof(dof_map, parameters_of(model), weights, grids, train_scales=train_scales)
+    return Dof(dof_map, parameters_of(model), weights, grids, config=QFTConfig(train_scales=train_scales))
 
 
 def test_zero_points_start_where_they_were_and_only_where_they_shift() -> None:
@@ -211,8 +210,8 @@ def test_a_zero_point_stays_an_integer_of_the_grid(shift: float) -> None:
     """Whatever the trained shift, it is a whole number from the smallest to the largest integer."""
     dof = shifting()
     with torch.no_grad():
-        dof.shift[0].fill_(shift)
-    Z = dof.zero_points()["in"].item()
+        dof.activations.shift[0].fill_(shift)
+    Z = dof.activations.zero_points()["in"].item()
     assert min(max(np.rint(6 + 15 * shift), 0), 15) == Z
 
 
@@ -220,13 +219,13 @@ def test_a_zero_point_trains() -> None:
     """Data from -4 to -1 on a grid from -1.2 to 1.8: gradient steps move the grid to the data, and the error falls."""
     dof = shifting()
     x = torch.linspace(-4, -1, 200, dtype=torch.float64)
-    _, scales = dof.parameter_groups(learning_rate=1, scale_learning_rate=1)
-    assert sum(p is dof.shift[0] for p in scales["params"]) == 1
+    _, scales = parameter_groups(dof, learning_rate=1, scale_learning_rate=1)
+    assert sum(p is dof.activations.shift[0] for p in scales["params"]) == 1
     optimizer = torch.optim.Adam(scales["params"], lr=0.02)
     errors, seen = [], set()
     for _ in range(150):
-        Z = dof.zero_points()["in"]
-        y = fake_quantize(x, dof.activation_scales()["in"], low=0, high=15, zero_point=Z)
+        Z = dof.activations.zero_points()["in"]
+        y = fake_quantize(x, dof.activations.steps()["in"], low=0, high=15, zero_point=Z)
         loss = (y - x).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -241,32 +240,32 @@ def test_a_zero_point_trains() -> None:
 def test_zero_points_have_the_gradient_of_their_grid() -> None:
     """Z = Z_0 + (high - low) * shift: one unit of the shift is the whole grid."""
     dof = shifting()
-    dof.zero_points()["in"].backward()
-    assert dof.shift[0].grad.item() == 15
+    dof.activations.zero_points()["in"].backward()
+    assert dof.activations.shift[0].grad.item() == 15
 
 
 def test_zero_points_train_with_the_scales_only() -> None:
     """Without trained scales, and with another quantizer's turn, a zero point is given to no optimizer."""
     fixed = shifting(train_scales=False)
-    assert not fixed.shift[0].requires_grad
-    groups = fixed.parameter_groups(learning_rate=1, scale_learning_rate=1)
-    assert not any(p is fixed.shift[0] for group in groups for p in group["params"])
+    assert not fixed.activations.shift[0].requires_grad
+    groups = parameter_groups(fixed, learning_rate=1, scale_learning_rate=1)
+    assert not any(p is fixed.activations.shift[0] for group in groups for p in group["params"])
     dof = shifting()
-    groups = dof.parameter_groups(learning_rate=1, scale_learning_rate=1, quantizers={"other"})
-    assert not any(p is dof.shift[0] for group in groups for p in group["params"])
+    groups = parameter_groups(dof, learning_rate=1, scale_learning_rate=1, quantizers={"other"})
+    assert not any(p is dof.activations.shift[0] for group in groups for p in group["params"])
 
 
 def test_the_student_quantizes_with_the_trained_zero_point() -> None:
     """A stand-in starts with the zero point of its grid and takes that of the solution, with its gradient."""
     dof = shifting()
-    quantizer, other = FakeQuantizer(dof.activation_grids["in"]), FakeQuantizer(dof.activation_grids["other"])
+    quantizer, other = FakeQuantizer(dof.activations.grids["in"]), FakeQuantizer(dof.activations.grids["other"])
     assert quantizer.zero_point == 6
     with torch.no_grad():
-        dof.shift[0].fill_(-4 / 15)
+        dof.activations.shift[0].fill_(-4 / 15)
     set_grids({"in": quantizer, "other": other}, solve(dof))
     x = torch.tensor([-50.0, 50.0], dtype=torch.float64)
     y = quantizer(x)
     torch.testing.assert_close(y.detach(), torch.tensor([-2.0, 13.0]).double() * 0.2, rtol=EXACT, atol=EXACT)
     assert other.zero_point == 3
     y.sum().backward()
-    assert dof.shift[0].grad.item() == pytest.approx(-2 * 0.2 * 15, rel=EXACT)
+    assert dof.activations.shift[0].grad.item() == pytest.approx(-2 * 0.2 * 15, rel=EXACT)
