@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qft_plugin.training.dof import Dof, LayerDof
-from qft_plugin.training.solve import Scales, accumulator_step, integers_of, on_hardware, scales_of
+from qft_plugin.training.solve import accumulator_step, integers_of, on_hardware, scales_of
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,7 @@ class DeployedWeight:
 @torch.no_grad()
 def deployed_weights(dof: Dof) -> dict[str, DeployedWeight]:
     """Return the integers and steps of all quantized weights by name."""
-    return _deployed(dof, scales_of(dof))
-
-
-def _deployed(dof: Dof, scales: Scales) -> dict[str, DeployedWeight]:
-    found = {}
+    scales, found = scales_of(dof), {}
     for module in dof.quantized():
         name = module.layer.weight
         integers, bits = integers_of(module, scales), dof.weight_grids[name].bits
