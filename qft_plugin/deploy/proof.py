@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from qft_plugin.deploy.file_view import File
+from qft_plugin.deploy.findings import forget_unused, merged
 from qft_plugin.deploy.roundings import FAR, Rounding, compare_roundings, hidden_in
-from qft_plugin.deploy.stretches import Values, compare_stretches, forget_unused, merged
+from qft_plugin.deploy.stretches import Values, compare_stretches
 from qft_plugin.deploy.watched import Watched, positional
 from qft_plugin.errors import ParityError, QFTWarning
 from qft_plugin.graph.torch_model import Call

@@ -7,7 +7,8 @@ from typing import Final
 from torch import Tensor
 
 from qft_plugin.deploy.file_view import File
-from qft_plugin.deploy.stretches import Place, in_torch
+from qft_plugin.deploy.findings import Place
+from qft_plugin.deploy.quantizers import in_torch
 from qft_plugin.deploy.watched import Seen, Watched, positional
 from qft_plugin.graph.torch_model import Call
 

@@ -1,0 +1,151 @@
+"""What a comparison of a file with torch has found so far, and what several of them say together."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from qft_plugin.deploy.file_view import File
+from qft_plugin.deploy.watched import Product, Seen, Watched
+from qft_plugin.graph.torch_model import Call
+
+logger = logging.getLogger("qft_plugin")
+
+UNLIKE: Final = (float("nan"), -1e3, 1e3)
+"""What takes the place of values on which no output depends: something of it would be seen there if one did."""
+
+Place = tuple[int, tuple[int, ...] | None]
+"""The number of a quantizer of a file, and in which order it reads the axes of torch's tensor; `None` for the same."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What a layer or a quantizer of torch has, and the file has not.
+
+    Attributes:
+        x: what the layer computes, or the quantizer reads.
+        problem: the difference, in words.
+        before: how many other problems came before it.
+        closest: the quantizer of the file that reads the most similar numbers.
+    """
+
+    x: Tensor
+    problem: str
+    before: int
+    closest: int | None = None
+
+
+@dataclass
+class Findings:
+    """What is known so far.
+
+    Attributes:
+        problems: the differences, in words.
+        quantizers: numbers of the file's quantizers that were found.
+        products: numbers of the file's products that were found.
+        weights: names of the weights whose integers were found.
+        silent: names of the weights that multiplied nothing but zeros.
+        absent: the layers that were not found in the file, by name of the weight.
+        unmatched: the quantizers of torch that were not found in the file, by number of the call.
+        error: the largest difference of a stretch that was accepted.
+        places: for each call of an activation quantizer of torch which one of the file's it is.
+        path: what the model called.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    quantizers: set[int] = field(default_factory=set)
+    products: set[int] = field(default_factory=set)
+    weights: set[str] = field(default_factory=set)
+    silent: set[str] = field(default_factory=set)
+    absent: dict[str, Missing] = field(default_factory=dict)
+    unmatched: dict[int, Missing] = field(default_factory=dict)
+    error: float = 0.0
+    places: list[Place | None] = field(default_factory=list)
+    path: list[str] = field(default_factory=list)
+
+    def tell(self, problem: str) -> None:
+        """Add a difference, once."""
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+
+def merged(file: File, findings: Sequence[Findings]) -> Findings:
+    """Put together what several probes found.
+
+    What is the same in all of them is a constant, and may be missing.
+
+    Args:
+        file: the file.
+        findings: of each probe.
+    """
+    every = Findings(error=max(f.error for f in findings))
+    for found in findings:
+        every.quantizers |= found.quantizers
+        every.products |= found.products
+        every.weights |= found.weights
+        every.silent |= found.silent
+    every.silent -= every.weights
+    for found in findings:
+        # In the order of the run: what comes first is next to the cause.
+        told = [(float(place), problem) for place, problem in enumerate(found.problems)]
+        for number, missing in found.unmatched.items():
+            if not _is_constant(missing, [f.unmatched.get(number) for f in findings]):
+                told.append((missing.before - 0.5, missing.problem))
+            if missing.closest is not None:
+                every.quantizers.add(missing.closest)
+        for name, missing in found.absent.items():
+            if not _is_constant(missing, [f.absent.get(name) for f in findings]):
+                told.append((missing.before - 0.5, missing.problem))
+        for _, problem in sorted(told, key=lambda pair: pair[0]):
+            every.tell(problem)
+    for number, quantizer in enumerate(file.quantizers):
+        if number not in every.quantizers and not any(quantizer.equals(file.quantizers[k]) for k in every.quantizers):
+            every.tell(f"Quantizer {quantizer.name} of the file: no quantizer of the model reads what it reads.")
+    for number, p in enumerate(file.products):
+        if number not in every.products and not every.silent:
+            every.tell(f"Product {p.name} of the file: no layer of the model computes it.")
+    return every
+
+
+def _is_constant(missing: Missing, others: Sequence[Missing | None]) -> bool:
+    """Whether a tensor was the same in all probes, so that an exporter may have computed it: it depends on no input."""
+    return all(o is not None and missing.x.shape == o.x.shape and torch.equal(missing.x, o.x) for o in others)
+
+
+def forget_unused(watched: Watched, call: Call, findings: Sequence[Findings]) -> None:
+    """Let what was not found be, where no output depends on it: an exporter leaves it out.
+
+    Args:
+        watched: the torch model.
+        call: the arguments of a call.
+        findings: of each probe; changed in place.
+    """
+    numbers = {number for f in findings for number in f.unmatched}
+    names = {name for f in findings for name in f.absent}
+    if not numbers | names:
+        return
+    expected = watched.run(call).outputs
+
+    def same(value: float) -> bool:
+        def activation(seen: Seen) -> Tensor | None:
+            return torch.full_like(seen.x_fq, value) if seen.number in numbers else None
+
+        def product(p: Product) -> Tensor | None:
+            return torch.full_like(p.result, value) if p.weight in names else None
+
+        try:
+            outputs = watched.run(call, activation=activation, product=product).outputs
+        except Exception as error:  # a forward may refuse such values in any way, and so reads them
+            logger.info("the model does not run with other values in the place of what the file lacks: %s", error)
+            return False
+        return all(torch.equal(e, f) for e, f in zip(expected, outputs, strict=True))
+
+    if not all(same(value) for value in UNLIKE):
+        return
+    for f in findings:
+        f.places = [None if number in numbers else place for number, place in enumerate(f.places)]
+        f.unmatched.clear()
+        f.absent.clear()
