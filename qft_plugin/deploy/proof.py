@@ -28,7 +28,7 @@ from torch import Tensor
 
 from qft_plugin.deploy.file_view import File
 from qft_plugin.deploy.findings import forget_unused, merged
-from qft_plugin.deploy.roundings import FAR, Rounding, compare_roundings, hidden_in
+from qft_plugin.deploy.roundings import FAR, Rounding, compare_roundings, run_in
 from qft_plugin.deploy.stretches import Values, compare_stretches
 from qft_plugin.deploy.watched import Watched, positional
 from qft_plugin.errors import ParityError, QFTWarning
@@ -126,15 +126,15 @@ def prove(
     """
     watched.run(example)  # what a model makes once and keeps is made here
     first = watched.run(example)
-    calls = {id(example): (example, first.outputs)}
+    taken = [_Taken(example, first.outputs)]
     few = example
     for call in _others(file, example, images):
         small = _few(call, example)
         for part in (small, call):
-            outputs = _outputs_of_both(watched, file, part, first.path)
-            if outputs is not None:
+            found = _taken(watched, file, part, first.path)
+            if found is not None:
                 few = small if few is example else few
-                calls[id(part)] = (part, outputs)
+                taken.append(found)
     probes: list[tuple[Call, Values]] = [
         (_map(example, _noisy), "dense"),
         (_map(few, _noisy), "sparse"),
@@ -145,19 +145,25 @@ def prove(
     if any(s.path != first.path for s in seen):
         # It branches on values, and random ones take it elsewhere: the file's own ones must do.
         logger.info("the model branches on its values: the file is compared on images alone")
-        seen = [compare_stretches(watched, file, call, "own") for call, _ in calls.values()]
+        seen = [compare_stretches(watched, file, t.call, "own") for t in taken]
     forget_unused(watched, example, seen)
     every = merged(file, seen)
     _refuse(every.problems)
-    whole = [pair for pair in calls.values() if pair[0] is not few or few is example]
-    plain = [outputs for _, outputs in whole]
-    itself = difference(plain, _in_double(watched, [call for call, _ in whole]))
+    whole = [t for t in taken if t.call is not few or few is example]
+    plain = [t.expected for t in whole]
+    itself = difference(plain, _in_double(watched, [t.call for t in whole]))
     proofs = []
     for runtime in (file, *others):
-        roundings = [r for call in (example, few) for r in compare_roundings(watched, runtime, call, seen[0].places)]
+        outputs = {id(t.call): t.found for t in whole if t.found is not None} if runtime is file else {}
+        roundings: list[Rounding] = []
+        for call in (example, few):
+            ran = run_in(runtime, call)
+            outputs[id(call)] = ran.outputs
+            roundings += compare_roundings(watched, runtime, call, ran, seen[0].places)
         _judge(roundings, runtime.runtime)
         differ, values = (sum(getattr(r, name) for r in roundings) for name in ("differ", "values"))
-        ran = [runtime.run(positional(call), hidden=hidden_in(runtime)).outputs for call, _ in whole]
+        left = {id(t.call): t.call for t in whole if id(t.call) not in outputs}
+        outputs |= {name: run_in(runtime, call).outputs for name, call in left.items()}
         proofs.append(
             Proof(
                 weights=sum(not name.endswith("bias") for name in every.weights),
@@ -165,7 +171,7 @@ def prove(
                 stretch_error=every.error,
                 ties=differ / max(values, 1),
                 roundings=_unexplained(roundings),
-                from_torch=difference(plain, ran),
+                from_torch=difference(plain, [outputs[id(t.call)] for t in whole]),
                 torch_from_itself=itself,
             )
         )
@@ -186,8 +192,23 @@ def _few(call: Call, example: Call) -> Call:
     return _map(call, lambda t: t[:count] if t.dim() else t)
 
 
-def _outputs_of_both(watched: Watched, file: File, call: Call, path: Sequence[str]) -> list[Tensor] | None:
-    """Return what the model computes, `None` where it or the file does not take this number of images.
+@dataclass(frozen=True)
+class _Taken:
+    """A call that the model and the file take.
+
+    Attributes:
+        call: its arguments.
+        expected: the outputs of the model.
+        found: those of the file; `None` where it was not run yet.
+    """
+
+    call: Call
+    expected: Sequence[Tensor]
+    found: Sequence[Tensor] | None = None
+
+
+def _taken(watched: Watched, file: File, call: Call, path: Sequence[str]) -> _Taken | None:
+    """Run both; `None` where the model or the file does not take this number of images.
 
     Raises:
         ParityError: the model takes another path for this call than for the example.
@@ -208,7 +229,7 @@ def _outputs_of_both(watched: Watched, file: File, call: Call, path: Sequence[st
             "or on their values. Use torch.where in the place of Python's if, or save a file for each branch."
         )
     try:
-        file.run(positional(call))
+        found = run_in(file, call).outputs
     except Exception as error:  # each runtime has errors of its own
         warnings.warn(
             f"The file should run for any number of images. Found that it does not for inputs of shape {shapes}, as "
@@ -218,7 +239,7 @@ def _outputs_of_both(watched: Watched, file: File, call: Call, path: Sequence[st
             stacklevel=2,
         )
         return None
-    return run.outputs
+    return _Taken(call, run.outputs, found)
 
 
 def _refuse(problems: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ from typing import Final
 
 from torch import Tensor
 
-from qft_plugin.deploy.file_view import File
+from qft_plugin.deploy.file_view import File, Ran
 from qft_plugin.deploy.findings import Place
 from qft_plugin.deploy.quantizers import in_torch
 from qft_plugin.deploy.watched import Seen, Watched, positional
@@ -57,20 +57,32 @@ class Rounding:
         return self.unexplained / max(self.values, 1)
 
 
-def compare_roundings(watched: Watched, file: File, call: Call, places: Sequence[Place | None]) -> list[Rounding]:
-    """Run a file in its runtime, and let torch's quantizers return what those of the runtime did.
+def run_in(file: File, call: Call) -> Ran:
+    """Run a file in its runtime, and look at all quantizers but those that are hidden.
+
+    Args:
+        file: the file.
+        call: the arguments of a call.
+    """
+    return file.run(positional(call), hidden=hidden_in(file))
+
+
+def compare_roundings(
+    watched: Watched, file: File, call: Call, ran: Ran, places: Sequence[Place | None]
+) -> list[Rounding]:
+    """Let torch's quantizers return what those of a runtime did.
 
     Args:
         watched: the torch model.
         file: the file.
         call: the arguments of a call.
+        ran: what the runtime made of it, as `run_in` returns it.
         places: for each call of an activation quantizer of torch which one of the file's it is.
 
     Returns:
         What differs at each quantizer that was looked at.
     """
     hidden = hidden_in(file)
-    ran = file.run(positional(call), hidden=hidden)
     found: list[Rounding] = []
     moved = 0
 
