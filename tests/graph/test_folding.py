@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from dofs import two_layers
 from graphs import FOLD_TOLERANCE, checked, folding_error, mapped, parameters_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -88,3 +89,9 @@ def test_fold_is_differentiable(kind: str, shape: tuple[int, ...], groups: int, 
     W = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     c_in, c_out = (torch.rand(n, dtype=torch.float64).add(0.5).requires_grad_() for n in (ins, outs))
     assert torch.autograd.gradcheck(lambda *t: fold(*t, axes=Axes(kind, groups)), (W, c_in, c_out))
+
+
+def test_names_of_lists_weights_and_biases() -> None:
+    """Every parameter of the layers is listed once, weight before bias, and missing biases are left out."""
+    dof = mapped(two_layers("conv")[0], image())
+    assert names_of(dof.layers) == ["0.weight", "2.weight", "2.bias", "4.weight", "4.bias"]
