@@ -10,7 +10,7 @@ from hosts import EACH_HOST, HOSTS
 
 from qft_plugin.graph.torch_model import tensors_in
 from qft_plugin.tensors.axes import Axes
-from qft_plugin.training.rounding import two_of_four
+from qft_plugin.tensors.sparsity import two_of_four
 
 pytestmark = pytest.mark.wide
 
