@@ -59,24 +59,29 @@ def two_of_four(u: Tensor, axes: Axes) -> Tensor:
     return kept.flatten(-2)[..., :channels].movedim(-1, axis).reshape(u.shape)
 
 
-def mask_of(axes: Axes, W: Tensor, sparsity: Sparsity) -> Mask | None:
+def mask_of(W: Tensor, axes: Axes, sparsity: Sparsity, *, kept: Tensor | None = None) -> Mask | None:
     """Return what chooses the weights of a layer that are kept; `None` where all are.
 
     Weights of normalisations are never dropped, and no layer with fewer than four input channels (in each group) gets
     a 2:4 mask.
 
     Args:
-        axes: the meaning of the axes of its weight.
         W: the weight.
+        axes: the meaning of its axes.
         sparsity: the setting.
+        kept: true where the weight is not pruned already; `None` where all of it may be any number.
     """
-    if sparsity is None or axes.kind == "layer_norm":
-        return None
-    if sparsity == "2:4":
-        if axes.channels(W)[0] // axes.groups < FOUR:
-            return None
-        return functools.partial(two_of_four, axes=axes)
-    return functools.partial(smallest_dropped, share=float(sparsity))
+    mask: Mask | None = None
+    if sparsity is not None and axes.kind != "layer_norm":
+        if sparsity != "2:4":
+            mask = functools.partial(smallest_dropped, share=float(sparsity))
+        elif axes.channels(W)[0] // axes.groups >= FOUR:
+            mask = functools.partial(two_of_four, axes=axes)
+    return mask if kept is None else functools.partial(_kept_by_both, kept=kept, mask=mask)
+
+
+def _kept_by_both(u: Tensor, *, kept: Tensor, mask: Mask | None) -> Tensor:
+    return kept if mask is None else kept & mask(u.masked_fill(~kept, 0))
 
 
 def masked(x: Tensor, kept: Tensor) -> Tensor:
@@ -86,7 +91,3 @@ def masked(x: Tensor, kept: Tensor) -> Tensor:
     change too often over hundreds of epochs; one short finetune at a small learning rate has no time for that.
     """
     return x - x.masked_fill(kept, 0).detach()
-
-
-def _kept_by_both(u: Tensor, *, kept: Tensor, mask: Mask | None) -> Tensor:
-    return kept if mask is None else kept & mask(u.masked_fill(~kept, 0))

@@ -11,6 +11,7 @@ from qft_plugin.config import QFTConfig
 from qft_plugin.graph.layer_graph import PINNED, DofMap, Layer, absorbs_input
 from qft_plugin.graph.placement import ActivationGrid
 from qft_plugin.tensors.fake_quantize import multiplied
+from qft_plugin.tensors.sparsity import mask_of
 from qft_plugin.training.activation_scales import ActivationScales, Ties
 from qft_plugin.training.held import Held
 from qft_plugin.training.rounding import NearestRounding, check_masks, element_of, undecided
@@ -105,8 +106,8 @@ class LayerDof(nn.Module):
             s_in: initial step of the input edge; 1 where it is not quantized.
             s_out: initial step of the output edge, likewise.
         """
-        axes, rounding, sparsity = self.layer.axes, config.rounding, config.sparsity
-        self.element = element_of(axes, self.W, bits=grid.bits, rounding=rounding, sparsity=sparsity, kept=grid.kept)
+        mask = mask_of(self.W, self.layer.axes, config.sparsity, kept=grid.kept)
+        self.element = element_of(self.W, bits=grid.bits, rounding=config.rounding, mask=mask)
         self.W.requires_grad_(self.element.trains_weight)
         self.log_F.data.copy_((grid.scale.to(self.log_F) * s_in / s_out).log())
         for scale in (self.log_F, self.log_L):

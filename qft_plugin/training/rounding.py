@@ -1,11 +1,10 @@
-"""Lossy elements: what makes integers of a float weight while the student trains, and which weights are zero.
+"""Lossy elements: what makes integers of a float weight while the student trains.
 
 All elements take a kernel in the folded network and the step of each of its weights, and give what the student
 computes with. A job's position, `progress`, goes from 0 to 1; at 1 every element is hard: what it gives is then the
 step times `integers`, which is what is deployed.
 """
 
-import functools
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,10 +15,9 @@ from torch import Tensor, nn
 
 from qft_plugin.config import Rounding, Sparsity
 from qft_plugin.errors import ModelError
-from qft_plugin.tensors.axes import Axes
 from qft_plugin.tensors.fake_quantize import fake_quantize, fake_quantize_folded, multiplied
 from qft_plugin.tensors.grid import integer_range, to_integer
-from qft_plugin.tensors.sparsity import Mask, _kept_by_both, mask_of, masked
+from qft_plugin.tensors.sparsity import Mask, masked
 
 logger = logging.getLogger("qft_plugin")
 
@@ -247,29 +245,16 @@ ELEMENTS: Final[dict[Rounding, type[NearestRounding]]] = {
 }
 
 
-def element_of(
-    axes: Axes,
-    W: Tensor,
-    *,
-    bits: int,
-    rounding: Rounding = "ste",
-    sparsity: Sparsity = None,
-    kept: Tensor | None = None,
-) -> NearestRounding:
+def element_of(W: Tensor, *, bits: int, rounding: Rounding = "ste", mask: Mask | None = None) -> NearestRounding:
     """Make the element of a layer.
 
     Args:
-        axes: the meaning of the axes of its weight.
         W: the weight in units of its initial step.
         bits: bit width; the grid is symmetric and narrow.
         rounding: the setting.
-        sparsity: the setting.
-        kept: true where the weight is not pruned already; `None` where all of it may be any number.
+        mask: what chooses the weights that are kept, `None` where all are.
     """
     low, high = integer_range(bits, signed=True, narrow=True)
-    mask = mask_of(axes, W, sparsity)
-    if kept is not None:
-        mask = functools.partial(_kept_by_both, kept=kept, mask=mask)
     return ELEMENTS[rounding](W, low=low, high=high, mask=mask)
 
 

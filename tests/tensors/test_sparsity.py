@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qft_plugin.tensors.axes import Axes
-from qft_plugin.tensors.sparsity import masked, smallest_dropped, two_of_four
+from qft_plugin.tensors.sparsity import mask_of, masked, smallest_dropped, two_of_four
 
 
 @given(
@@ -84,3 +84,20 @@ def test_a_mask_passes_the_gradient_straight_through() -> None:
     y.backward(torch.tensor([1.0, 2.0, 4.0]))
     assert x.grad is not None
     assert x.grad.tolist() == [1, 2, 4]
+
+
+def test_normalisations_are_never_sparse() -> None:
+    """A gain of a normalisation keeps all its values, whatever the setting."""
+    for sparsity in (0.5, "2:4"):
+        assert mask_of(torch.ones(5), Axes("layer_norm"), sparsity) is None
+
+
+@pytest.mark.parametrize("sparsity", [None, 0.5, "2:4"])
+def test_pruned_weights_stay_zero(sparsity: float | str | None) -> None:
+    """What the user has pruned is dropped, and counts as 0 where others are chosen."""
+    u, kept = torch.randn(3, 8), torch.rand(3, 8) > 0.3
+    mask = mask_of(u, Axes("linear"), sparsity, kept=kept)
+    assert mask is not None
+    alone = mask_of(u, Axes("linear"), sparsity)
+    expected = kept if alone is None else kept & alone(u * kept)
+    assert torch.equal(mask(u), expected)

@@ -21,7 +21,7 @@ from qft_plugin.graph.torch_model import Call
 from qft_plugin.tensors.axes import Axes
 from qft_plugin.tensors.fake_quantize import fake_quantize
 from qft_plugin.tensors.grid import integer_range, to_integer
-from qft_plugin.tensors.sparsity import masked, smallest_dropped
+from qft_plugin.tensors.sparsity import mask_of, masked, smallest_dropped
 from qft_plugin.training.data import Inputs
 from qft_plugin.training.dof import Dof, WeightGrid, parameter_groups
 from qft_plugin.training.finetune import FinetuneResult, Goal, finetune
@@ -55,11 +55,8 @@ SPARSITIES: list[Sparsity] = [None, 0.3, "2:4"]
 LOW, HIGH = -7, 7
 
 
-LINEAR = Axes("linear")
-
-
 def element(rounding: Rounding, u: Tensor, *, sparsity: Sparsity = None, bits: int = 4) -> NearestRounding:
-    return element_of(LINEAR, u, bits=bits, rounding=rounding, sparsity=sparsity)
+    return element_of(u, bits=bits, rounding=rounding, mask=mask_of(u, Axes("linear"), sparsity))
 
 
 def weights(count: int = 4, ins: int = 8) -> Tensor:
@@ -134,7 +131,7 @@ def test_rectified_sigmoid_is_that_of_the_reference() -> None:
 def test_soft_rounding_by_hand() -> None:
     """Weight, and gradient of V and of the step, of a single weight of 2.3 steps of 0.5: base 2, share 0.3."""
     step = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
-    made = element_of(LINEAR, torch.tensor([[2.3]], dtype=torch.float64), bits=4, rounding="soft")
+    made = element_of(torch.tensor([[2.3]], dtype=torch.float64), bits=4, rounding="soft")
     assert isinstance(made, SoftRounding)
     found = made(torch.tensor([[1.15]]), step, 0.5)
     assert found.item() == pytest.approx(1.15, rel=EXACT)
@@ -430,12 +427,6 @@ def test_a_network_without_a_pattern_is_refused() -> None:
         Dof(dof_map, parameters_of(model), grids, {}, config=QFTConfig(sparsity="2:4"))
 
 
-def test_normalisations_are_never_sparse() -> None:
-    """A gain of a normalisation keeps all its values, whatever the setting."""
-    for sparsity in (0.5, "2:4"):
-        assert element_of(Axes("layer_norm"), torch.ones(5), bits=8, sparsity=sparsity).mask is None
-
-
 def run(dof: Dof, model: nn.Module, x: Tensor, targets: Targets, **changes: Any) -> FinetuneResult:
     """Finetune a student without quantized activations."""
 
@@ -499,4 +490,4 @@ def test_the_regulariser_decides() -> None:
 def test_elements_are_those_of_the_setting() -> None:
     """There is one element for each name, with nearest rounding as the default."""
     assert set(ELEMENTS) == set(ROUNDINGS)
-    assert type(element_of(LINEAR, torch.ones(4, 6), bits=4)) is NearestRounding
+    assert type(element_of(torch.ones(4, 6), bits=4)) is NearestRounding
