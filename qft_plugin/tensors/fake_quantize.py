@@ -48,7 +48,7 @@ def same_layout(x: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Grid:
-    """What the kernels of one fake-quantization are told beside tensors.
+    """The numbers that a fake-quantization needs beside its tensors.
 
     Attributes:
         low: smallest integer, the zero point taken off.
@@ -77,7 +77,7 @@ def in_cache(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
 
 
 def _parts(*read: Tensor, write: Tensor, scale: Tensor) -> Iterator[list[Tensor]]:
-    """Iterate over parts of what is read and of what is written, in the precision of the scale where it is higher."""
+    """Iterate over parts of the read and the written tensors, in the precision of the scale where it is higher."""
     dtype = torch.promote_types(write.dtype, scale.dtype)
     for *parts, target in in_cache(*read, write):
         found = target if target.dtype == dtype else torch.empty_like(target, dtype=dtype)
@@ -135,7 +135,7 @@ class _FakeQuantize(torch.autograd.Function):
         Z = int(zero_point) if isinstance(zero_point, Tensor) else zero_point
         ctx.grid = _Grid(low - Z, high - Z, 0.0 if rectified else low - Z - 0.5)
         out = _forward(x, scale, ctx.grid)
-        # An operation behind may change the result in place (`out += identity`): then it is computed again.
+        # An operation after this one may change the result in place (`out += identity`): then it is computed again.
         ctx.save_for_backward(x, scale)
         ctx.out, ctx.version = out.detach(), out._version
         return out
@@ -200,7 +200,7 @@ class _BoundedFakeQuantize(torch.autograd.Function):
 
 
 def by_channel(x: Tensor, bound: Tensor) -> Tensor:
-    """View an activation as `[before, channels, behind]`, with nothing behind where the channels are last in memory.
+    """View an activation as `[before, channels, after]`, with nothing after them where the channels are last in memory.
 
     Args:
         x: its memory is in the order of its axes, or that with the channels last: `has_channels` holds.

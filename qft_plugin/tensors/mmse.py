@@ -82,7 +82,7 @@ def apq(X: Tensor, *, high: int, iterations: int = 10) -> tuple[Tensor, Tensor]:
 
     Departure: Algorithm 2 as printed projects X / S, which minimises the error of X / S. The half-steps here are the
     exact minima of Eq. 15 for fixed integers,  T_j = sum_i S_i Q_ij X_ij / sum_i (S_i Q_ij)^2,  so that no step raises
-    the error. They end in a local minimum, which is often far better behind the second start.
+    the error. They end in a local minimum, which is often far better after the second start.
 
     Args:
         X: `[rows, columns, elements]`, real units.

@@ -5,7 +5,7 @@ the gradient of the step needs no gradient of the weight (Euler):
 
     dL/dlog step[o] = sum_i dL/dW[o, i] W[o, i] = <g[o], y[o] - bias[o]>
 
-with y the layer's output and g its gradient. What is left of the weight's gradient is that of the rows that train.
+with y the layer's output and g its gradient. Of the weight's gradient only the rows that train are left.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -185,7 +185,7 @@ class _PartialKernel(torch.autograd.Function):
         out = operation.run(x, W, bias)
         ctx.save_for_backward(x, W, bias, index, touched)
         ctx.operation, ctx.rows, ctx.gain = operation, rows.detach(), gain.detach()
-        # An operation behind may change the output in place (`out += identity`): then it is of no use any more.
+        # A later operation may change the output in place (`out += identity`): then it is of no use any more.
         ctx.out, ctx.version = out.detach() if ctx.needs_input_grad[4] else None, out._version
         return out
 
@@ -287,7 +287,7 @@ def _operation(kind: str, arguments: Mapping[str, Any], *, axes: int, like: Tens
 
 
 def _each(value: Any, axes: int) -> tuple[int, ...] | None:
-    """Return one whole number for each axis, `None` where that is not what was found."""
+    """Return one whole number for each axis, `None` where others were found."""
     values = (value,) if isinstance(value, int) else value
     if not isinstance(values, (tuple, list)) or not all(isinstance(v, int) for v in values):
         return None

@@ -60,7 +60,7 @@ def two_of_four(u: Tensor, axes: Axes) -> Tensor:
 
 
 def mask_of(W: Tensor, axes: Axes, sparsity: Sparsity, *, kept: Tensor | None = None) -> Mask | None:
-    """Return what chooses the weights of a layer that are kept; `None` where all are.
+    """Return the function that chooses the weights that are kept; `None` where all are.
 
     Weights of normalisations are never dropped, and no layer with fewer than four input channels (in each group) gets
     a 2:4 mask.
@@ -85,7 +85,7 @@ def _kept_by_both(u: Tensor, *, kept: Tensor, mask: Mask | None) -> Tensor:
 
 
 def masked(x: Tensor, kept: Tensor) -> Tensor:
-    """Set to 0 what is not kept; the gradient passes straight through, so that a dropped weight can come back.
+    """Set dropped weights to 0; the gradient passes straight through, so that one can come back.
 
     Departure: SR-STE (Zhou et al. 2021, 2102.04010) also decays the weights that are dropped, against masks that
     change too often over hundreds of epochs; one short finetune at a small learning rate has no time for that.

@@ -1,4 +1,4 @@
-"""The scales of activations: where they start, what trains of them, and how hardware ties them (App. D)."""
+"""The scales of activations: where they start, how they train, and how hardware ties them (App. D)."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence

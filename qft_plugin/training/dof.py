@@ -98,11 +98,11 @@ class LayerDof(nn.Module):
         self.element: NearestRounding | None = None
 
     def quantize(self, grid: WeightGrid, config: QFTConfig, *, s_in: float, s_out: float) -> None:
-        """Choose what makes integers of the weight, and start the rescale factor,  F = S_w * s_in / s_out.
+        """Choose the element, and start the rescale factor,  F = S_w * s_in / s_out.
 
         Args:
             grid: how the weight is quantized.
-            config: what trains, and by which element.
+            config: of the job.
             s_in: initial step of the input edge; 1 where it is not quantized.
             s_out: initial step of the output edge, likewise.
         """
@@ -120,7 +120,7 @@ class LayerDof(nn.Module):
         return None if self.log_L is None else self.log_L.exp()
 
     def values(self) -> list[Tensor]:
-        """List the weight, or the rows of it that train, and the bias, with what trains in their place."""
+        """List the weight, or the rows of it that train, and the bias, with the parameters of the element."""
         kernel = [self.W] if self.held is None else [self.held.rows] if len(self.held.index) else []
         bias = [] if self.bias is None else [self.bias]
         return [*kernel, *bias, *(() if self.element is None else self.element.parameters())]
@@ -223,7 +223,7 @@ class Dof(nn.Module):
         layers: one `LayerDof` for each layer of the map.
         weight_grids: grid of each weight that is quantized, by its name.
         hardware: the constraints between scales, and on biases.
-        progress: position of the training, 0 to 1, that the elements hear of; at 1 what is solved is what is deployed.
+        progress: position of the training, 0 to 1, for the elements; at 1 the solved weights are the deployed ones.
     """
 
     progress: float = 1.0
@@ -245,8 +245,7 @@ class Dof(nn.Module):
             tensors: weights and biases by name, real units, of the equalized network.
             weights: grid of each weight that is quantized; all others stay as they are but for folding.
             activations: grid of each activation quantizer, by name.
-            config: the hardware, what trains, the sparsity, and what makes integers of weights in training. Cross-layer
-                factors train with `rounding="ste"` only (see the other elements for why).
+            config: of the job. Cross-layer factors train with `rounding="ste"` only (see the other elements for why).
             ties: the activation quantizers whose scales depend on each other.
 
         Raises:
@@ -331,7 +330,7 @@ def parameter_groups(
     quantizers: Collection[str] | None = None,
     factors: bool = True,
 ) -> list[dict[str, object]]:
-    """Group what trains for an optimizer: weights and biases, then the logarithms of all scales.
+    """Group the parameters that train for an optimizer: weights and biases, then the logarithms of all scales.
 
     Of a kernel that is held the rows train; cross-layer factors and left scales then stay as they are.
 

@@ -103,7 +103,7 @@ def hold(dof: Dof, trained: Mapping[str, Tensor]) -> None:
 def settle(dof: Dof) -> None:
     """Write the rows that train, and float weights that round to the integers of the rest, into the weights.
 
-    The weights are then the whole state: `release` changes nothing that is solved, nor what is deployed.
+    The weights are then the whole state: `release` changes no solved and no deployed tensor.
     """
     scales = scales_of(dof)
     for name, held in held_kernels(dof).items():
@@ -113,13 +113,13 @@ def settle(dof: Dof) -> None:
 
 
 def release(dof: Dof) -> None:
-    """Let all weights train again, from what is stored of them."""
+    """Let all weights train again, from their stored values."""
     for layer in dof.quantized():
         layer.held = None
 
 
 class PartialTraining:
-    """Chooses what trains, at the start and again each time so many images have been fed."""
+    """Chooses the channels that train, at the start and again each time so many images have been fed."""
 
     def __init__(self, dof: Dof, train: EfQAT) -> None:
         """Choose for the first time."""
@@ -138,7 +138,7 @@ class PartialTraining:
 
         Args:
             images: how many have been fed.
-            optimizer: what trains; the rows are in its first group.
+            optimizer: the rows that train are in its first group.
         """
         due = images // self._train.refresh_images
         if due <= self._choices:

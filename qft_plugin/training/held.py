@@ -20,7 +20,7 @@ class Held:
         trained: which channels train, `[out]`.
         index: the same by number, in rising order, `[rows]`.
         touched: the groups that these are in, in rising order.
-        rows: what trains, the stored float weight of these channels, `[rows, in/groups, *k]`.
+        rows: the stored float weight of these channels, `[rows, in/groups, *k]`.
     """
 
     integers: Tensor
@@ -48,7 +48,7 @@ def held_part(W: Tensor, integers: Tensor, trained: Tensor, axes: Axes) -> Held:
 
 
 def settled(held: Held, W: Tensor, units: tuple[Tensor, ...], step: Tensor, axes: Axes) -> Tensor:
-    """Return the stored float weight of the whole kernel: what trained, and what rounds to the integers of the rest.
+    """Return the stored float weight of a kernel: its trained rows, and values that round to the integers of the rest.
 
     Args:
         held: the kernel.
@@ -89,7 +89,7 @@ def partly_trained(
         units: what a stored weight is multiplied by, in this order, to be the folded one.
         step: of the folded kernel, broadcasts against it, real per step.
         scale: the part of the step that trains, `[]` or `[out]`.
-        element: what makes integers of the rows.
+        element: makes integers of the rows.
         axes: the meaning of the kernel's axes.
 
     Returns:

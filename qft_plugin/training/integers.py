@@ -1,4 +1,4 @@
-"""From trained degrees of freedom to what hardware holds: integers, folded tensors, integer biases, accumulators."""
+"""The tensors that hardware holds: integers of weights and biases, folded tensors, widths of accumulators."""
 
 import math
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ def folded_tensors(dof: Dof) -> dict[str, Tensor]:
     """Return weights and biases by name with the trained cross-layer factors folded in, real units.
 
     Weights are not yet rounded; where an element has decided on another integer than the nearest one, the weight is
-    moved next to it. Biases are what the hardware holds.
+    moved next to it. Biases are rounded as the hardware holds them.
     """
     scales = scales_of(dof)
     tensors: dict[str, Tensor] = {}

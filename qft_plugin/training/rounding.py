@@ -1,8 +1,8 @@
-"""Lossy elements: what makes integers of a float weight while the student trains.
+"""Lossy elements: they make integers of a float weight while the student trains.
 
 All elements take a kernel in the folded network and the step of each of its weights, and give what the student
-computes with. A job's position, `progress`, goes from 0 to 1; at 1 every element is hard: what it gives is then the
-step times `integers`, which is what is deployed.
+computes with. A job's position, `progress`, goes from 0 to 1; at 1 every element is hard: it gives the step times
+`integers`, the deployed weight.
 """
 
 import logging
@@ -33,7 +33,7 @@ PACE: Final = 4.0
 must be able to carry it over a whole step before the learning rate falls; at 1 hardly any rounding changed."""
 
 STRETCH: Final = 4 * PACE / (ZETA - GAMMA)
-"""V over what is stored of it; the slope of h(V) in its middle is (zeta - gamma) / 4."""
+"""V over its stored value; the slope of h(V) in its middle is (zeta - gamma) / 4."""
 
 UNDECIDED: Final = 1e-3
 """How far at least the soft rounding starts from its middle and from its ends, so that it starts on the right side."""
@@ -68,8 +68,8 @@ class NearestRounding(nn.Module):
     Attributes:
         low: smallest integer.
         high: largest integer.
-        mask: what chooses the weights that are kept, `None` where all are.
-        trains_weight: whether the float weight is what trains; else the element has parameters in its place.
+        mask: chooses the weights that are kept, `None` where all are.
+        trains_weight: whether the float weight trains; else the element has parameters in its place.
     """
 
     trains_weight = True
@@ -81,7 +81,7 @@ class NearestRounding(nn.Module):
             W: the weight in units of its initial step.
             low: smallest integer.
             high: largest integer.
-            mask: what chooses the weights that are kept.
+            mask: chooses the weights that are kept.
         """
         super().__init__()
         self.low, self.high, self.mask = low, high, mask
@@ -221,7 +221,7 @@ class SoftRounding(NearestRounding):
         return rectified_sigmoid(self.V * STRETCH)
 
     def kept(self, W: Tensor, step: Tensor) -> Tensor | None:
-        """Return `None`: what is kept was decided at the start."""
+        """Return `None`: the kept weights were chosen at the start."""
         return None
 
     def forward(self, W: Tensor, step: Tensor, progress: float) -> Tensor:
@@ -252,7 +252,7 @@ def element_of(W: Tensor, *, bits: int, rounding: Rounding = "ste", mask: Mask |
         W: the weight in units of its initial step.
         bits: bit width; the grid is symmetric and narrow.
         rounding: the setting.
-        mask: what chooses the weights that are kept, `None` where all are.
+        mask: chooses the weights that are kept, `None` where all are.
     """
     low, high = integer_range(bits, signed=True, narrow=True)
     return ELEMENTS[rounding](W, low=low, high=high, mask=mask)
