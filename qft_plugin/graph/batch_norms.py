@@ -150,11 +150,8 @@ def merge_norms(model: nn.Module, twin: nn.Module, graph: LayerGraph) -> list[st
         The names of the layers that changed.
     """
     changed = []
-    for layer_name, norm_name, calls in _norms_behind_layers(graph):
+    for layer_name, norm_name, _ in foldable_norms(twin, graph):
         layer, norm = model.get_submodule(layer_name), twin.get_submodule(norm_name)
-        own = twin.get_submodule(layer_name)
-        if not can_fold(layer, norm, graph.shapes[calls[1].inputs[0]]) or not makes_plain_calls(twin, own, norm, calls):
-            continue
         assert isinstance(layer.weight, Tensor)
         W, shift = folded_norm(layer, norm)
         layer.weight.copy_(W)
@@ -190,6 +187,24 @@ def neutralize(norm: nn.Module) -> None:
         norm.weight.fill_(1)
     if norm.bias is not None:
         norm.bias.zero_()
+
+
+def foldable_norms(model: nn.Module, graph: LayerGraph) -> list[tuple[str, str, tuple[Op, Op]]]:
+    """List every BatchNorm that alone follows a layer and can be folded into it, by the names of their modules.
+
+    Args:
+        model: a float model in eval mode.
+        graph: what it computes.
+
+    Returns:
+        The names of layer and BatchNorm, and their calls.
+    """
+    found = []
+    for layer_name, norm_name, calls in _norms_behind_layers(graph):
+        layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
+        if can_fold(layer, norm, graph.shapes[calls[1].inputs[0]]) and makes_plain_calls(model, layer, norm, calls):
+            found.append((layer_name, norm_name, calls))
+    return found
 
 
 def _norms_behind_layers(graph: LayerGraph) -> list[tuple[str, str, tuple[Op, Op]]]:

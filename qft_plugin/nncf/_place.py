@@ -14,7 +14,8 @@ from qft_plugin.graph.layer_graph import MADE_INSIDE, Const, Ref
 from qft_plugin.graph.operations import ADDS, LAYERS
 from qft_plugin.graph.placement import ActivationGrid, Placement, WeightPlace, is_division, only_divided
 from qft_plugin.graph.torch_model import tensor_of
-from qft_plugin.nncf._read import Source, port_of, tensor_name
+from qft_plugin.nncf._graph import tensor_name
+from qft_plugin.nncf._read import Source, port_of
 from qft_plugin.nncf._request import Request
 from qft_plugin.training.data import Inputs
 

@@ -11,7 +11,7 @@ from torch import nn
 from qft_plugin.config import HardwareSpec
 from qft_plugin.errors import DataError
 from qft_plugin.job.activation_ranges import BATCH, RANGE_IMAGES
-from qft_plugin.nncf._read import example_of
+from qft_plugin.nncf._graph import example_of
 from qft_plugin.training.data import Inputs
 
 
