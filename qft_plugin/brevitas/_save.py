@@ -2,9 +2,8 @@
 
 import contextlib
 import copy
-import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +20,7 @@ from qft_plugin.deploy.files import checked_path, draft_of, refused
 from qft_plugin.deploy.images import call_of, calls_of, kept_images
 from qft_plugin.deploy.watched import Grid, Quantizer, Watched
 from qft_plugin.errors import DeployabilityError
-from qft_plugin.graph.torch_model import Call, evaluating, in_float32
+from qft_plugin.graph.torch_model import Call, evaluating, in_float32, tensors_in
 from qft_plugin.training.distributed import once
 
 OPSET: Final = 14
@@ -160,7 +159,7 @@ def watched(model: nn.Module) -> Watched:
         if isinstance(module, IntQuant):
             names.setdefault(module, name)
     quantizers = [Quantizer(module, _layer_name(name), _reader(module)) for module, name in names.items()]
-    return Watched(model, quantizers, _tensors)
+    return Watched(model, quantizers, QuantTensor)
 
 
 def _layer_name(path: str) -> str:
@@ -219,24 +218,7 @@ class _Exportable(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         positional = len(inputs) - len(self.names)
         kwargs = dict(zip(self.names, inputs[positional:], strict=True))
-        return tuple(_tensors(self.model(*inputs[:positional], **kwargs)))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Iterate over the tensors of an output; a `QuantTensor`, which is a tuple too, counts as one."""
-    if isinstance(value, QuantTensor):
-        yield value.value
-    elif isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for v in value.values():
-            yield from _tensors(v)
-    elif isinstance(value, (list, tuple)):
-        for v in value:
-            yield from _tensors(v)
-    elif dataclasses.is_dataclass(value):
-        for f in dataclasses.fields(value):
-            yield from _tensors(getattr(value, f.name, None))
+        return tuple(tensors_in(self.model(*inputs[:positional], **kwargs), QuantTensor))
 
 
 def _quantized_layers(model: nn.Module) -> list[tuple[str, Any]]:

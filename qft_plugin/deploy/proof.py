@@ -307,7 +307,7 @@ def _in_double(watched: Watched, calls: Sequence[Call]) -> list[list[Tensor]]:
     """Run a model in float64; empty where it cannot."""
     try:
         double = copy.deepcopy(watched.model).double()
-        return [list(watched.outputs(double(*args, **kwargs))) for args, kwargs in (_map(c, _doubled) for c in calls)]
+        return [watched.outputs(double(*args, **kwargs)) for args, kwargs in (_map(c, _doubled) for c in calls)]
     except RuntimeError as error:  # a forward may name its dtype
         logger.info("torch is not compared with itself: the model does not run in float64 (%s)", error)
         return []

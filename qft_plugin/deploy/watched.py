@@ -2,7 +2,7 @@
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,20 +134,24 @@ class Watched:
         self,
         model: nn.Module,
         quantizers: Sequence[Quantizer],
-        outputs: Callable[[Any], Iterable[Tensor]] = tensors_in,
+        wrapper: type[Any] | tuple[()] = (),
     ) -> None:
         """Keep the model; it is not changed.
 
         Args:
             model: the model, in eval mode.
             quantizers: all its quantizers, of weights and of activations.
-            outputs: lists the tensors in what it returns.
+            wrapper: the class of the host that holds a tensor as its `value`, beside its scale.
         """
-        self.model, self.quantizers, self.outputs = model, quantizers, outputs
+        self.model, self.quantizers, self._wrapper = model, quantizers, wrapper
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         self._constants: dict[tuple[int, int], str] = {}
         for name, t in named:
             self._constants.setdefault(_memory(t), name)
+
+    def outputs(self, result: Any) -> list[Tensor]:
+        """List the tensors in what the model returned."""
+        return list(tensors_in(result, self._wrapper))
 
     @torch.no_grad()
     def run(
@@ -165,7 +169,7 @@ class Watched:
                 with that one.
             product: likewise with each product with a quantized weight.
         """
-        run, weights, origins = Run(), _Weights(), _Origins()
+        run, weights, origins = Run(), _Weights(), _Origins(self._wrapper)
         count = 0
 
         def looked(quantizer: Quantizer, args: tuple[Any, ...], result: Tensor) -> Tensor | None:
@@ -197,7 +201,7 @@ class Watched:
                 stack.callback(quantizer.module.register_forward_hook(hook_of(quantizer)).remove)
             stack.enter_context(_Calls(run.path, weights, origins, product))
             result = self.model(*args, **kwargs)
-        run.outputs = list(self.outputs(result))
+        run.outputs = self.outputs(result)
         run.layers = [origins.of(t) for t in run.outputs]
         return run
 
@@ -219,7 +223,8 @@ class _Weights:
 class _Origins:
     """Which weight was used last on the way to each tensor of a run."""
 
-    def __init__(self) -> None:
+    def __init__(self, wrapper: type[Any] | tuple[()]) -> None:
+        self._wrapper = wrapper
         self._held: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # an id is unique only while its tensor lives
         self._names: list[str] = []
 
@@ -247,14 +252,14 @@ class _Origins:
     def _place(self, value: Any) -> int | None:
         """Return the last of the weights that a value comes from, `None` where all of it is unknown: parameters."""
         places = []
-        for t in _wrapped_in(value):
+        for t in tensors_in(value, self._wrapper):
             held = self._held.get(id(t))
             if held is not None and held[0]() is t:
                 places.append(held[1])
         return max(places, default=None)
 
     def _put(self, value: Any, place: int) -> None:
-        for t in _wrapped_in(value):
+        for t in tensors_in(value, self._wrapper):
             self._held[id(t)] = weakref.ref(t), place
 
 
@@ -293,18 +298,6 @@ class _Calls(TorchFunctionMode):
 def _memory(t: Tensor) -> tuple[int, int]:
     """Tell tensors apart by their memory: a view of a whole weight is that weight."""
     return t.data_ptr(), t.numel()
-
-
-def _wrapped_in(value: Any) -> Iterator[Tensor]:
-    """Iterate over the tensors in arguments; what a host wraps around one, its scale for instance, is left out."""
-    inner = getattr(value, "value", None)
-    if isinstance(inner, Tensor):
-        yield inner
-    elif isinstance(value, (list, tuple)):
-        for v in value:
-            yield from _wrapped_in(v)
-    else:
-        yield from tensors_in(value)
 
 
 def _tensor_of(value: Any) -> Any:

@@ -88,19 +88,26 @@ def accepts(model: nn.Module) -> Callable[..., bool]:
     return test
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Iterate over the tensors of a model's output, whatever it is made of."""
-    if isinstance(value, Tensor):
+def tensors_in(value: Any, wrapper: type[Any] | tuple[()] = ()) -> Iterator[Tensor]:
+    """Iterate over the tensors of a model's output, whatever it is made of.
+
+    Args:
+        value: the output.
+        wrapper: a class that holds a tensor as its `value`, beside others that do not count, such as its scale.
+    """
+    if isinstance(value, wrapper):
+        yield value.value
+    elif isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for v in value.values():
-            yield from tensors_in(v)
+            yield from tensors_in(v, wrapper)
     elif isinstance(value, (list, tuple)):
         for v in value:
-            yield from tensors_in(v)
+            yield from tensors_in(v, wrapper)
     elif dataclasses.is_dataclass(value):
         for f in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, f.name, None))
+            yield from tensors_in(getattr(value, f.name, None), wrapper)
 
 
 def traceable(output: Any) -> Any:

@@ -149,6 +149,21 @@ def test_tensors_of_a_dataclass_with_slots_are_found() -> None:
     assert [int(x) for x in found] == [1, 2]
 
 
+class Scaled(NamedTuple):
+    """A tensor of a host, with its scale."""
+
+    value: torch.Tensor
+    scale: torch.Tensor
+
+
+def test_what_a_host_wraps_around_a_tensor_is_left_out() -> None:
+    """Of a wrapper that is named the value counts, wherever it stands; of any other tuple everything does."""
+    wrapped = Scaled(torch.tensor(1), torch.tensor(2))
+    value = {"a": [wrapped, torch.tensor(3)], "b": wrapped}
+    assert [int(x) for x in tensors_in(value, Scaled)] == [1, 3, 1]
+    assert [int(x) for x in tensors_in(value)] == [1, 2, 3, 1, 2]
+
+
 def test_first_outputs_are_those_of_the_model() -> None:
     """All tensors of the output come back, with arguments given by position and by keyword."""
 
