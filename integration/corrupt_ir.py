@@ -2,22 +2,10 @@
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from changes import (
-    LITTLE,
-    add_to_one,
-    double_all,
-    double_one,
-    little_one,
-    middle,
-    negate_one,
-    one_factor,
-    one_integer,
-    swap_two,
-)
+from changes import LITTLE, Way, add_to_one, middle, negate_one, one_factor, swap_two, ways_of_weights
 from corruptions import Corruption
 from torch import Tensor
 
@@ -302,28 +290,8 @@ def _take_place(op: Any, made: Any) -> None:
     made.set_friendly_name(name)
 
 
-@dataclass(frozen=True)
-class Way:
-    """A way to corrupt a file.
-
-    Attributes:
-        where: lists the operations where it can be done.
-        change: does it.
-    """
-
-    where: Callable[[Graph], Iterator[Any]]
-    change: Change
-
-
 WAYS: Final[Mapping[str, Way]] = {
-    "weight scale of one channel doubled": Way(layers, change_scale(double_one)),
-    "weight scale of one channel 1 % off": Way(layers, change_scale(little_one)),
-    "weight scales doubled": Way(layers, change_scale(double_all)),
-    "two weight scales swapped": Way(layers, change_scale(swap_two)),
-    "sign of one weight scale flipped": Way(layers, change_scale(negate_one)),
-    "integers of one channel negated": Way(layers, change_integers(negate_one)),
-    "one integer off by one": Way(layers, change_integers(one_integer)),
-    "integers of two channels swapped": Way(layers, change_integers(swap_two)),
+    **ways_of_weights(layers, change_scale, change_integers),
     "one bias off by half the largest": Way(biases, change_constant(add_to_one)),
     "one bias off by one step": Way(lambda g: (op for op in biases(g) if _quantized_after(op)), other_step),
     "sign of one bias flipped": Way(biases, change_constant(negate_one)),

@@ -7,18 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 import onnx
-from changes import (
-    LITTLE,
-    add_to_one,
-    double_all,
-    double_one,
-    little_one,
-    lower_all,
-    negate_one,
-    one_factor,
-    one_integer,
-    swap_two,
-)
+from changes import LITTLE, Way, add_to_one, lower_all, negate_one, one_factor, swap_two, ways_of_weights
 from corruptions import Corruption
 from onnx import helper, numpy_helper
 from torch import Tensor
@@ -318,28 +307,8 @@ def padded(g: Graph) -> Iterator[Any]:
     return (n for n in layers(g) if any(a.name == "pads" and min(a.ints) > 0 for a in n.attribute))
 
 
-@dataclass(frozen=True)
-class Way:
-    """A way to corrupt a file.
-
-    Attributes:
-        where: lists the nodes where it can be done.
-        change: does it.
-    """
-
-    where: Callable[[Graph], Iterator[Any]]
-    change: Change
-
-
 WAYS: Final[Mapping[str, Way]] = {
-    "weight scale of one channel doubled": Way(layers, change_scale(double_one)),
-    "weight scale of one channel 1 % off": Way(layers, change_scale(little_one)),
-    "weight scales doubled": Way(layers, change_scale(double_all)),
-    "two weight scales swapped": Way(layers, change_scale(swap_two)),
-    "sign of one weight scale flipped": Way(layers, change_scale(negate_one)),
-    "integers of one channel negated": Way(layers, change_integers(negate_one)),
-    "one integer off by one": Way(layers, change_integers(one_integer)),
-    "integers of two channels swapped": Way(layers, change_integers(swap_two)),
+    **ways_of_weights(layers, change_scale, change_integers),
     "one bias off by half the largest": Way(biases, change_bias(add_to_one)),
     "sign of one bias flipped": Way(biases, change_bias(negate_one)),
     "two biases swapped": Way(biases, change_bias(swap_two)),
