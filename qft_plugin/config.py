@@ -44,7 +44,7 @@ class HardwareSpec:
             `"tensor"` each a scale of its own, `"channel"` each a scale of its own in every channel, which costs a
             factor for each channel in front of the addition, `"power_of_two"` scales that differ by a shift (App. D).
         activation_scale: where the scale of an activation may differ by channel. `"folded"`: where the factors can be
-            folded into the weights on both sides. `"explicit"`: behind SiLU, GELU and their like too, at the price of a
+            folded into the weights on both sides. `"explicit"`: after SiLU, GELU and their like too, at the price of a
             factor for each channel in front of the quantizer.
     """
 

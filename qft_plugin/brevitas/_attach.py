@@ -149,7 +149,7 @@ class Student:
             if place.op.rsplit("/", 2)[0].replace("/", ".") in source.activations:
                 raise ConfigError(
                     f"FinetuneConfig.{place.field} should name what reads an activation. Found {place.asked!r}, a "
-                    "quantizer, whose input the hardware never has. Name the module behind it, or the operation."
+                    "quantizer, whose input the hardware never has. Name the module after it, or the operation."
                 )
         function = compiled_fake_quantize() if compiled else fake_quantize
         self._twin = copy.deepcopy(source.model)
@@ -238,7 +238,7 @@ class Student:
 
 
 def _behind(quantizer: FakeQuantizer, function: str, args: Sequence[Any]) -> Tensor:
-    """Leave a ReLU, or a bounded one, to the quantizer behind it."""
+    """Leave a ReLU, or a bounded one, to the quantizer after it."""
     read = relu_operands(function, args)
     assert read is not None
     return quantizer.behind(*read)

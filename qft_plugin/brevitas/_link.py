@@ -40,7 +40,7 @@ def link(model: nn.Module, example_input: Any, *, explicit: bool = False) -> Dof
         model: layers of `brevitas.nn` with quantizers of this package.
         example_input: one input, as for the model: a tensor, a tuple of tensors or a dict of tensors.
         explicit: give what SiLU, GELU and their like make a scale per channel too; `fold` puts a factor for each
-            channel behind them (see `HardwareSpec.activation_scale`).
+            channel after them (see `HardwareSpec.activation_scale`).
 
     Returns:
         The DoF map; printed, it names each edge that is not free and why.
@@ -95,7 +95,7 @@ def link_on(model: nn.Module, call: Call, *, explicit: bool = False) -> Source:
     explicit = explicit or (before is not None and before.explicit)
     source = read(model, twin, call, graph=graph, explicit=explicit)
     for scaling in source.activations.values():
-        if not scaling.ready:  # 0 everywhere on the example, as behind a dead ReLU
+        if not scaling.ready:  # 0 everywhere on the example, as after a dead ReLU
             scaling.start(torch.ones_like(scaling.log_s) / scaling.high)
     _check_trained(source, source.dof_map)
     _share(source, source.dof_map)

@@ -105,7 +105,7 @@ def make_plain(model: nn.Module, call: Call) -> None:
 
     A subclass that calls the function of its layer on its input, and returns what comes out, is that layer: its weight
     may be computed from parameters (a standardised or normalised kernel), which is constant once the network is
-    trained. One that computes something around it (padding, an activation function behind a BatchNorm) keeps that, and
+    trained. One that computes something around it (padding, an activation function after a BatchNorm) keeps that, and
     its layer becomes a module in it, named `layer`.
 
     Args:

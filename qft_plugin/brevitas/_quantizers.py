@@ -220,7 +220,7 @@ class _QFTAct(ActQuantSolver, metaclass=_TrueInjector):
         if isinstance(act_impl, nn.Hardtanh):
             raise ConfigError(
                 "QuantHardTanh leaves its clip to its quantizer's range, which is trained here. "
-                "Use torch's Hardtanh and a QuantIdentity behind it."
+                "Use torch's Hardtanh and a QuantIdentity after it."
             )
         low, high = integer_range(int(bit_width), signed=signed, narrow=narrow_range)
         return _kept(proxy_module, lambda: ActivationScaling(low=low, high=high, asymmetric=asymmetric))

@@ -68,8 +68,8 @@ def save_qcdq(
 ) -> qcdq.QCDQReport:
     """Save a Brevitas model as QCDQ in standard ONNX, and prove that ONNX Runtime and OpenVINO compute the same.
 
-    The clips behind the weights, which Brevitas exports and which keep OpenVINO from int8, are removed. Signed
-    quantizers behind a concatenation, whose scale OpenVINO loses, become unsigned ones with a zero point. Other
+    The clips after the weights, which Brevitas exports and which keep OpenVINO from int8, are removed. Signed
+    quantizers after a concatenation, whose scale OpenVINO loses, become unsigned ones with a zero point. Other
     constructs that it computes wrong values from are said in other words (`qft_plugin.deploy.qcdq_defects`).
 
     Args:

@@ -40,7 +40,7 @@ class CrossLayerFactors(nn.Module):
 
     @property
     def explicit(self) -> bool:
-        """Whether scales are free behind functions that no scale passes through."""
+        """Whether scales are free after functions that no scale passes through."""
         return bool(self.settings[1])
 
     @explicit.setter

@@ -163,7 +163,7 @@ def fold(model: nn.Module, *, bias_bits: int | None = None) -> nn.Module:
 def _channelwise(model: nn.Module, dof_map: DofMap) -> DofMap:
     """Let modules of a model hold what its channels need, in place; return the map without those that need nothing.
 
-    A ReLU6 gets a bound for each channel, a function that no scale passes through a factor behind it, and a BatchNorm
+    A ReLU6 gets a bound for each channel, a function that no scale passes through a factor after it, and a BatchNorm
     becomes one that only multiplies and shifts.
     """
     replaced: dict[nn.Module, nn.Module] = {}

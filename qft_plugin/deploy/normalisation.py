@@ -10,7 +10,7 @@ NORMALISATIONS: Final = frozenset(["MVN", "GroupNormalization"])
 def keep_epsilon(model: Any) -> int:
     """Let normalisations read real numbers and not the integers of a quantizer, in place: the same function.
 
-    The CPU plugin moves the scale of a quantizer or of an int8 layer behind a normalisation, which does not change with
+    The CPU plugin moves the scale of a quantizer or of an int8 layer past a normalisation, which does not change with
     the scale of what it reads, but leaves its epsilon as it was (OpenVINO 2026.4): it then counts in steps, and the
     outputs are off by 16 % where the variance is not much larger. A maximum with the lowest number, which changes
     nothing, keeps the scale in front.

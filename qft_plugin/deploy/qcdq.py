@@ -47,7 +47,7 @@ class QCDQReport(Proved, RunInInt8):
 def strip_weight_clips(model: Any) -> int:
     """Remove the clips of constants that are in range already, in place.
 
-    A narrow or 4-bit weight is exported as an int8 constant behind a Clip. The Clip changes nothing, but OpenVINO does
+    A narrow or 4-bit weight is exported as an int8 constant with a Clip. The Clip changes nothing, but OpenVINO does
     not look through it and runs the layer in floating point (2026.4). Constants are removed from the inputs of the
     graph too: what is an input could be changed.
 
@@ -103,7 +103,7 @@ def _nodes(graph: Any) -> Iterator[Any]:
 
 
 def shift_behind_concatenations(model: Any) -> int:
-    """Let signed quantizers behind a concatenation count from 0 to 255 around 128, in place: the same numbers.
+    """Let signed quantizers after a concatenation count from 0 to 255 around 128, in place: the same numbers.
 
     OpenVINO's CPU plugin loses the scale of an int8 quantizer there and rounds to whole numbers (2026.4).
 

@@ -46,7 +46,7 @@ def can_fold(layer: nn.Module, norm: nn.Module, shape: Sequence[int]) -> bool:
 
 
 def makes_plain_calls(model: nn.Module, layer: nn.Module, norm: nn.Module, calls: tuple[Op, Op]) -> bool:
-    """Whether a layer and the BatchNorm behind it compute with their own parameters, as torch's own modules do.
+    """Whether a layer and the BatchNorm after it compute with their own parameters, as torch's own modules do.
 
     A subclass may have any forward: what it hands to torch's function is what counts.
 

@@ -1,8 +1,8 @@
 """A factor and a shift for each channel: they absorb cross-layer factors on both sides, like a 1x1 depthwise kernel.
 
-A BatchNorm that follows no layer is one. Behind a function that no scale passes through (SiLU, GELU, ...) one can be
+A BatchNorm that follows no layer is one. After a function that no scale passes through (SiLU, GELU, ...) one can be
 put: then the scale of what it makes differs by channel, explicitly, at the price of a multiplication that runtimes fuse
-into the quantizer behind it.
+into the quantizer after it.
 """
 
 from collections.abc import Callable, Container, Hashable, Mapping
@@ -68,7 +68,7 @@ class ChannelAffine(nn.Module):
 
 
 class Rescaled(nn.Module):
-    """A function, or what an addition reads, with a factor for each channel behind it.
+    """A function, or what an addition reads, with a factor for each channel after it.
 
     Attributes:
         function: the function.
@@ -109,7 +109,7 @@ def free_channels(
         call: arguments to run it with.
         norms: those BatchNorms that no layer absorbed; call this after folding. One without statistics or parameters,
             which a state dict would not have, stays as it is.
-        barriers: functions that no scale passes through get a factor behind them.
+        barriers: functions that no scale passes through get a factor after them.
         only: names of the modules to replace; `None` for all.
 
     Returns:

@@ -276,7 +276,7 @@ def _one_bound(_: Solver, __: Op) -> None:
 
 
 def _affine(solver: Solver, op: Op) -> None:
-    """A factor for each channel absorbs those on both sides, and a shift the one behind it."""
+    """A factor for each channel absorbs those on both sides, and a shift the one after it."""
     weight, bias, axis = op.argument(1, "weight"), op.argument(2, "bias"), int(op.argument(3, "axis"))
     assert isinstance(weight, Const)
     ins = solver.per_channel(solver.shadows[op.inputs[0]], axis)

@@ -3,7 +3,7 @@
     bias += E[y_float] - E[y_quantized]      for each output channel of each quantized layer
 
 The layers are corrected in the order of execution, in one run over one batch: as soon as a layer's output is computed,
-the difference is added to it, so that everything behind it sees corrected activations, as in the corrected network.
+the difference is added to it, so that everything after it sees corrected activations, as in the corrected network.
 """
 
 import logging

@@ -153,7 +153,7 @@ def warn_of_ranges(
         dead = [name for name, value in constant.items() if value == 0]
         constant = {name: value for name, value in constant.items() if value != 0}
         if dead:
-            # Behind a ReLU that no image wakes, as in a pruned network, or in one with random weights.
+            # After a ReLU that no image wakes, as in a pruned network, or in one with random weights.
             logger.warning(
                 "0 in all of the first %d images, so that no range could be chosen: %s",
                 ranges.images,

@@ -196,7 +196,7 @@ def _activation_grids(student: Student, placed: Placed, inputs: Inputs, config: 
 
 
 def _with_bits(graph: LayerGraph, placement: Placement, dof_map: DofMap, config: QFTConfig) -> Placement:
-    """Give each activation quantizer its bit width: the widest that a layer behind it asks for."""
+    """Give each activation quantizer its bit width: the widest that a layer after it asks for."""
     layers = [layer for layer in dof_map.layers if layer.weight in placement.weights]
     wanted = config.activation_bits_of([layer.weight for layer in layers])
     default = config.hardware.activation_bits or 8

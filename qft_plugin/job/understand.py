@@ -190,7 +190,7 @@ def _comparable(at: Comparison, dof_map: DofMap) -> Comparison:
         if place.asked is not None:
             raise ConfigError(
                 f"FinetuneConfig.{place.field} should name what reads an activation with one scale in each channel. "
-                f"Found {place.asked!r}, whose input {place.tensor} has several. Name a module before or behind it."
+                f"Found {place.asked!r}, whose input {place.tensor} has several. Name a module before or after it."
             )
         logger.info("the scales of %s differ inside a channel: the network's outputs are compared", place.tensor)
         return Comparison(at.inputs[: at.blocks], outputs=True, blocks=at.blocks)

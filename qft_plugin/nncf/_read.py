@@ -229,7 +229,7 @@ def add_factors(
     ports: Mapping[tuple[str, int], Ref | Const],
     ops: Mapping[str, str] | None = None,
 ) -> dict[Addend, str]:
-    """Multiply what a wrapped model adds by factors of 1, in place, behind all other hooks of the addition's input.
+    """Multiply what a wrapped model adds by factors of 1, in place, after all other hooks of the addition's input.
 
     Args:
         model: wrapped by NNCF.

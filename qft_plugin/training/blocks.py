@@ -95,7 +95,7 @@ def _quantizers(
     for tensor, name in placement.on_tensor.items():
         found[name] = min(found.get(name, last), numbers.get(tensor, last))
     for (op, index), name in placement.on_input.items():
-        # What is compared is the value that the operation reads, behind the quantizer.
+        # What is compared is the value that the operation reads, after the quantizer.
         compared = [n for n, end in enumerate(ends) if (end.op, end.index) == (op, index)]
         found[name] = min(found.get(name, last), _block_of(outputs[op], numbers, last), *compared)
     return found
@@ -127,6 +127,6 @@ def check_blocks(graph: LayerGraph, dof_map: DofMap, at: Comparison, *, classes:
         if not any(inside(layer, number) for layer in dof_map.layers):
             raise ConfigError(
                 "FinetuneConfig.blocks should name where blocks end, in the order of execution, with layers before "
-                f"each end and behind the last. Found no layer between {names[number]} and {names[number + 1]}. "
+                f"each end and after the last. Found no layer between {names[number]} and {names[number + 1]}. "
                 "Leave out one of them or change their order."
             )

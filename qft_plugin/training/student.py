@@ -69,7 +69,7 @@ class FakeQuantizer(nn.Module):
         if self.scale is None:
             if self.watcher is not None:
                 self.watcher(x)
-            return x.clone()  # an operation behind may be in place
+            return x.clone()  # a later operation may be in place
         bound = self._read.pop(id(x), None)
         if bound is not None:
             return self.rectified(x, *bound)
@@ -167,7 +167,7 @@ def unfolded(prediction: Prediction, unfolds: Sequence[Unfold | None], factors: 
 
     Args:
         prediction: of the folded network.
-        unfolds: of each of the first features, `None` where no channel of it is rescaled; what comes behind these
+        unfolds: of each of the first features, `None` where no channel of it is rescaled; what comes after these
             features is in the teacher's units already.
         factors: trained cross-layer factor of every variable, `[1 + size]`.
     """
