@@ -20,16 +20,15 @@ from qft_plugin.job.start import initialize
 from qft_plugin.job.understand import proven_map
 from qft_plugin.tensors.fake_quantize import fake_quantize
 from qft_plugin.training.data import Inputs
-from qft_plugin.training.finetune import Network, Prediction
 from qft_plugin.training.integers import DeployedWeight
-from qft_plugin.training.offline import Solution, solve
+from qft_plugin.training.loss import Network, Prediction
+from qft_plugin.training.solve import Solution, solve
 from qft_plugin.training.student import (
     QUANTIZER_OP,
     FakeQuantizer,
     Unfold,
     Watcher,
     looked_at,
-    observe,
     prediction_of,
     set_grids,
     unfolded,
@@ -90,7 +89,8 @@ class SmallNetwork:
         return unfolded(self.predict(solution.tensors, call), self._unfolds, solution.factors)
 
     def observe(self, tensors: Mapping[str, Tensor], call: Call, watcher: Watcher) -> None:
-        observe(self.quantizers, lambda: self.run(tensors, call, {}), watcher)
+        with looked_at(self.quantizers, watcher):
+            self.run(tensors, call, {})
 
     def looked_at(self, look: Watcher) -> AbstractContextManager[None]:
         return looked_at(self.quantizers, look)

@@ -16,9 +16,12 @@ from qft_plugin.errors import ConfigError, DataError, ModelError, QFTWarning
 from qft_plugin.job import run as job
 from qft_plugin.job.host import Problem, Start
 from qft_plugin.training.distributed import World
-from qft_plugin.training.finetune import Loss, Network, Recomputed, Step, Targets, distillation_loss
+from qft_plugin.training.efqat import held_kernels
 from qft_plugin.training.integers import deployed_weights
-from qft_plugin.training.offline import solve
+from qft_plugin.training.loss import Loss, Network, distillation_loss
+from qft_plugin.training.phases import Step
+from qft_plugin.training.solve import solve
+from qft_plugin.training.teacher import Recomputed, Targets
 
 SAME = 1e-9
 """float64: a product of an integer and a step that was computed in another order."""
@@ -144,7 +147,7 @@ def test_a_part_of_the_weights_trains() -> None:
     result = job.run(host, settings(finetune={"train": EfQAT(ratio=0.25)})).result
     assert result is not None
     assert result.final_loss <= result.start_loss
-    assert not host.starts[0].dof.held()
+    assert not held_kernels(host.starts[0].dof)
 
 
 def test_block_by_block() -> None:

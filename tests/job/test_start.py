@@ -12,13 +12,14 @@ from torch.nn import functional
 
 from qft_plugin import HardwareSpec, QFTConfig
 from qft_plugin.errors import ModelError, QFTWarning
-from qft_plugin.graph.scales import range_mse, weight_scale
 from qft_plugin.job.bias_correction import channel_means
 from qft_plugin.job.host import Problem, Start
 from qft_plugin.job.start import initialize, start
 from qft_plugin.job.understand import images, understand
+from qft_plugin.tensors.mmse import weight_scale
+from qft_plugin.tensors.ranges import range_mse
 from qft_plugin.training.data import Inputs
-from qft_plugin.training.offline import solve
+from qft_plugin.training.solve import solve
 
 EXACT = 1e-10
 """float64: three layers with factors up to e^3 on either side."""
@@ -121,7 +122,7 @@ def test_scales_of_weights_have_the_smallest_error() -> None:
         _, begin = begun(settings(hardware=HardwareSpec(rescale=rescale)))
         for layer in begin.dof.map.layers:
             W, grid = begin.placed.tensors[layer.weight], begin.dof.weight_grids[layer.weight]
-            expected = weight_scale(W, layer, bits=4, per_channel=rescale == "channelwise")
+            expected = weight_scale(W, layer.axes, bits=4, per_channel=rescale == "channelwise")
             assert grid.bits == 4
             torch.testing.assert_close(grid.scale, expected)
 
