@@ -106,7 +106,7 @@ def test_ranges_of_activations(kind: Any) -> None:
     """Nothing is clipped, the squared error is the smallest, or the host's ranges stay."""
     problem, begin = begun(settings(activation_range=kind, equalize=False))
     for name, x in seen(problem, begin.placed.tensors).items():
-        grid = begin.dof.activation_grids[name]
+        grid = begin.dof.activations.grids[name]
         expected = {
             "max": float(x.abs().max()) / grid.high,
             "mse": float(range_mse(x.flatten(), low=grid.low, high=grid.high)),
@@ -138,7 +138,7 @@ def test_bit_widths_are_those_of_the_settings() -> None:
         "2.weight": 4,
         "6.weight": 8,
     }
-    bits = {name: (g.high - g.low).bit_length() for name, g in begin.dof.activation_grids.items()}
+    bits = {name: (g.high - g.low).bit_length() for name, g in begin.dof.activations.grids.items()}
     assert bits == {"0.quantizer": 8, "2.quantizer": 5, "6.quantizer": 8}
 
 
