@@ -35,8 +35,8 @@ def swap_modules(model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig
     Raises:
         ModelError: the settings ask for quantizers that no layer has.
     """
-    merge_norms(model, model, record(model, call))
     graph = record(model, call)
+    merge_norms(model, model, graph)
     layers = called_layers(model, graph)
     names = list(layers)
     hardware = config.hardware

@@ -94,8 +94,9 @@ def _swapped_in_graph(
         _NotFollowedError: torch.fx does not make the same network of the model.
     """
     graph_model = _traced(model, call, expected)
-    merge_norms(graph_model, graph_model, record(graph_model, call))
-    own = called_layers(graph_model, record(graph_model, call))
+    graph = record(graph_model, call)
+    merge_norms(graph_model, graph_model, graph)
+    own = called_layers(graph_model, graph)
     layers = [n for n in graph_model.graph.nodes if n.op == "call_module" and n.target in own]
     names = list(dict.fromkeys(str(node.target) for node in layers))
     if names and config.hardware.activation_bits is not None:
