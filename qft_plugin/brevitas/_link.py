@@ -20,7 +20,7 @@ from qft_plugin.brevitas._scalings import ActivationScaling, CrossLayerFactors, 
 from qft_plugin.brevitas._twin import weight_scaling
 from qft_plugin.brevitas._version import check_version
 from qft_plugin.errors import ModelError
-from qft_plugin.graph.layer_graph import PINNED, DofMap, LayerGraph
+from qft_plugin.graph.layer_graph import PINNED, DofMap
 from qft_plugin.graph.placement import Placement, quantizer_after, quantizers_before
 from qft_plugin.graph.record import record
 from qft_plugin.graph.torch_model import Call, accepts, evaluating, first_outputs
@@ -84,16 +84,15 @@ def link_on(model: nn.Module, call: Call, *, explicit: bool = False) -> Source:
     adopt(model)
     _wake(model, call)  # a clear error where the example does not fit
     twin = runnable_twin(model, call)
-    graph: LayerGraph | None = record(twin, call)
-    assert graph is not None
+    graph = record(twin, call)
     folded = fold_norms(model, twin, graph)
     with evaluating(model):
         check_repeatable(model, call, _wake(model, call))
     if folded:
-        twin, graph = runnable_twin(model, call), None
+        twin = runnable_twin(model, call)
     before = shared_factors(model)
     explicit = explicit or (before is not None and before.explicit)
-    source = read(model, twin, call, graph=graph, explicit=explicit)
+    source = read(model, twin, call, graph=None if folded else graph, explicit=explicit)
     for scaling in source.activations.values():
         if not scaling.ready:  # 0 everywhere on the example, as after a dead ReLU
             scaling.start(torch.ones_like(scaling.log_s) / scaling.high)

@@ -56,12 +56,9 @@ class Source:
 
     def again(self) -> "Source":
         """Return the description of the model as it is after degrees of freedom were written into it."""
-        written = {name: self.linked.get_parameter(name).detach() for name in self._written}
+        names = names_of([layer for layer in self.dof_map.layers if layer.weight in self.weights])
+        written = {name: self.linked.get_parameter(name).detach() for name in names}
         return replace(self, tensors={**self.tensors, **written})
-
-    @property
-    def _written(self) -> list[str]:
-        return names_of([layer for layer in self.dof_map.layers if layer.weight in self.weights])
 
 
 def check(model: nn.Module) -> None:

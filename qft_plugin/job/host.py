@@ -1,8 +1,8 @@
 """The contract of a host (NNCF, Brevitas, or another framework): what it gives to a job, as types that mypy checks.
 
-A host is an object with the methods of `Host`; `job.run.run` calls each of them once, in the order in which they stand
-there. What they pass on to each other are a `Source` (the network as it was read), a `Placed` (the host's quantizers in
-the folded network) and a `Student` (the network that trains). The job itself never looks into a host's own types.
+A host is an object with the methods of `Host`; `job.run.run` calls them in the order in which they stand there. What
+they pass on to each other are a `Source` (the network as it was read), a `Placed` (the host's quantizers in the folded
+network) and a `Student` (the network that trains). The job itself never looks into a host's own types.
 
 Names connect everything: a weight or bias has its name in `Source.tensors`, an operation and an activation have theirs
 in `Source.graph`, and a quantizer of activations has one that the host makes up, in `Placed.placement`.
@@ -188,7 +188,7 @@ class Start(Generic[PlacedT_co]):
 
 
 class Host(Protocol[SourceT, PlacedT]):
-    """What a job asks of a host; the methods are called in this order, those with other images or models never."""
+    """What a job asks of a host, in this order; one host serves one job, of one model and one dataset."""
 
     @property
     def model(self) -> nn.Module:
