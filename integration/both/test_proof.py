@@ -189,6 +189,26 @@ def test_a_model_with_two_paths_is_refused(build, other, nncf_host, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+class Pairs(nn.Module):
+    """Compares each two images, and so takes an even number of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 8, 3), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.last(self.stem(x).relu().mean((2, 3)).reshape(-1, 16))
+
+
+def test_a_model_of_pairs_is_proved_on_pairs(nncf_host, tmp_path):
+    """Where the model does not take the few images that a proof would like, it is proved on those that were given."""
+    x = torch.randn(16, 3, 8, 8)
+    model = quantized(nncf_host, Pairs(), [x])
+    report = nncf_host[1].save_openvino(model, tmp_path / "net.xml", x[:2], images=[x[:8]])
+    assert report.proof.from_torch.images == 5  # outputs of a pair each: of the example and of all others
+    assert report.relative_error < 1e-5
+
+
 class Heads(nn.Module):
     """Two heads; the second one is computed last and returned first."""
 

@@ -133,7 +133,7 @@ def prove(
         for part in (small, call):
             found = _taken(watched, file, part, first.path)
             if found is not None:
-                few = small if few is example else few
+                few = small if part is small and few is example else few
                 taken.append(found)
     probes: list[tuple[Call, Values]] = [
         (_map(example, _noisy), "dense"),
