@@ -247,8 +247,9 @@ def agreed(world: World) -> Iterator[None]:
 
 def _told(error: BaseException) -> tuple[type[QFTError], str]:
     """Say in another process what happened, in an error that it can raise."""
-    ours = isinstance(error, QFTError)
-    return (type(error), str(error)) if ours else (QFTError, f"{type(error).__name__}: {error}")  # type: ignore[return-value]
+    if isinstance(error, QFTError):
+        return type(error), str(error)
+    return QFTError, f"{type(error).__name__}: {error}"
 
 
 def once(write: Callable[P, T]) -> Callable[P, T]:

@@ -46,7 +46,11 @@ def test_without_a_scale_values_pass_and_are_seen() -> None:
 
     for _ in range(2):
         seen: list[tuple[str, Tensor]] = []
-        with looked_at({"a": quantizer, "idle": idle}, lambda name, x, seen=seen: seen.append((name, x.clone()))):  # type: ignore[misc]
+
+        def watch(name: str, x: Tensor, seen: list[tuple[str, Tensor]] = seen) -> None:
+            seen.append((name, x.clone()))
+
+        with looked_at({"a": quantizer, "idle": idle}, watch):
             run()
         assert [name for name, _ in seen] == ["a", "a"]
         assert all(torch.equal(x, b) for (_, x), b in zip(seen, before, strict=True))
