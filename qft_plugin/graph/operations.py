@@ -1,7 +1,7 @@
 """One row of facts about each torch function, and the sets of functions that other files ask for.
 
-A function that has no row is a barrier: no scale passes it, no quantizer is looked for through it. What is not claimed
-here is not relied on; `tests/graph/test_operations.py` runs every function and checks every claim.
+A function that has no row is a barrier: no scale passes it, no quantizer is looked for through it. A field that is left
+out claims nothing; `tests/graph/test_operations.py` runs every function and checks every claim.
 """
 
 from collections.abc import Callable
