@@ -148,7 +148,7 @@ def other_order() -> None:
 
 
 def fewer_images() -> None:
-    """Read fewer images in the second process, as behind a sampler."""
+    """Read fewer images in the second process, as with a sampler."""
     prepared(items()[: 5 - world_of(CPU).rank])
 
 

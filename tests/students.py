@@ -31,7 +31,7 @@ class Linear(nn.Module):
 
 
 class Two(nn.Module):
-    """Two layers, compared behind each."""
+    """Two layers, compared after each."""
 
     def __init__(self) -> None:
         super().__init__()

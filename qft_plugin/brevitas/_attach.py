@@ -180,7 +180,7 @@ class Student:
             maker = makers.get(op.inputs[0])
             alone = readers[op.inputs[0]] == 1 and readers[op.outputs[0]] == 1
             if alone and maker is not None and maker.function in NEW_MEMORY and quantizer.starts_at_zero:
-                found[op.name] = functools.partial(_behind, quantizer, op.function)
+                found[op.name] = functools.partial(_after, quantizer, op.function)
         return found
 
     def __call__(self, solution: Solution, call: Call) -> Prediction:
@@ -237,11 +237,11 @@ class Student:
             return list(tensors_in(self._function(tensors, args, kwargs)))
 
 
-def _behind(quantizer: FakeQuantizer, function: str, args: Sequence[Any]) -> Tensor:
+def _after(quantizer: FakeQuantizer, function: str, args: Sequence[Any]) -> Tensor:
     """Leave a ReLU, or a bounded one, to the quantizer after it."""
     read = relu_operands(function, args)
     assert read is not None
-    return quantizer.behind(*read)
+    return quantizer.after(*read)
 
 
 class _Kept:

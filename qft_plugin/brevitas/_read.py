@@ -168,7 +168,7 @@ def read(
         twin: what `runnable_twin` returned for it; it becomes a part of the description.
         call: arguments to trace it with.
         graph: what `record` returned for the twin; `None` where it was not recorded yet.
-        explicit: free the scales behind functions that no scale passes through.
+        explicit: free the scales after functions that no scale passes through.
     """
     if free_channels(twin, call, norms=True, barriers=explicit, only=names_of_modules(model)) or graph is None:
         graph = record(twin, call)

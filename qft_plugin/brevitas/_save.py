@@ -98,7 +98,7 @@ def save_qcdq(
     with _exported(export_onnx_qcdq, model, path, example_input, check=check, free_batch=True) as made:
         file = onnx.load(made.draft)
         qcdq.strip_weight_clips(file)
-        qcdq.shift_behind_concatenations(file)
+        qcdq.shift_after_concatenations(file)
         qcdq_defects.bias_shared_products(file)
         qcdq_defects.widen_reductions(file)
         onnx.save(file, made.draft)

@@ -102,7 +102,7 @@ def _nodes(graph: Any) -> Iterator[Any]:
                 yield from _nodes(attribute.g)
 
 
-def shift_behind_concatenations(model: Any) -> int:
+def shift_after_concatenations(model: Any) -> int:
     """Let signed quantizers after a concatenation count from 0 to 255 around 128, in place: the same numbers.
 
     OpenVINO's CPU plugin loses the scale of an int8 quantizer there and rounds to whole numbers (2026.4).

@@ -200,14 +200,14 @@ def foldable_norms(model: nn.Module, graph: LayerGraph) -> list[tuple[str, str, 
         The names of layer and BatchNorm, and their calls.
     """
     found = []
-    for layer_name, norm_name, calls in _norms_behind_layers(graph):
+    for layer_name, norm_name, calls in _norms_after_layers(graph):
         layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
         if can_fold(layer, norm, graph.shapes[calls[1].inputs[0]]) and makes_plain_calls(model, layer, norm, calls):
             found.append((layer_name, norm_name, calls))
     return found
 
 
-def _norms_behind_layers(graph: LayerGraph) -> list[tuple[str, str, tuple[Op, Op]]]:
+def _norms_after_layers(graph: LayerGraph) -> list[tuple[str, str, tuple[Op, Op]]]:
     """List layer and BatchNorm of each pair of which nothing else uses a part, by the names of their modules.
 
     The third is their calls.

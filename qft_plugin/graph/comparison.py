@@ -36,7 +36,7 @@ class Comparison:
 
     Attributes:
         inputs: inputs of operations: first those that end a block, with weight 0, then those of the loss.
-        outputs: the outputs of the network are compared too, behind the inputs and with weight 1 each.
+        outputs: the outputs of the network are compared too, after the inputs and with weight 1 each.
         blocks: how many of the inputs end a block.
     """
 

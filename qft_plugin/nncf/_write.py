@@ -60,7 +60,7 @@ def write(placed: Placed, dof: Dof, deployed: Mapping[str, DeployedWeight]) -> n
     for weight, found in deployed.items():
         left = None
         if found.step_in is not None:
-            # NNCF's quantizer has one scale for each output channel: the other factor is multiplied behind it.
+            # NNCF's quantizer has one scale for each output channel: the other factor is multiplied after it.
             W = tensor_of(model, weight)
             left = dof.map.layer(weight).axes.per_in(found.step_in, W)
             W.div_(left)
@@ -93,7 +93,7 @@ def _restore_modules(model: nn.Module, dof: Dof, placed: Placed) -> None:
     """Put back the modules that others stood for, so that the model keeps its modules and names.
 
     A ReLU6 stands between two factors:  min(max(x', low / c), high / c)  is  clip(x' * c, low, high) / c.  A function
-    that no scale passes through has one behind it, and a BatchNorm absorbs them.
+    that no scale passes through has one after it, and a BatchNorm absorbs them.
 
     Args:
         model: the model.
@@ -111,13 +111,13 @@ def _restore_modules(model: nn.Module, dof: Dof, placed: Placed) -> None:
             c = on_axis(module.factor(), module.axis)
             for op in layer.calls if free else ():
                 storage.register_pre_function_hook(op, 0, _multiply(c))
-                _multiply_behind(storage, op, 1 / c)
+                _multiply_after(storage, op, 1 / c)
         elif isinstance(module, Rescaled):
             replace_modules(model, {module: module.function})
             for op, inside in zip(layer.calls, layer.inputs, strict=True):
                 rename_hooks(storage, {op: inside})
                 if free:
-                    _multiply_behind(storage, inside, on_axis(module.weight, module.axis))
+                    _multiply_after(storage, inside, on_axis(module.weight, module.axis))
         else:
             assert isinstance(module, ChannelAffine)
             set_affine(module.original, module.weight, module.bias)
@@ -132,7 +132,7 @@ def _hooks_of(storage: Any, op: str) -> list[tuple[str, str, int, nn.Module]]:
     return [(name, kind, port, hook) for name, kind, where, port, hook in found if where == op]
 
 
-def _multiply_behind(storage: Any, op: str, factor: Tensor) -> None:
+def _multiply_after(storage: Any, op: str, factor: Tensor) -> None:
     """Multiply what an operation makes, before anything else that hooks do with it."""
     behind = [(name, hook) for name, kind, port, hook in _hooks_of(storage, op) if (kind, port) == ("post_hooks", 0)]
     for name, _ in behind:

@@ -90,7 +90,7 @@ class FakeQuantizer(nn.Module):
                 return self.run(x, self.scale, zero_point=self.zero_point, rectified=True)
             return self.run(x, self.scale, zero_point=self.zero_point, bound=on_axis(bound, axis))
 
-    def behind(self, x: Tensor, *bound: Any) -> Tensor:
+    def after(self, x: Tensor, *bound: Any) -> Tensor:
         """Stand in for a ReLU, or a bounded one, whose result this quantizer alone reads: it computes both when called.
 
         Args:

@@ -133,7 +133,7 @@ def test_a_wrong_loss_at_is_an_error_that_lists_the_names(loss_at: str) -> None:
     ],
 )
 def test_several_names_keep_their_order_and_weights(loss_at: Any, weights: tuple[float, ...]) -> None:
-    """A mapping gives each place its weight, a list gives all the same; outputs would come behind with weight 1."""
+    """A mapping gives each place its weight, a list gives all the same; outputs would come after them with weight 1."""
     found = comparison(named(), loss_at)
     assert [at.op for at in found.inputs] == ["head/linear/0", "layer1/0/relu/0"]
     assert not found.outputs

@@ -36,7 +36,7 @@ def test_homogeneous_blocks_have_no_barrier(name: str) -> None:
 
 @given(names=st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=5), seed=st.integers(0, 99))
 def test_random_factors_fold_into_random_networks(names: list[str], seed: int) -> None:
-    """Whatever stands behind whatever, the map allows only factors that fold without a change."""
+    """Whatever stands after whatever, the map allows only factors that fold without a change."""
     torch.manual_seed(seed)
     dof, error = folding_error(chained(*names, "conv"), image(), seed=seed)
     assert dof.size > 0

@@ -120,7 +120,7 @@ def joins() -> LayerGraph:
         (placed({"act": "q", "x": "image"}), ("q", "image")),
         (placed({"act": "q", "pool": "q"}), ("q",)),
         (placed({"act": "q"}), ("q", None)),
-        (placed({"cat": "behind"}), ("behind",)),
+        (placed({"cat": "after"}), ("after",)),
         (placed({"act": "q", "pool": "p"}, {("twice", 0): "left"}), ("left", "q", "p")),
         (placed(), (None,)),
     ],
@@ -128,13 +128,13 @@ def joins() -> LayerGraph:
 def test_all_parts_of_a_concatenation_have_their_quantizers(
     placement: Placement, expected: tuple[str | None, ...]
 ) -> None:
-    """A layer behind a concatenation reads what quantizes its parts, each once; one that all share is the layer's."""
+    """A layer after a concatenation reads what quantizes its parts, each once; one that all share is the layer's."""
     layer = map_dof(joins()).layer("c.weight")
     assert quantizers_before(joins(), placement, layer) == expected
     assert quantizer_before(joins(), placement, layer) == (expected[0] if len(expected) == 1 else None)
 
 
-def test_the_output_of_a_layer_may_be_quantized_behind_a_concatenation() -> None:
+def test_the_output_of_a_layer_may_be_quantized_after_a_concatenation() -> None:
     """Rounding changes places with a concatenation, a pool and a pad, where nothing else reads what is before it."""
     layer = map_dof(joins()).layer("a.weight")
     assert quantizer_after(joins(), placed({"cat": "q"}), layer) == "q"
@@ -142,7 +142,7 @@ def test_the_output_of_a_layer_may_be_quantized_behind_a_concatenation() -> None
 
 
 def test_a_value_that_is_padded_is_quantized_if_it_is_zero() -> None:
-    """A quantizer is not found behind a padding with another number, nor behind a constant that is indexed."""
+    """A quantizer is not found after a padding with another number, nor after a constant that is indexed."""
     for value, expected in ((None, "q"), (0.0, "q"), (0.1, None)):
         graph = chain(
             unary_op("pad", "pad", "x", [1, 1], "constant", value),
@@ -287,7 +287,7 @@ def test_a_chain_of_residuals_is_one_group() -> None:
     )
     apart = addends(graph, quantized(*names))
     assert apart == ((("q_x", "q_a"), ("q_s1", "q_b"), ("q_s2", "q_c")), ())
-    # One quantizer behind all additions, as where a module is called several times.
+    # One quantizer after all additions, as where a module is called several times.
     shared = Placement(
         dict.fromkeys(["q_x", "q_a", "q_s", "q_b", "q_c"], ActivationGrid(0.1, 0, 255)),
         {"x": "q_s", "a": "q_a", "s1": "q_s", "b": "q_b", "s2": "q_s", "c": "q_c"},

@@ -66,7 +66,7 @@ def test_a_module_outside_the_tree_counts_as_the_one_around_it() -> None:
 
 
 def test_the_path_survives_an_exception_that_the_model_handles() -> None:
-    """A module that raised is left, so that what comes behind it is named by the module it stands in."""
+    """A module that raised is left, so that what comes after it is named by the module it stands in."""
 
     def run(m: Small, x: Tensor) -> Tensor:
         try:
@@ -307,7 +307,7 @@ def test_a_comparison_is_an_operation() -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_nothing_is_left_behind(fails: bool) -> None:
+def test_no_hook_is_left(fails: bool) -> None:
     """After recording, and after a model that raised, no hook and no mode is left, and gradients are as before."""
 
     def run(m: Small, x: Tensor) -> Tensor:

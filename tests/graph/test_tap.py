@@ -106,8 +106,8 @@ def test_tap_ends_with_an_exception() -> None:
     model(torch.randn(2, 3, 4, 4))
 
 
-def test_tap_finds_an_activation_behind_constants() -> None:
-    """The first activation may stand behind numbers and parameters."""
+def test_tap_finds_an_activation_after_constants() -> None:
+    """The first activation may stand after numbers and parameters."""
     model = Small(lambda m, x: torch.stack([m.mean.expand(2, 4, 5, 5), torch.mul(m.mean, m.a(x))]))
     x = torch.randn(2, 3, 5, 5)
     graph = record(model, x)

@@ -160,7 +160,7 @@ def test_a_relu_is_computed_along_with_the_quantization(
         y = function(x_, s_, low=low, high=high, zero_point=low, **kwargs)
         y.backward(g)
         results.append([y.detach(), x_.grad, s_.grad, *([b_.grad] if bounded else [])])
-        # An operation in place behind does not disturb the gradient.
+        # A later operation in place does not disturb the gradient.
         x_.grad = s_.grad = b_.grad = None
         y = function(x_, s_, low=low, high=high, zero_point=low, **kwargs)
         y.mul_(1.0) if function is fake_quantize_composed else y.add_(1)

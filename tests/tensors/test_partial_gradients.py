@@ -99,7 +99,7 @@ class Part:
         return PartialWeight(used, self.rows, self.index, self.groups_of_rows, step / step.detach())
 
     def gradients(
-        self, *, cheaper: bool, behind: Callable[[Tensor], Tensor] = torch.sin, memory_format: Any = None
+        self, *, cheaper: bool, after: Callable[[Tensor], Tensor] = torch.sin, memory_format: Any = None
     ) -> tuple[dict[str, Tensor | None], bool]:
         """Return the gradients of everything, and whether one of the whole kernel was computed."""
         weight = self.weight()
@@ -108,7 +108,7 @@ class Part:
         x = self.x if memory_format is None else self.x.contiguous(memory_format=memory_format)
         with PartialBackward([weight] if cheaper else []):
             y = torch.func.functional_call(self.layer, tensors, x)
-        behind(y).sum().backward()
+        after(y).sum().backward()
         leaves = {"x": self.x, "rows": self.rows, "bias": self.bias, "step": self.log_step}
         found = {name: None if t is None or t.grad is None else t.grad.clone() for name, t in leaves.items()}
         for t in leaves.values():
@@ -166,7 +166,7 @@ def test_unusual_calls_have_the_ordinary_backward_pass(name: str) -> None:
     Part(NOT_UNDERSTOOD[name]).check(avoids_the_whole=False)
 
 
-BEHIND: dict[str, Callable[[Tensor], Tensor]] = {
+AFTER: dict[str, Callable[[Tensor], Tensor]] = {
     "relu_": lambda y: torch.relu_(y).square(),
     "relu in place": lambda y: functional.relu(y, inplace=True).square(),
     "relu6 in place": lambda y: functional.relu6(y, True).square(),
@@ -180,20 +180,20 @@ BEHIND: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.usefixtures("sliced")
-@pytest.mark.parametrize("behind", BEHIND)
+@pytest.mark.parametrize("after", AFTER)
 @pytest.mark.parametrize("name", ["conv2d", "linear", "grouped transposed"])
 @pytest.mark.parametrize("per_channel", [True, False], ids=["per channel", "per tensor"])
-def test_an_output_that_is_changed_in_place(name: str, behind: str, per_channel: bool) -> None:
-    """What stands behind a layer may change its output, seen or unseen; the gradients stay right."""
-    Part(CASES[name], per_channel=per_channel).check(behind=BEHIND[behind])
+def test_an_output_that_is_changed_in_place(name: str, after: str, per_channel: bool) -> None:
+    """What stands after a layer may change its output, seen or unseen; the gradients stay right."""
+    Part(CASES[name], per_channel=per_channel).check(after=AFTER[after])
 
 
-def flops(part: Part, *, behind: Callable[[Tensor], Tensor], cheaper: bool = True) -> float:
+def flops(part: Part, *, after: Callable[[Tensor], Tensor], cheaper: bool = True) -> float:
     """Return the products of a backward pass over those of a forward one."""
     weight = part.weight()
     tensors = {"weight": weight.used, "bias": part.bias}
     with PartialBackward([weight] if cheaper else []), FlopCounterMode(display=False) as forward:
-        y = behind(torch.func.functional_call(part.layer, tensors, part.x)).sum()
+        y = after(torch.func.functional_call(part.layer, tensors, part.x)).sum()
     with FlopCounterMode(display=False) as backward:
         y.backward()
     return backward.get_total_flops() / forward.get_total_flops()
@@ -205,14 +205,14 @@ def flops(part: Part, *, behind: Callable[[Tensor], Tensor], cheaper: bool = Tru
 def test_only_what_is_needed_is_multiplied(name: str, count: int) -> None:
     """Of 20 rows the weight gradients of those that train are computed; in an ordinary pass all are."""
     part = Part(CASES[name], count=count)
-    assert flops(part, behind=torch.sin, cheaper=False) == pytest.approx(2)
-    assert flops(part, behind=torch.sin) == pytest.approx(1 + count / 20)
+    assert flops(part, after=torch.sin, cheaper=False) == pytest.approx(2)
+    assert flops(part, after=torch.sin) == pytest.approx(1 + count / 20)
 
 
-@pytest.mark.parametrize("behind", ["relu_", "relu in place", "relu6 in place", "+=", "method", "twice"])
-def test_changes_in_place_cost_no_product(behind: str) -> None:
+@pytest.mark.parametrize("after", ["relu_", "relu in place", "relu6 in place", "+=", "method", "twice"])
+def test_changes_in_place_cost_no_product(after: str) -> None:
     """Where an operation is seen to change the output, a copy of it saves the gradient of the whole kernel."""
-    assert flops(Part(CASES["conv2d"], count=0), behind=BEHIND[behind]) == pytest.approx(1)
+    assert flops(Part(CASES["conv2d"], count=0), after=AFTER[after]) == pytest.approx(1)
 
 
 @pytest.mark.usefixtures("sliced")
@@ -239,14 +239,14 @@ def test_groups_without_rows_are_left_out(monkeypatch: pytest.MonkeyPatch) -> No
 def test_small_kernels_are_not_sliced(name: str) -> None:
     """On CPUs the gradient of a small kernel is computed whole, and the steps' is taken from it; it is the same."""
     Part(CASES[name]).check()
-    assert flops(Part(CASES["conv2d"]), behind=torch.sin) == pytest.approx(2)
+    assert flops(Part(CASES["conv2d"]), after=torch.sin) == pytest.approx(2)
 
 
 def test_large_kernels_are_sliced() -> None:
     """A kernel of 32 channels that each add 144 products is large enough."""
     part = Part(Case(nn.Conv2d, (16, 32, 3), {}, (2, 16, 5, 5), (0, 9)))
     part.check()
-    assert flops(part, behind=torch.sin) == pytest.approx(1 + 2 / 32)
+    assert flops(part, after=torch.sin) == pytest.approx(1 + 2 / 32)
 
 
 def test_a_kernel_that_is_used_twice() -> None:

@@ -51,7 +51,7 @@ def test_tied_grids() -> None:
 def residual(hardware: HardwareSpec, *, channelwise: bool = True, seed: int = 0) -> Dof:
     """Return the degrees of freedom of conv -> x + conv(relu(conv(x))) -> conv, quantized everywhere.
 
-    Grid `a` is behind the first convolution and is added to `c`; `d` is behind the addition.
+    Grid `a` is after the first convolution and is added to `c`; `d` is after the addition.
     """
     torch.manual_seed(seed)
     model = nn.Sequential(conv(), Residual(nn.Sequential(conv(), nn.ReLU(), conv())), conv(4)).double()
@@ -369,7 +369,7 @@ def test_a_layer_that_could_overflow_is_named() -> None:
 
 
 def fork() -> tuple[LayerGraph, Placement]:
-    """Return a -> relu -> (b and c), c -> d, with a quantizer in front of a, behind relu and behind c."""
+    """Return a -> relu -> (b and c), c -> d, with a quantizer in front of a, after relu and after c."""
     shape = (1, 4, 2, 2)
     graph = chain(
         conv_op("a", "x", shape=(4, 4)),

@@ -32,7 +32,7 @@ GRID = ActivationGrid(0.1, 0, 15, 3)
 
 
 def test_without_a_scale_values_pass_and_are_seen() -> None:
-    """The output is equal to the input, whose values of all calls are seen, also after an operation in place behind."""
+    """The output is equal to the input, whose values of all calls are seen, also after a later operation in place."""
     quantizer, idle = FakeQuantizer(GRID), FakeQuantizer(GRID)
     quantizer.scale = torch.ones(())
     inputs = [torch.randn(2, 3), torch.randn(4)]
@@ -126,7 +126,7 @@ def test_a_relu_that_only_the_quantizer_reads(bounded: bool) -> None:
         highs = [b.clone().requires_grad_() for b in bounds]
         if together:
             arguments = [(high, -3) if bounded else () for high in highs]
-            read = [quantizer.behind(x, *a) for x, a in zip(leaves, arguments, strict=True)]
+            read = [quantizer.after(x, *a) for x, a in zip(leaves, arguments, strict=True)]
             assert all(r is x for r, x in zip(read, leaves, strict=True))
         else:
             read = [x.relu() for x in leaves]
