@@ -441,7 +441,7 @@ def test_a_module_is_one_call_of_its_function(module: type[nn.Module], name: str
     made = module(*SETTINGS.get(module, ())).double().eval()
     x = image(next((n for n in (1, 3) if f"{n}d" in module.__name__), 2))
     assert [op.function for op in record(made, x).ops] == ([] if name == "identity" else [name])
-    assert name != "identity" or made(x) is x
+    assert name != "identity" or (made(x) is x and TABLE[name].rule == "same")
 
 
 OPERATORS = [(row, used) for row in ROWS for used in row.operators]
