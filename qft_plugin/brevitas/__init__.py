@@ -24,6 +24,7 @@ from qft_plugin.brevitas._run import finetune, initialize, quantize  # noqa: E40
 from qft_plugin.brevitas._save import save_qcdq, save_qonnx  # noqa: E402
 from qft_plugin.brevitas._write import fold  # noqa: E402
 from qft_plugin.graph.channel_affine import Rescaled  # noqa: E402
+from qft_plugin.training.phases import Step  # noqa: E402
 
 __all__ = [
     "QFTInt4Weight",
@@ -37,6 +38,7 @@ __all__ = [
     "QFTUint8Act",
     "QFTUint8ActPerTensorFloat",
     "Rescaled",
+    "Step",
     "check_version",
     "dof_map_of",
     "finetune",

@@ -66,7 +66,7 @@ def finetune(
         teacher: the float model; it may be of another class, as long as it takes the same inputs.
         data: batches of unlabeled inputs: tensors, tuples of tensors, or dicts of tensors.
         config: the settings; `config.finetune` should not be `None`.
-        callback: called with a `qft_plugin.training.phases.Step` after each step.
+        callback: called with a `qft_plugin.brevitas.Step` after each step.
 
     Returns:
         How it went: the losses before, on the way, and at the end.
@@ -112,7 +112,7 @@ def quantize(
         data: batches of unlabeled inputs: tensors, tuples of tensors, or dicts of tensors.
         example_input: one input to trace the model with; `None` takes the first images.
         config: the settings.
-        callback: called with a `qft_plugin.training.phases.Step` after each step.
+        callback: called with a `qft_plugin.brevitas.Step` after each step.
 
     Returns:
         A linked model; `fold` makes it an ordinary one.

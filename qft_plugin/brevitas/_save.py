@@ -39,7 +39,7 @@ def save_qonnx(
         model: any Brevitas model.
         path: of the file, `*.onnx`.
         example_input: one input, as for the model; the file is for its shape.
-        check: prove constants and layers before the file takes its place (`qft_plugin.deploy.proof`).
+        check: prove constants and layers before the file takes its place (docs/proof.md).
 
     Raises:
         DeployabilityError: the path cannot be written, or torch or QONNX cannot export or run the model.
@@ -70,13 +70,13 @@ def save_qcdq(
 
     The clips after the weights, which Brevitas exports and which keep OpenVINO from int8, are removed. Signed
     quantizers after a concatenation, whose scale OpenVINO loses, become unsigned ones with a zero point. Other
-    constructs that it computes wrong values from are said in other words (`qft_plugin.deploy.qcdq_defects`).
+    constructs that it computes wrong values from are said in other words.
 
     Args:
         model: any Brevitas model whose weights have scales per tensor or per output channel, such as `fold` returns.
         path: of the file, `*.onnx`.
         example_input: one input, as for the model; its first axis (images) stays free in the file.
-        check: prove constants and layers before the file takes its place (`qft_plugin.deploy.proof`).
+        check: prove constants and layers before the file takes its place (docs/proof.md).
         images: batches of other inputs to prove it with, each as for the model; `None` takes the first images that the
             model was quantized with.
 

@@ -14,10 +14,12 @@ from qft_plugin.nncf._read import check_model, read  # noqa: E402
 from qft_plugin.nncf._register import quantize, register, unregister  # noqa: E402
 from qft_plugin.nncf._save import save_openvino  # noqa: E402
 from qft_plugin.nncf._write import widened, without_compiler  # noqa: E402
+from qft_plugin.training.phases import Step  # noqa: E402
 
 register()
 
 __all__ = [
+    "Step",
     "check_model",
     "check_version",
     "quantize",

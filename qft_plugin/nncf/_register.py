@@ -39,7 +39,7 @@ DOCUMENTATION: Final = """
     :param algorithm: `None` runs NNCF's own post-training quantization. `"qft"`, or a `qft_plugin.QFTConfig`, finetunes
         weights, biases and all scales without labels and returns a model with 4-bit weights; `mode` should be `None`
         then, and bias correction and overflow fix, whose work the finetune does, should be left at their defaults.
-    :param callback: called with a `qft_plugin.training.phases.Step` after each step of that finetune.
+    :param callback: called with a `qft_plugin.nncf.Step` after each step of that finetune.
 """
 
 

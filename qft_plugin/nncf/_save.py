@@ -41,7 +41,7 @@ def save_openvino(
             (images) stays free in the file.
         weights: `"i4"` stores 4-bit weights in 4 bits and runs them in int8; `"i4_plain"` is for NPUs and runs in f32
             on CPUs; `"i8"` stores 8 bits.
-        check: prove constants and layers of the written file before it takes its place (`qft_plugin.deploy.proof`).
+        check: prove constants and layers of the written file before it takes its place (docs/proof.md).
         images: batches of other inputs to prove it with, each as for the model; `None` takes the first images that the
             model was quantized with.
 
