@@ -152,6 +152,10 @@ def merge_norms(model: nn.Module, twin: nn.Module, graph: LayerGraph) -> list[st
     changed = []
     for layer_name, norm_name, _ in foldable_norms(twin, graph):
         layer, norm = model.get_submodule(layer_name), twin.get_submodule(norm_name)
+        left = model.get_submodule(norm_name)
+        stays = type(left) not in NORMS or _is_taken_apart(model, norm_name)
+        if stays and _is_neutral(norm):
+            continue  # it was merged before
         assert isinstance(layer.weight, Tensor)
         W, shift = folded_norm(layer, norm)
         layer.weight.copy_(W)
@@ -160,11 +164,10 @@ def merge_norms(model: nn.Module, twin: nn.Module, graph: LayerGraph) -> list[st
         else:
             assert isinstance(layer.bias, Tensor)
             layer.bias.copy_(shift)
-        left = model.get_submodule(norm_name)
-        if type(left) in NORMS and not _is_taken_apart(model, norm_name):
-            replace_modules(model, {left: nn.Identity()})
-        else:
+        if stays:
             neutralize(left)
+        else:
+            replace_modules(model, {left: nn.Identity()})
         changed.append(layer_name)
     return changed
 
@@ -187,6 +190,12 @@ def neutralize(norm: nn.Module) -> None:
         norm.weight.fill_(1)
     if norm.bias is not None:
         norm.bias.zero_()
+
+
+def _is_neutral(norm: nn.Module) -> bool:
+    """Whether a BatchNorm computes what it is given already, to the last bit, as `neutralize` leaves one."""
+    factor, shift = affine_of(norm)
+    return bool(((factor - 1).abs() <= torch.finfo(factor.dtype).eps).all() and (shift == 0).all())
 
 
 def foldable_norms(model: nn.Module, graph: LayerGraph) -> list[tuple[str, str, tuple[Op, Op]]]:

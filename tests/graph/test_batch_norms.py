@@ -225,3 +225,17 @@ def test_a_merged_norm_keeps_what_a_subclass_does_more(kind: type[nn.Module], fo
     assert merge_norms(model, model, record(model, x)) == (["0"] if folds else [])
     torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
     assert type(model[1]) is (nn.Identity if kind is nn.BatchNorm2d else kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, NormAct])
+def test_a_norm_is_merged_once(kind: type[nn.Module], dtype: torch.dtype) -> None:
+    """Merged again, nothing changes: the scales of its layer need not be chosen anew."""
+    norm = batch_norm(2, 6)
+    norm.__class__ = kind
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), norm, nn.ReLU()).to(dtype)
+    x = torch.randn(2, 3, 6, 6, dtype=dtype)
+    assert merge_norms(model, model, record(model, x)) == ["0"]
+    weight = model[0].weight.clone()
+    assert merge_norms(model, model, record(model, x)) == []
+    assert torch.equal(model[0].weight, weight)
