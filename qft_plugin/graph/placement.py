@@ -94,19 +94,6 @@ def quantizers_before(
     return tuple(dict.fromkeys(name for names in found for name in names))
 
 
-def quantizer_before(graph: LayerGraph, placement: Placement, layer: Layer, *, call: int | None = None) -> str | None:
-    """Find the one quantizer of all values that a layer reads; `None` where there is none, or more than one.
-
-    Args:
-        graph: the network.
-        placement: its quantizers.
-        layer: the layer.
-        call: which of its calls; `None` for all of them.
-    """
-    found = quantizers_before(graph, placement, layer, call=call)
-    return found[0] if len(found) == 1 else None
-
-
 def _quantizers_of(graph: LayerGraph, placement: Placement, op: str, index: int, tensor: str) -> tuple[str | None, ...]:
     """List what quantizes input `index` of an operation, looking back through operations that keep the grid."""
     makers = {name: made_by for made_by in graph.ops for name in made_by.outputs}
