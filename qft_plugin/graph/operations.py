@@ -313,7 +313,6 @@ READS_SIZES: Final = _names(lambda row: row.reads == "sizes")
 OPERATORS: Final = frozenset(row.name for row in ROWS if row.operators)
 """What torch calls Python's operators on tensors, beside the names with two underscores at both ends."""
 
-LAYER_MODULES: Final = _modules(lambda row: row.rule == "layer")
 BOUNDED_MODULES: Final = tuple(_modules(lambda row: row.rule == "bounded"))
 CURVE_MODULES: Final = tuple(_modules(lambda row: row.curve))
 GRID_MODULES: Final = _modules(lambda row: row.keeps_grid)
