@@ -1,6 +1,5 @@
 """Quantizing the layers of a model one by one, in the forward that the user wrote: for what torch.fx cannot trace."""
 
-import logging
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +13,6 @@ from qft_plugin.graph.operations import ADDS, LAYERS
 from qft_plugin.graph.record import record
 from qft_plugin.graph.torch_model import Call
 from qft_plugin.training.data import Inputs
-
-logger = logging.getLogger("qft_plugin")
 
 
 def swap_modules(model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig) -> list[str]:

@@ -1,6 +1,5 @@
 """OpenVINO IR with 4-bit weights that CPUs run in int8, and the proof that it computes what the student computes."""
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +16,6 @@ from qft_plugin.deploy.proof import Proof, Proved, prove
 from qft_plugin.deploy.watched import Watched
 from qft_plugin.errors import DeployabilityError
 from qft_plugin.graph.torch_model import Call
-
-logger = logging.getLogger("qft_plugin")
 
 Storage = Literal["i4", "i4_plain", "i8"]
 STORAGES: Final = ("i4", "i4_plain", "i8")
