@@ -250,6 +250,16 @@ class _Constants:
             self._moved[name] = np.asarray(evaluate([self._moved[node.input[0]], *given[1:]])[0])
 
 
+def constants_of(graph: Any) -> dict[str, Constant]:
+    """Return the constants of a graph by name, as they are stored."""
+    from onnx import numpy_helper
+
+    constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    return constants | {
+        n.output[0]: numpy_helper.to_array(n.attribute[0].t) for n in graph.node if n.op_type == "Constant"
+    }
+
+
 def _single(node: Any, model: Any) -> Callable[[Sequence[Constant]], list[Constant]]:
     """Return one node as a function."""
     # A node with opsets of its own: an evaluator of a bare node takes the newest.

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from qft_plugin.deploy.onnx_view import ONNXFile, in_onnx_runtime, in_openvino
+from qft_plugin.deploy.onnx_view import ONNXFile, constants_of, in_onnx_runtime, in_openvino
 from qft_plugin.deploy.openvino import RunInInt8, precisions
 from qft_plugin.deploy.proof import Proof, Proved, prove
 from qft_plugin.deploy.watched import Watched
@@ -60,13 +60,8 @@ def strip_weight_clips(model: Any) -> int:
     Raises:
         ParityError: a constant is not in range, so that the clip would change it.
     """
-    from onnx import numpy_helper
-
     graph = model.graph
-    constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Constant":
-            constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+    constants = constants_of(graph)
     renamed = {}
     for node in list(graph.node):
         if node.op_type != "Clip" or not all(name in constants for name in node.input):
@@ -117,8 +112,7 @@ def shift_after_concatenations(model: Any) -> int:
 
     graph = model.graph
     makers = {name: node for node in graph.node for name in node.output}
-    constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
-    constants |= {n.output[0]: numpy_helper.to_array(n.attribute[0].t) for n in graph.node if n.op_type == "Constant"}
+    constants = constants_of(graph)
     shifted = set()
     for node in graph.node:
         readers = [n for n in graph.node if node.output[0] in n.input]

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from qft_plugin.deploy.onnx_view import constants_of
 from qft_plugin.deploy.openvino_defects import TINY, is_merged_wrongly
 
 REDUCTIONS: Final = frozenset(
@@ -33,7 +34,7 @@ def bias_shared_products(model: Any) -> int:
 
     graph = model.graph
     makers = {name: node for node in graph.node for name in node.output}
-    constants = _constants(graph)
+    constants = constants_of(graph)
     changed = 0
     for node in list(graph.node):
         convolves = node.op_type in ("Conv", "ConvTranspose")
@@ -89,7 +90,7 @@ def widen_reductions(model: Any) -> int:
         if v.type.tensor_type.HasField("shape")
     }
     makers = {name: node for node in graph.node for name in node.output}
-    constants = _constants(graph)
+    constants = constants_of(graph)
     changed = 0
     for node in list(graph.node):
         kind, rank = POOLS.get(node.op_type, node.op_type), ranks.get(node.input[0]) if node.input else None
@@ -123,15 +124,6 @@ def widen_reductions(model: Any) -> int:
         graph.node.insert(position, unsqueeze)
         changed += 1
     return changed
-
-
-def _constants(graph: Any) -> dict[str, Any]:
-    from onnx import numpy_helper
-
-    constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
-    return constants | {
-        n.output[0]: numpy_helper.to_array(n.attribute[0].t) for n in graph.node if n.op_type == "Constant"
-    }
 
 
 def _dequantizer(name: str, makers: Mapping[str, Any]) -> Any | None:

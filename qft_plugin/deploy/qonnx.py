@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qft_plugin.deploy.files import runs
-from qft_plugin.deploy.onnx_view import ONNXFile
+from qft_plugin.deploy.onnx_view import ONNXFile, constants_of
 from qft_plugin.deploy.proof import Proof, Proved, prove
 from qft_plugin.deploy.watched import Watched
 from qft_plugin.graph.torch_model import Call
@@ -51,8 +51,7 @@ def widen_bias_constants(model: Any) -> int:
     from onnx import numpy_helper
 
     graph = model.graph
-    constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
-    constants |= {n.output[0]: numpy_helper.to_array(n.attribute[0].t) for n in graph.node if n.op_type == "Constant"}
+    constants = constants_of(graph)
     biases = {n.input[2] for n in graph.node if n.op_type in ("Conv", "ConvTranspose") and len(n.input) > 2}
     changed = 0
     for node in graph.node:
