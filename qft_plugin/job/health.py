@@ -334,8 +334,7 @@ def not_finite(
 
 def is_finite(prediction: Prediction) -> bool:
     """Whether everything that is compared is finite."""
-    tensors = (*prediction.features, *(() if prediction.logits is None else (prediction.logits,)))
-    return all(bool(torch.isfinite(t).all()) for t in tensors)
+    return all(bool(torch.isfinite(t).all()) for t in prediction.tensors)
 
 
 def _words(graph: LayerGraph, placement: Placement, name: str) -> str:

@@ -188,8 +188,7 @@ class Student:
 
         def run() -> list[Tensor]:
             with repeatable():
-                prediction = self._run(tensors, call)
-            return [*prediction.features, *([] if prediction.logits is None else [prediction.logits])]
+                return list(self._run(tensors, call).tensors)
 
         # In full precision: in a lower one a bound is rounded before values are compared with it, or it is not.
         with torch.autocast(next(iter(tensors.values())).device.type, enabled=False):

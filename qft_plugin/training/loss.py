@@ -23,6 +23,11 @@ class Prediction:
     features: tuple[Tensor, ...]
     logits: Tensor | None
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is compared: the features, and the logits where there are any."""
+        return (*self.features, *(() if self.logits is None else (self.logits,)))
+
     def to(self, dtype: torch.dtype) -> "Prediction":
         """Return the same in another precision."""
         return Prediction(

@@ -82,7 +82,7 @@ def teacher_predictions(teacher: Network, inputs: Inputs, *, batch_size: int, me
     try:
         for number, call in enumerate(inputs.batches(inputs.at_once(batch_size))):
             prediction = teacher(call)
-            outputs = _tensors(prediction)
+            outputs = prediction.tensors
             has_logits = prediction.logits is not None
             if not rows:
                 count = len(prediction.features)
@@ -110,7 +110,7 @@ def is_random(teacher: Network, inputs: Inputs) -> bool:
         teacher: the float network.
         inputs: all images.
     """
-    first, again = (_tensors(teacher(inputs.first())) for _ in range(2))
+    first, again = (teacher(inputs.first()).tensors for _ in range(2))
     return any(_differ(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -127,18 +127,14 @@ def images_meet(teacher: Network, inputs: Inputs) -> bool:
         inputs: all images.
     """
     count = inputs.fitting(min(len(inputs), 4))
-    whole = _tensors(teacher(inputs.batch(slice(0, count))))
+    whole = teacher(inputs.batch(slice(0, count))).tensors
     if count == 1:
         return any(t.shape[:1] != (1,) for t in whole)
     try:
-        halves = [_tensors(teacher(inputs.batch(rows))) for rows in (slice(0, count // 2), slice(count // 2, count))]
+        halves = [teacher(inputs.batch(rows)).tensors for rows in (slice(0, count // 2), slice(count // 2, count))]
         parts = [torch.cat(pair) for pair in zip(*halves, strict=True)]
     except RuntimeError:
         return True  # it takes no batch of another size, or its outputs have another shape then
     if any(t.shape[:1] != (count,) or t.shape != p.shape for t, p in zip(whole, parts, strict=True)):
         return True
     return any(_differ(t, p) for t, p in zip(whole, parts, strict=True))
-
-
-def _tensors(prediction: Prediction) -> list[Tensor]:
-    return [*prediction.features, *([] if prediction.logits is None else [prediction.logits])]
