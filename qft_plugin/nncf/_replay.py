@@ -295,9 +295,9 @@ def replay(model: nn.Module, run: Callable[[], list[Tensor]]) -> Replay | None:
         with found.active():
             same = all(torch.equal(e, f) for e, f in zip(expected, run(), strict=True))
     except LostHookError as error:
-        logger.info("the student runs with NNCF's own hooks: %s was not found again", error)
+        logger.info("Fast hooks are off (slower, same result): hook %s could not be matched to a call", error)
         return None
     if not same:
-        logger.info("the student runs with NNCF's own hooks: without them it computes something else")
+        logger.info("Fast hooks are off (slower, same result): they change the outputs of the first images")
         return None
     return found
