@@ -135,9 +135,9 @@ class _Finder(Counted):
         for name, x in self._seen:
             kind, op, port = decode_hook_name(name)
             hooks, *results = self._last
-            behind = next(_places(x, *results), None) if kind == "post_hooks" else None
-            if behind is not None:
-                hooks.after.append((behind, self._modules[name]))
+            place = next(_places(x, *results), None) if kind == "post_hooks" else None
+            if place is not None:
+                hooks.after.append((place, self._modules[name]))
                 continue
             # One tensor may be several arguments: those of one port share a place, those of another have another.
             if (op, port) not in places:

@@ -134,10 +134,10 @@ def _hooks_of(storage: Any, op: str) -> list[tuple[str, str, int, nn.Module]]:
 
 def _multiply_after(storage: Any, op: str, factor: Tensor) -> None:
     """Multiply what an operation makes, before anything else that hooks do with it."""
-    behind = [(name, hook) for name, kind, port, hook in _hooks_of(storage, op) if (kind, port) == ("post_hooks", 0)]
-    for name, _ in behind:
+    later = [(name, hook) for name, kind, port, hook in _hooks_of(storage, op) if (kind, port) == ("post_hooks", 0)]
+    for name, _ in later:
         storage.delete_hook(name)
-    for hook in [_multiply(factor), *(hook for _, hook in behind)]:
+    for hook in [_multiply(factor), *(hook for _, hook in later)]:
         storage.register_post_function_hook(op, 0, hook)
 
 
