@@ -115,7 +115,7 @@ def main() -> None:
     mpl.rcParams["svg.hashsalt"] = "qft_plugin"  # the same file from the same numbers
     found = load(folder)
     print("# Measured points\n\nMade by `python benchmarks/figures.py benchmarks/results docs/figures`; ", end="")
-    print("see [results](results.md) for what they mean.\n")
+    print("see [results](results.md) for what they mean. Each command needs `--out FOLDER` too.\n")
     for name in TITLES:
         if name in found:
             print("\n".join(table(name, found[name])))
