@@ -11,6 +11,7 @@ import brevitas.nn as qnn
 import brevitas_models
 import nets
 import torch
+from brevitas_models import relative
 from conftest import four_bits
 from torch import Tensor, nn
 from torch.nn import functional
@@ -195,11 +196,6 @@ def outputs(model, item):
     """Run a network."""
     with torch.no_grad():
         return next(tensors_in(nets.call(model, item)))
-
-
-def relative(found, expected):
-    """Return the L2 difference of two outputs, relative to how much they differ from item to item."""
-    return float((found - expected).norm() / (expected - expected.mean(0)).norm())
 
 
 # torch.onnx writes the number of images into the reshapes of torch's own attention.

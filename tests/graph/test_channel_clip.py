@@ -291,11 +291,7 @@ def test_channels_are_found_on_their_axis(name: str, at: str, axis: int, channel
 def test_arguments_by_keyword() -> None:
     """A network is run as its user calls it."""
 
-    class Named(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.act = conv(), nn.ReLU6()
-
+    class Named(ByKeyword):
         def forward(self, *, x: Tensor) -> Tensor:
             return self.act(self.a(x))
 
