@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,9 @@ from qft_plugin.training.student import (
     unfolded,
 )
 
-CALIBRATION_BATCH = 64
-CALIBRATION_IMAGES = 256
+CALIBRATION_BATCH: Final = 64
+CALIBRATION_IMAGES: Final = 256
+"""Images whose extremes choose the ranges."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ PASSES: Final = frozenset(["Reshape", "Squeeze", "Unsqueeze", "Transpose", "Conv
 F32: Final = {"INFERENCE_PRECISION_HINT": "f32"}
 """On CPUs with bf16 units the default would round everything that is not quantized."""
 
-
 EXACT: Final = {**F32, "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 """By default the CPU plugin rounds to 8 bits what a linear layer with constant integers reads in float (2026.4): a
 setting of the runtime, and not in the file."""

@@ -15,7 +15,6 @@ from qft_plugin.graph.torch_model import Call
 TIE: Final = 0.01
 """How near to the middle between two integers, in steps, a value is on a tie: float32 sums may end on either side."""
 
-
 FAR: Final = 8
 """Steps that a rounding which a runtime adds or leaves out does not reach: what is added in coarser steps before a
 quantizer moves it by a few."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from qft_plugin.graph.operations import ABSORBS_INPUT, LAYERS
 from qft_plugin.tensors.axes import Axes
 
-PINNED = 0
+PINNED: Final = 0
 """The variable of channels that cannot be rescaled."""
 
 MADE_INSIDE: Final = "a tensor made inside the forward"

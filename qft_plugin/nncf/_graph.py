@@ -126,6 +126,7 @@ def _sources(graph: Any, node: Any) -> list[tuple[int, Ref | Const, str]]:
 
 
 def ports_of(graph: Any) -> dict[tuple[str, int], Ref | Const]:
+    """Return the activation input or constant that each input port of each operation receives."""
     return {(n.node_name, port): what for n in graph.get_all_nodes() for port, what, _ in _sources(graph, n)}
 
 
