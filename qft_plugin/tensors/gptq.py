@@ -84,7 +84,7 @@ def compensated_kernel(W: Tensor, step: Tensor, H: Tensor, *, groups: int, high:
     Args:
         W: `[out, in/groups, *k]`, real units.
         step: broadcasts against `W`, real per step.
-        H: what `moments_of` returned, summed over inputs.
+        H: the result of `moments_of`, summed over inputs.
         groups: number of groups.
         high: largest integer; the grid is symmetric (narrow range).
 

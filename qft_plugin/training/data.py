@@ -17,7 +17,7 @@ HEAD_IMAGES: Final = 300
 """Where several processes train, every one of them keeps this many of the first images, to choose the same start."""
 
 BATCH_BYTES: Final = 10 * 2**20
-"""What the inputs of a batch take at most where nothing trains: 16 images of 224x224. What networks compute of them is
+"""Largest size of the inputs of a batch where nothing trains: 16 images of 224x224. The activations of networks take
 tens of times as much, and larger blocks of memory are slower, too: torch takes them from the system and gives them back
 in every operation."""
 
@@ -59,7 +59,7 @@ class Inputs:
 
     @property
     def share(self) -> "Inputs":
-        """What this process trains on."""
+        """The images that this process trains on."""
         return self if self.own is None else self.own
 
     def batch(self, index: Tensor | slice) -> Call:

@@ -37,11 +37,11 @@ Healthy networks stayed below a difference of 0.005 after 8 steps."""
 
 @dataclass(frozen=True)
 class Goal:
-    """What the student should compute.
+    """The goal of a finetune: the teacher's predictions, and the loss that compares them.
 
     Attributes:
         inputs: all images.
-        targets: what the teacher computed for `inputs.share`.
+        targets: the teacher's predictions for `inputs.share`.
         loss: compares them, to decide which state is the best; a phase may make another one small.
     """
 
@@ -76,7 +76,7 @@ def finetune(
     config: FinetuneConfig,
     options: Options = PLAIN,
 ) -> FinetuneResult:
-    """Train the student to compute what the teacher computed, and leave the best state in it.
+    """Train the student to agree with the teacher, and leave the best state in it.
 
     The state at the end of every cosine cycle is compared with the best one so far, at first the starting point, by
     the loss on (at most 512 of) the finetuning images; the best is what stays. A later phase starts from where the one
@@ -88,10 +88,10 @@ def finetune(
     Args:
         student: the fake-quantized network, a function of `state`.
         state: holds everything that is trained; ends in the best state seen.
-        phases: what is trained one after the other, usually one phase.
-        goal: what the student should compute.
+        phases: the phases in their order, usually one.
+        goal: the teacher's predictions, and the loss that compares them.
         config: the settings.
-        options: what there is beside them.
+        options: optional parts.
 
     Raises:
         ModelError: the loss at the start is not finite.

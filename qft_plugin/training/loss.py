@@ -1,4 +1,4 @@
-"""What is compared of two networks, and the loss of the distillation (Sec. 4)."""
+"""Predictions of two networks, and the loss of the distillation that compares them (Sec. 4)."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,7 +13,7 @@ from qft_plugin.training.distributed import World
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network computed for one batch.
+    """The compared activations and outputs of a network for one batch.
 
     Attributes:
         features: the activations that teacher and student are compared at, real units.
@@ -47,8 +47,8 @@ def normalised_l2(student: Tensor, teacher: Tensor, *, squares: Tensor | None = 
     """Return the loss of Sec. 4:  sum (student - teacher)^2 / sum teacher^2,  `[]`.
 
     Args:
-        student: what the student computed.
-        teacher: what the teacher computed.
+        student: an activation of the student.
+        teacher: the same activation of the teacher.
         squares: sum teacher^2, `[]`, where these are a part of the batch; `None` where they are all of it.
     """
     squares = teacher.square().sum() if squares is None else squares
@@ -75,7 +75,7 @@ def class_divergence(student: Tensor, teacher: Tensor, *, images: int | None = N
 
 @dataclass(frozen=True)
 class Loss:
-    """What counts how much in the difference of two networks.
+    """The weights of the parts in the difference of two networks.
 
     Attributes:
         weights: of each compared feature; with a weight of 0 it costs nothing.
@@ -88,7 +88,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Whole:
-    """What the loss of a part of a batch is divided by, so that the losses of all parts add up to that of the batch.
+    """The divisors of the loss of a part of a batch, so that the losses of all parts add up to that of the batch.
 
     Attributes:
         squares: sum of the squares of each of the teacher's features over the whole batch, `[features]`.
@@ -100,10 +100,10 @@ class Whole:
 
 
 def whole_of(targets: Prediction, *, images: int, world: World) -> Whole | None:
-    """Return what the parts of a batch, one in each process, have together; `None` where there is one process.
+    """Return the divisors for a batch whose parts are in several processes; `None` where there is one process.
 
     Args:
-        targets: what the teacher computed for the part of this process.
+        targets: the teacher's predictions for the part of this process.
         images: of the whole batch.
         world: the processes that train together.
     """
@@ -121,8 +121,8 @@ def distillation_loss(student: Prediction, teacher: Prediction, loss: Loss, *, w
     divergence is that of the class probabilities, mixed in by a proportion (Fig. 6).
 
     Args:
-        student: what the student computed; with p > 0 it has logits.
-        teacher: what the teacher computed for the same images, likewise.
+        student: the student's predictions; with p > 0 they have logits.
+        teacher: the teacher's predictions for the same images, likewise.
         loss: the weights w and the proportion p.
         whole: the batch that these images are a part of; `None` where they are all of it.
 

@@ -1,4 +1,4 @@
-"""The training itself, phase by phase: what trains in each, its optimizer, its learning rates, and its steps."""
+"""The training itself, phase by phase: its parameters, its optimizer, its learning rates, and its steps."""
 
 import contextlib
 import math
@@ -18,7 +18,7 @@ from qft_plugin.training.loss import Loss, Network, Prediction, Whole, distillat
 
 @dataclass(frozen=True)
 class Step:
-    """What a callback is told after each step.
+    """The report of one step to a callback.
 
     Attributes:
         number: of this step, from 1.
@@ -38,7 +38,7 @@ class Phase:
     """A part of the training, with an optimizer and cosine cycles of its own.
 
     Attributes:
-        loss: what is made small.
+        loss: the loss that is minimised.
         groups: parameter groups for the optimizer, each with its `lr`; all other parameters stay as they are.
         masks: parameters of which a part trains, each with a mask of its shape that is True there.
     """
@@ -50,11 +50,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a process computes in one step.
+    """The share of one step that a process computes.
 
     Attributes:
         call: its images.
-        wanted: what the teacher computed for them.
+        wanted: the teacher's predictions for them.
         whole: the batch of all processes; `None` where there is one.
     """
 
@@ -65,13 +65,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Options:
-    """What a finetune may be given beside its settings.
+    """Optional parts of a finetune beside its settings.
 
     Attributes:
         callback: called after each step.
         schedule: told the position of the training before each step, from 0 to below 1, and 1 before each comparison
             of states and at the end.
-        penalty: added to the loss of each step with `config.rounding_weight`, but not to what is compared or reported.
+        penalty: added to the loss of each step with `config.rounding_weight`, but not to losses that are compared or
+            reported.
         partial: chooses which rows of the kernels train, where not all do; the rows are in the first group of the one
             phase that there is then.
         not_finite: says where, if the student computes something at the start that is not finite.
@@ -90,7 +91,7 @@ PLAIN: Final = Options()
 
 @dataclass(frozen=True)
 class Training:
-    """What all phases of a training have in common.
+    """The state and settings that all phases of a training share.
 
     Attributes:
         student: the fake-quantized network, a function of `state`.
@@ -101,7 +102,7 @@ class Training:
         look: called at the end of each cosine cycle.
         world: the processes that train together.
         config: the settings.
-        options: what there is beside them.
+        options: its optional parts.
     """
 
     student: Network
@@ -134,8 +135,8 @@ def train(training: Training, phases: Sequence[Phase]) -> Generator[tuple[float,
     The whole network runs forward in every phase; the backward pass ends where nothing trains.
 
     Args:
-        training: what all phases have in common.
-        phases: what is trained one after the other.
+        training: the state and settings that all phases share.
+        phases: the phases in their order.
 
     Yields:
         Loss and learning rate of each step.
@@ -148,7 +149,7 @@ def train(training: Training, phases: Sequence[Phase]) -> Generator[tuple[float,
 
 @contextlib.contextmanager
 def _only(trained: Sequence[Tensor], state: nn.Module) -> Iterator[None]:
-    """Ask for gradients of what trains in a phase only, so that nothing before it costs a backward pass."""
+    """Ask for gradients of the parameters of a phase only, so that nothing before it costs a backward pass."""
     known = {id(p) for p in trained}
     others = [p for p in state.parameters() if p.requires_grad and id(p) not in known]
     for parameter in others:
@@ -189,7 +190,7 @@ def _step(
     """Train one step; returns the loss of this process."""
     optimizer.zero_grad(set_to_none=True)
     whole, loss = objective(batch)
-    if whole.requires_grad:  # else nothing that trains reaches what is compared
+    if whole.requires_grad:  # else no parameter of this phase reaches the loss
         whole.backward()
     world.average_gradients(_trained(optimizer.param_groups))
     for parameter, mask in masks:
@@ -200,7 +201,7 @@ def _step(
 
 
 class _Objective(nn.Module):
-    """What a step makes small, as a module that holds the parameters that train.
+    """The objective of a step, as a module that holds the parameters that train.
 
     Of several processes, each has its share of the loss times their number: the mean of the gradients is then that of
     the whole batch's loss, and the penalty, which is the same for all, counts once.
@@ -208,12 +209,12 @@ class _Objective(nn.Module):
 
     def __init__(self, training: Training, phase: Phase) -> None:
         super().__init__()
-        # What trains and nothing else: buffers, as large as the weights, are constants.
+        # The parameters that train alone: buffers, as large as the weights, are constants.
         self.trained = nn.ParameterList(p for p in _trained(phase.groups) if isinstance(p, nn.Parameter))
         self._training, self._loss = training, phase.loss
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return what is made small and, without a graph, the loss in it."""
+        """Return the objective and, without a graph, the loss in it."""
         training = self._training  # no module itself, so torch does not look in it for more parameters
         loss = distillation_loss(training.student(batch.call), batch.wanted, self._loss, whole=batch.whole)
         loss = loss if training.world.size == 1 else training.world.size * loss

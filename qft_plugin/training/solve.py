@@ -1,4 +1,4 @@
-"""The offline subgraph: from the independent degrees of freedom to what the hardware runs (Sec. 3.2, Fig. 4).
+"""The offline subgraph: from the degrees of freedom to the tensors and scales of the hardware (Sec. 3.2, Fig. 4).
 
 The scale of an activation edge is a vector over its channels,  S_a = s * c:  `s` is the one step of the edge's
 quantizer, `c` the cross-layer factors, one per variable of the DoF map. The student is trained in the *folded* form
@@ -26,14 +26,14 @@ from qft_plugin.training.rounding import NearestRounding
 
 @dataclass(frozen=True)
 class Solution:
-    """What the online graph runs on, as a differentiable function of the degrees of freedom.
+    """Tensors and scales of the online graph, as a differentiable function of the degrees of freedom.
 
     Attributes:
         tensors: weights (fake-quantized where the layer is quantized) and biases by name, folded, real units.
         activation_scales: step of every activation quantizer by name, `[]`.
         factors: cross-layer factor of every variable, `[1 + size]`.
         zero_points: those that train, by name of the activation quantizer, `[]`.
-        partial: what the cheaper backward pass of the kernels of which a part trains needs.
+        partial: kernels of which a part trains, for their cheaper backward pass.
     """
 
     tensors: dict[str, Tensor]

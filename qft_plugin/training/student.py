@@ -1,4 +1,4 @@
-"""What the students of all hosts are made of."""
+"""Parts that the students of all hosts share."""
 
 import contextlib
 import functools
@@ -25,7 +25,7 @@ FakeQuantize = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Unfold:
-    """What brings a compared activation of a folded network back to the teacher's units.
+    """The factors that bring a compared activation of a folded network back to the teacher's units.
 
     Attributes:
         index: variable of each channel, `[channels]`.
@@ -44,7 +44,7 @@ class FakeQuantizer(nn.Module):
     Attributes:
         scale: real per step; without one, values pass unchanged.
         zero_point: the integer of the real 0.
-        watcher: is shown what it reads while there is no scale.
+        watcher: is shown its input while there is no scale.
         starts_at_zero: whether the smallest number of the grid is 0, so that its clip is a ReLU.
     """
 
@@ -81,7 +81,7 @@ class FakeQuantizer(nn.Module):
         """Fake-quantize  max(x, 0),  or  min(max(x, 0), bound),  on a grid that starts at zero.
 
         Args:
-            x: what a ReLU would read.
+            x: the input of the ReLU.
             bound: `[channels]`.
             axis: of the channels, counted from the last one (-1).
         """
@@ -94,7 +94,7 @@ class FakeQuantizer(nn.Module):
         """Stand in for a ReLU, or a bounded one, whose result this quantizer alone reads: it computes both when called.
 
         Args:
-            x: what the ReLU reads.
+            x: the input of the ReLU.
             bound: the bound of each channel, `[channels]`, and their axis; nothing for a ReLU.
 
         Returns:
@@ -104,12 +104,12 @@ class FakeQuantizer(nn.Module):
         return x
 
     def forget(self) -> None:
-        """Forget what ReLUs have read before."""
+        """Forget the inputs of earlier ReLUs."""
         self._read.clear()
 
 
 def copies_for_gradients() -> contextlib.AbstractContextManager[object]:
-    """Keep copies for the gradients of what runs in this context, so that operations may change it in place."""
+    """Keep copies for the gradients of operations in this context, so that later ones may work in place."""
     return torch.autograd.graph.saved_tensors_hooks(_copied, lambda t: t)
 
 
@@ -123,28 +123,28 @@ def set_grids(quantizers: Mapping[str, FakeQuantizer], solution: Solution) -> No
 
     Args:
         quantizers: those of the network, by name.
-        solution: what the offline subgraph computed.
+        solution: the result of the offline subgraph.
     """
     for name, scale in solution.activation_scales.items():
         quantizers[name].scale = scale
-        quantizers[name].forget()  # what an interrupted run has left
+        quantizers[name].forget()  # leftovers of an interrupted run
     for name, zero_point in solution.zero_points.items():
         quantizers[name].zero_point = zero_point
 
 
 Watcher = Callable[[str, Tensor], None]
-"""Called with the name of a quantizer and what it would have had as its input."""
+"""Called with the name of a quantizer and the input that it would have had."""
 
 
 @contextlib.contextmanager
 def looked_at(quantizers: Mapping[str, FakeQuantizer], watcher: Watcher) -> Iterator[None]:
-    """Let quantizers pass values unchanged, and show what each would have quantized.
+    """Let quantizers pass values unchanged, and show the input of each.
 
-    What is shown is not kept, so that the activations of the whole network are never held at once.
+    The inputs are not kept, so that the activations of the whole network are never held at once.
 
     Args:
         quantizers: those of the network, by name.
-        watcher: called at each call of a quantizer; what it gets may change after it has returned.
+        watcher: called at each call of a quantizer; the input may change after it has returned.
     """
     for name, module in quantizers.items():
         module.scale, module.watcher = None, functools.partial(watcher, name)
@@ -211,7 +211,7 @@ def _fused(function: FakeQuantize, x: Tensor, scale: Tensor, *, bound: Tensor | 
 
 
 def prediction_of(outputs: list[Tensor], compared: Sequence[Tensor], *, with_outputs: bool) -> Prediction:
-    """Collect what is compared.
+    """Collect the activations and outputs that are compared.
 
     Args:
         outputs: all tensors that the network returned.

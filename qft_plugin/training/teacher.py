@@ -1,4 +1,4 @@
-"""What the float teacher computes: once for all images, or anew for each batch."""
+"""Predictions of the float teacher: once for all images, or anew for each batch."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -17,7 +17,7 @@ APART: Final = 1e-3
 
 @dataclass(frozen=True)
 class Targets:
-    """What the teacher computed for all images.
+    """The teacher's predictions for all images.
 
     Attributes:
         features: the activations that are compared.
@@ -33,18 +33,18 @@ class Targets:
         return len(self.features)
 
     def rows(self, index: Tensor | slice, device: torch.device) -> Prediction:
-        """Return what the teacher computed for some images, on a device."""
+        """Return the teacher's predictions for some images, on a device."""
         logits = None if self.logits is None else self.logits.rows(index, device)
         return Prediction(tuple(kept.rows(index, device) for kept in self.features), logits)
 
 
 @dataclass(frozen=True)
 class Recomputed:
-    """What the teacher computes for a batch, anew each time: for networks in which images of one batch meet.
+    """The teacher's predictions, computed anew for each batch: for networks in which images of one batch meet.
 
     Attributes:
         teacher: the float network.
-        inputs: what this process trains on.
+        inputs: the images of this process.
         count: how many activations are compared.
         with_logits: whether the loss has a use for the network's output.
     """
@@ -56,14 +56,14 @@ class Recomputed:
 
     @torch.no_grad()
     def rows(self, index: Tensor | slice, _: torch.device) -> Prediction:
-        """Return what the teacher computes for some images, on the device of the inputs."""
+        """Return the teacher's predictions for some images, on the device of the inputs."""
         prediction = self.teacher(self.inputs.batch(index))
         return prediction if self.with_logits else Prediction(prediction.features, None)
 
 
 @torch.no_grad()
 def teacher_predictions(teacher: Network, inputs: Inputs, *, batch_size: int, memory_limit: int) -> Targets:
-    """Run the teacher once over all images and keep what the student is compared with.
+    """Run the teacher once over all images and keep its predictions.
 
     Args:
         teacher: the float network.
@@ -120,7 +120,7 @@ def _differ(one: Tensor, other: Tensor) -> bool:
 
 @torch.no_grad()
 def images_meet(teacher: Network, inputs: Inputs) -> bool:
-    """Whether what a network computes for an image depends on the batch that the image is in.
+    """Whether the prediction for an image depends on the batch that the image is in.
 
     Args:
         teacher: the float network.
