@@ -1,4 +1,4 @@
-"""What a proof asks of a file, whatever its format."""
+"""A file as a proof sees it, whatever its format."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ class FileQuantizer:
 
     Attributes:
         name: in the file.
-        source: name of what it reads.
+        source: name of the tensor that it reads.
         low: smallest real value that comes out; broadcasts, as the others do.
         high: largest real value that comes out.
-        read_low: what it reads where it gives `low`; another value than `low` where a factor was merged into it.
+        read_low: the input for which it gives `low`; another value than `low` where a factor was merged into it.
         read_high: likewise of `high`.
         levels: how many different values can come out.
         added: everything that reads it is an addition, which a runtime may fuse into the layer before.
@@ -52,7 +52,7 @@ class FileProduct:
     Attributes:
         name: in the file.
         integers: of its constant, flat, in the order of torch's weight.
-        values: what they stand for, likewise.
+        values: their real values, likewise.
     """
 
     name: str
@@ -62,11 +62,11 @@ class FileProduct:
 
 @dataclass(frozen=True)
 class Stretches:
-    """What a file computes between its quantizers.
+    """The tensors that a file computes between its quantizers.
 
     Attributes:
-        read: what each quantizer reads.
-        products: what each product computes, without the bias.
+        read: the input of each quantizer.
+        products: the output of each product, without the bias.
         outputs: of the network.
     """
 
@@ -77,11 +77,11 @@ class Stretches:
 
 @dataclass(frozen=True)
 class Ran:
-    """What a runtime made of a file.
+    """The result of a file in a runtime.
 
     Attributes:
         outputs: of the network.
-        quantized: what comes out of each quantizer, `None` where nobody looked.
+        quantized: the output of each quantizer, `None` where nobody looked.
     """
 
     outputs: Sequence[Tensor]
@@ -109,7 +109,7 @@ class File(Protocol):
         """Compute each stretch of the network, with given values in the place of each quantizer's."""
 
     def run(self, inputs: Sequence[Tensor], *, hidden: frozenset[int] = frozenset()) -> Ran:
-        """Run the file as it is, and look at what comes out of the quantizers that are not hidden."""
+        """Run the file as it is, and look at the outputs of the quantizers that are not hidden."""
 
 
 def as_array(value: Any) -> Array:

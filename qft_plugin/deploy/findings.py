@@ -1,4 +1,4 @@
-"""What a comparison of a file with torch has found so far, and what several of them say together."""
+"""Findings of a comparison of a file with torch, and how several of them are merged."""
 
 import logging
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from qft_plugin.graph.torch_model import Call
 logger = logging.getLogger("qft_plugin")
 
 UNLIKE: Final = (float("nan"), -1e3, 1e3)
-"""What takes the place of values on which no output depends: something of it would be seen there if one did."""
+"""Put in the place of values on which no output should depend: an output that does would change."""
 
 Place = tuple[int, tuple[int, ...] | None]
 """The number of a quantizer of a file, and in which order it reads the axes of torch's tensor; `None` for the same."""
@@ -23,10 +23,10 @@ Place = tuple[int, tuple[int, ...] | None]
 
 @dataclass(frozen=True)
 class Missing:
-    """What a layer or a quantizer of torch has, and the file has not.
+    """A layer or a quantizer of torch that the file lacks.
 
     Attributes:
-        x: what the layer computes, or the quantizer reads.
+        x: the output of the layer, or the input of the quantizer.
         problem: the difference, in words.
         before: how many other problems came before it.
         closest: the quantizer of the file that reads the most similar numbers.
@@ -40,7 +40,7 @@ class Missing:
 
 @dataclass
 class Findings:
-    """What is known so far.
+    """The findings so far.
 
     Attributes:
         problems: the differences, in words.
@@ -52,7 +52,7 @@ class Findings:
         unmatched: the quantizers of torch that were not found in the file, by number of the call.
         error: the largest difference of a stretch that was accepted.
         places: for each call of an activation quantizer of torch which one of the file's it is.
-        path: what the model called.
+        path: the functions that the model called.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -73,9 +73,9 @@ class Findings:
 
 
 def merged(file: File, findings: Sequence[Findings]) -> Findings:
-    """Put together what several probes found.
+    """Merge the findings of several probes.
 
-    What is the same in all of them is a constant, and may be missing.
+    A tensor that is the same in all of them is a constant, and may be missing.
 
     Args:
         file: the file.
@@ -89,7 +89,7 @@ def merged(file: File, findings: Sequence[Findings]) -> Findings:
         every.silent |= found.silent
     every.silent -= every.weights
     for found in findings:
-        # In the order of the run: what comes first is next to the cause.
+        # In the order of the run: the first is next to the cause.
         told = [(float(place), problem) for place, problem in enumerate(found.problems)]
         for number, missing in found.unmatched.items():
             if not _is_constant(missing, [f.unmatched.get(number) for f in findings]):
@@ -116,7 +116,7 @@ def _is_constant(missing: Missing, others: Sequence[Missing | None]) -> bool:
 
 
 def forget_unused(watched: Watched, call: Call, findings: Sequence[Findings]) -> None:
-    """Let what was not found be, where no output depends on it: an exporter leaves it out.
+    """Forget missing layers and quantizers on which no output depends: an exporter leaves them out.
 
     Args:
         watched: the torch model.

@@ -1,4 +1,4 @@
-"""What OpenVINO makes of a file: its constants, its quantizers, and how its CPU plugin runs it."""
+"""An IR in OpenVINO: its constants, its quantizers, and how the CPU plugin runs it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -50,7 +50,7 @@ class Compiled:
         self._largest = 0
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Run it on inputs in the order of its parameters; returns its outputs, and then what is looked at.
+        """Run it on inputs in the order of its parameters; returns its outputs, then the tensors that are looked at.
 
         A model with a free batch that has run many images may compute fewer of them wrong afterwards: networks of one
         dimension with a pool do (2026.4). That is no property of the file, so it is compiled anew.
@@ -120,7 +120,7 @@ class IRFile:
         return Stretches(results[count:read], results[read:], results[:count])
 
     def run(self, inputs: Sequence[Tensor], *, hidden: frozenset[int] = frozenset()) -> Ran:
-        """Run the file as it is, and look at what comes out of the quantizers that are not hidden."""
+        """Run the file as it is, and look at the outputs of the quantizers that are not hidden."""
         shown = [k for k in range(len(self.quantizers)) if k not in hidden]
         if hidden not in self._compiled:
             model, by_name = _copied(self.model)
@@ -134,7 +134,7 @@ class IRFile:
         return Ran(results[:count], values)
 
     def _cut(self) -> Compiled:
-        """Compile the file with an input in the place of each quantizer, and what is compared as its outputs."""
+        """Compile the file with an input in the place of each quantizer, and the compared tensors as its outputs."""
         from openvino import opset13
 
         model, by_name = _copied(self.model)

@@ -1,4 +1,4 @@
-"""What is in an ONNX file of quantizers: its constants, its stretches, and how a runtime runs it."""
+"""An ONNX file of quantizers: its constants, its stretches, and how a runtime runs it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from qft_plugin.deploy.files import runs
 
 PRODUCTS: Final = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul"])
 MOVES: Final = frozenset(["Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten"])
-"""What may stand between a constant of integers and the product that reads it."""
+"""Operations that may stand between a constant of integers and the product that reads it."""
 
 Constant = NDArray[Any]
 
@@ -93,7 +93,7 @@ class ONNXFile:
         return Stretches(results[: ends[0]], products, results[ends[1] :])
 
     def run(self, inputs: Sequence[Tensor], *, hidden: frozenset[int] = frozenset()) -> Ran:
-        """Run the file as it is, and look at what comes out of the quantizers that are not hidden."""
+        """Run the file as it is, and look at the outputs of the quantizers that are not hidden."""
         shown = [k for k in range(len(self._places)) if k not in hidden]
         results = self._run(inputs, [self._places[k].made for k in shown])
         count = len(self.model.graph.output)
@@ -150,7 +150,7 @@ class ONNXFile:
         return _Place(source, node.output[0]), quantizer
 
     def _on_axis(self, node: Any, value: Constant) -> Constant:
-        """Give a scale or zero point per channel the axes of what it quantizes."""
+        """Give a scale or zero point per channel the axes of the tensor that it quantizes."""
         if value.size == 1:
             return as_array(value).reshape(())
         axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
@@ -176,7 +176,7 @@ class ONNXFile:
         return FileProduct(p.node.name, integers.reshape(-1), np.ascontiguousarray(values).reshape(-1))
 
     def _cut(self) -> Any:
-        """Return the file with an input in the place of each quantizer, and what is compared as its outputs."""
+        """Return the file with an input in the place of each quantizer, and the compared tensors as its outputs."""
         from onnx import TensorProto, helper, numpy_helper
 
         graph = self.model.graph
@@ -201,7 +201,7 @@ class ONNXFile:
 
 
 class _Constants:
-    """What in a graph does not depend on its inputs.
+    """The tensors of a graph that do not depend on its inputs.
 
     Attributes:
         values: every constant tensor by name; dequantized ones in float64.

@@ -17,7 +17,7 @@ def compare_product(file: File, computed: Stretches, p: Product, findings: Findi
         file: the file.
         computed: its stretches.
         p: the call of the layer.
-        findings: gets what is found.
+        findings: gets the result.
     """
     expected = p.result.detach().float().cpu()
     if not bool(expected.any()):

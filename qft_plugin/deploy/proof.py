@@ -1,7 +1,7 @@
 """The proof that a file holds the constants of a quantized network, and that each of its layers computes the same.
 
 Rounding is chaotic: a network of some depth differs from itself, summed in another order, by as much as a wrong file
-would. So outputs prove nothing. What is proved is each stretch of the network between two quantizers:
+would. So outputs prove nothing. The proof is of each stretch of the network between two quantizers:
 
 1. *The file* (`stretches`). Each of its quantizers is cut out, and random integers of the whole grid are put in its
    place; torch's quantizers are made to return the same ones. Then nothing is rounded and nothing accumulates, and
@@ -60,13 +60,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class Proof:
-    """What was proved of a file, and how it differs from torch.
+    """The result of a proof of a file, and how the file differs from torch.
 
     Attributes:
         weights: how many quantized weights are in the file, each equal in every integer; biases are not counted.
         quantizers: how many quantizers of activations are in the file, each with the model's scale and zero point.
-        stretch_error: largest difference of what a stretch between quantizers computes, relative to the largest value
-            of its channel.
+        stretch_error: largest difference of a stretch between quantizers, relative to the largest value of its
+            channel.
         ties: share of the rounded values that the runtime rounds the other way.
         roundings: the quantizers of which the runtime rounds values that are on no tie, worst first.
         from_torch: how the file in its runtime differs from torch.
@@ -90,7 +90,7 @@ class Proof:
 
 
 class Proved:
-    """Of the report of a file: what its proof found."""
+    """The part of a report that comes from the proof of the file."""
 
     proof: Proof
 
@@ -119,12 +119,12 @@ def prove(
         others: the same file in other runtimes, with its quantizers in the same order.
 
     Returns:
-        What was proved in each runtime.
+        The proof in each runtime.
 
     Raises:
         ParityError: a constant or a layer differs, or the model takes another path for other images; it names them.
     """
-    watched.run(example)  # what a model makes once and keeps is made here
+    watched.run(example)  # tensors that a model makes once and keeps are made here
     first = watched.run(example)
     taken = [_Taken(example, first.outputs)]
     few = example
@@ -257,7 +257,7 @@ def _unexplained(roundings: Sequence[Rounding]) -> tuple[Rounding, ...]:
 
 
 def _judge(roundings: Sequence[Rounding], runtime: str) -> None:
-    """Refuse what is more than another rounding, and warn of roundings that no tie explains."""
+    """Refuse differences that are no roundings, and warn of roundings that no tie explains."""
     _refuse(
         [
             f"{r.place}: {runtime} should compute what the model does from the same numbers. Found {r.far} of "

@@ -71,7 +71,7 @@ def in_executor(model: Any) -> Callable[[Sequence[Tensor], Sequence[str]], list[
     """Return a QONNX model in QONNX' own executor, node by node.
 
     Args:
-        model: what `load` returned.
+        model: the result of `load`.
     """
     from qonnx.core.onnx_exec import execute_onnx
 

@@ -18,7 +18,7 @@ def find_quantizer(file: File, computed: Stretches, seen: Seen, findings: Findin
         file: the file.
         computed: its stretches.
         seen: the call of torch's.
-        findings: gets what is found.
+        findings: gets the result.
 
     Returns:
         The quantizer, or the one that reads the most similar numbers; `None` where none reads a tensor of that size.
@@ -129,7 +129,7 @@ def in_torch(file: File, place: Place, value: Tensor, seen: Seen) -> Tensor:
     Args:
         file: the file.
         place: which of its quantizers it is.
-        value: what comes out of it.
+        value: its output.
         seen: the call of torch's.
     """
     quantizer, order = file.quantizers[place[0]], place[1]

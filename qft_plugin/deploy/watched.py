@@ -17,10 +17,10 @@ from qft_plugin.graph.torch_model import Call, tensors_in
 
 @dataclass(frozen=True)
 class Grid:
-    """The integers of a quantizer and what they stand for:  x_fq = (q - zero_point) * scale.
+    """The integers of a quantizer and their real values:  x_fq = (q - zero_point) * scale.
 
     Attributes:
-        scale: real per step; broadcasts against what is quantized.
+        scale: real per step; broadcasts against the input of the quantizer.
         zero_point: the integer of the real 0, likewise.
         low: smallest integer.
         high: largest integer.
@@ -52,8 +52,8 @@ class Quantizer:
 
     Attributes:
         module: the module.
-        name: what its user calls it.
-        read: from the arguments of a call to what is quantized, and its integers.
+        name: the user's name of it.
+        read: from the arguments of a call to the tensor that is quantized, and its integers.
     """
 
     module: nn.Module
@@ -69,8 +69,8 @@ class Seen:
         number: which call of an activation quantizer of this run it is.
         name: of the quantizer.
         layer: name of the weight that was used last on the way to it.
-        x: what it quantizes.
-        x_fq: what comes out.
+        x: its input.
+        x_fq: its output.
         grid: its integers.
     """
 
@@ -93,12 +93,12 @@ class Product:
 
     Attributes:
         weight: name of the weight.
-        result: what it computes, without its bias.
+        result: its output without the bias.
         axis: the axis of the output channels.
         integers: of the weight, in its shape.
         W_fq: the quantized weight.
         out_axis: its axis of output channels (of the output channels of one group, for a transposed convolution).
-        bias: what is added to every output channel, `None` where nothing is.
+        bias: `[out]`, `None` where there is none.
     """
 
     weight: str
@@ -112,7 +112,7 @@ class Product:
 
 @dataclass
 class Run:
-    """What was seen of one run.
+    """The record of one run.
 
     Attributes:
         outputs: all tensors of the model's output.
@@ -128,7 +128,7 @@ class Run:
 
 
 class Watched:
-    """A quantized torch model, and what must be known about its quantizers."""
+    """A quantized torch model and its quantizers."""
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class Watched:
             self._constants.setdefault(_memory(t), name)
 
     def outputs(self, result: Any) -> list[Tensor]:
-        """List the tensors in what the model returned."""
+        """List the tensors of the model's output."""
         return list(tensors_in(result, self._wrapper))
 
     @torch.no_grad()
@@ -188,7 +188,7 @@ class Watched:
 
         def hook_of(quantizer: Quantizer) -> Callable[..., Any]:
             def hook(_: nn.Module, args: tuple[Any, ...], result: Tensor) -> Tensor | None:
-                # What is computed here is no part of the model: neither a host's mode nor ours should count it.
+                # Calls in here are no part of the model: neither a host's mode nor ours should count them.
                 with torch._C.DisableTorchFunction():
                     return looked(quantizer, args, result)
 
@@ -235,7 +235,7 @@ class _Origins:
         return self._names[place] if place >= 0 else None
 
     def start(self, inputs: Any) -> None:
-        """Note what no weight was used for."""
+        """Note tensors that no weight was used for."""
         self._put(inputs, -1)
 
     def pass_on(self, read: Any, made: Any) -> None:
@@ -264,7 +264,7 @@ class _Origins:
 
 
 class _Calls(TorchFunctionMode):
-    """Follows quantized weights to the functions that multiply by them, and what is made of the products."""
+    """Follows quantized weights to the functions that multiply by them, and the products through the network."""
 
     def __init__(
         self, path: list[str], weights: _Weights, origins: _Origins, product: Callable[[Product], Tensor | None]
@@ -301,7 +301,7 @@ def _memory(t: Tensor) -> tuple[int, int]:
 
 
 def _tensor_of(value: Any) -> Any:
-    """Return the tensor of what a host wraps around it."""
+    """Return the tensor inside the wrapper of a host."""
     return value if value is None or isinstance(value, Tensor) else value.value
 
 
