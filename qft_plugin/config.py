@@ -1,4 +1,4 @@
-"""What a user can set: frozen dataclasses that refuse a wrong value by the name of its field."""
+"""The settings: frozen dataclasses that refuse a wrong value by the name of its field."""
 
 import fnmatch
 import math
@@ -28,7 +28,7 @@ def _sparsity(found: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class HardwareSpec:
-    """What the target hardware can do; every constraint is simulated while training.
+    """Constraints of the target hardware; each is simulated while training.
 
     Attributes:
         rescale: rank of the factor between a layer's accumulator and its output. `"channelwise"` (CPUs, most NPUs)
@@ -40,7 +40,7 @@ class HardwareSpec:
             number of significant bits, 2 to 24, before a shift (an integer multiplier).
         bias_bits: bit width of biases, held as integers in the accumulator's scale; `None` leaves them in float.
         accumulator_bits: width of the accumulator; a layer that could overflow it is named in a warning.
-        elementwise_rescale: what the inputs of an elementwise add may have: `"none"` one scale for all of them,
+        elementwise_rescale: scales of the inputs of an elementwise add: `"none"` one scale for all of them,
             `"tensor"` each a scale of its own, `"channel"` each a scale of its own in every channel, which costs a
             factor for each channel in front of the addition, `"power_of_two"` scales that differ by a shift (App. D).
         activation_scale: where the scale of an activation may differ by channel. `"folded"`: where the factors can be
@@ -122,11 +122,11 @@ class EfQAT:
     left scales of doubly per-channel kernels.
 
     Attributes:
-        mode: what is chosen: `"cwpl"` the most important channels of each layer, `"cwpn"` those of the whole network,
-            `"lwpn"` whole layers, by the mean of their channels.
+        mode: the unit of the choice: `"cwpl"` the most important channels of each layer, `"cwpn"` those of the whole
+            network, `"lwpn"` whole layers, by the mean of their channels.
         ratio: share that trains: of the channels of each layer (cwpl), rounded, or of the weights of all quantized
             kernels, not exceeded (cwpn, lwpn); but at least one channel (of each layer) or layer where it is not 0.
-            0 trains only what always trains, 1 everything, as without this setting.
+            0 trains nothing but scales, biases and normalisations, 1 everything, as without this setting.
         refresh_images: the choice is made anew each time that so many images have been fed.
     """
 
@@ -235,8 +235,8 @@ class QFTConfig:
         small_layer_bits: bit width of the smallest layers.
         small_layer_share: the smallest layers get `small_layer_bits` until they hold this share of weights (Sec. 4).
         layer_bits: bit width by name of the weight, or by shell pattern (`{"features.0.*": 8}`); wins over all others.
-        layer_activation_bits: bit width of what a layer reads, 4 to 8, likewise by name or pattern of its weight. Where
-            layers share one activation, the widest wins.
+        layer_activation_bits: bit width of the input of a layer, 4 to 8, likewise by name or pattern of its weight.
+            Where layers share one activation, the widest wins.
         activation_range: where activation scales start: `"mse"` (the smallest squared error on the first 256 images,
             however they are batched), `"max"` (nothing is clipped), or `"host"` (the host's own calibration). `None` is
             `"mse"`, but `"host"` where the user set how NNCF estimates ranges.
@@ -246,14 +246,14 @@ class QFTConfig:
             finetune trains all biases anyway, without one this is a heuristic of its own.
         train_cross_layer: train the per-channel factors that tie neighbouring layers (with `rounding="ste"` only).
         train_scales: train all scales and zero points, cross-layer factors included; else weights and biases alone.
-        bounded: what becomes of ReLU6 and Hardtanh modules. `"exact"` keeps them, with a bound for each channel where
+        bounded: treatment of ReLU6 and Hardtanh modules. `"exact"` keeps them, with a bound for each channel where
             its scale is free; `"relu"` drops the upper bound of those that start at 0: only a finetune makes it good.
-        rounding: what makes integers of weights in training: `"ste"` rounds to the nearest with the straight-through
+        rounding: how weights become integers in training: `"ste"` rounds to the nearest with the straight-through
             estimator, `"soft"` learns for each weight whether it goes up or down (AdaRound), `"blend"` fades the
             quantized weight in (alpha-blending).
         sparsity: share of each layer's weights that become 0, or `"2:4"`: at most two of every four consecutive input
             channels are not 0, at each position of a kernel.
-        hardware: what the target can do.
+        hardware: constraints of the target.
         finetune: the distillation; `None` returns the initialization (calibration, PPQ, equalization) untrained.
     """
 
@@ -356,7 +356,7 @@ class QFTConfig:
         return bits
 
     def activation_bits_of(self, weights: Collection[str]) -> dict[str, int]:
-        """Choose the bit width of what each layer reads.
+        """Choose the bit width of the input of each layer.
 
         Args:
             weights: names of the quantized weights.

@@ -143,7 +143,7 @@ class Student:
             placed: the quantizers.
             source: the model as it was read.
             at: where it is compared with the teacher.
-            unfolds: what brings each activation there back to the teacher's units.
+            unfolds: the factors that bring each activation there back to the teacher's units.
             compiled: fuse the fake-quantization with `torch.compile`.
         """
         for place in at.inputs:
@@ -193,7 +193,7 @@ class Student:
         return unfolded(prediction, self._unfolds, solution.factors)
 
     def observe(self, tensors: Mapping[str, Tensor], call: Call, watcher: Watcher) -> None:
-        """Run with float activations and show what each activation quantizer would have had as its input."""
+        """Run with float activations and show the input that each activation quantizer would have had."""
         with looked_at(self._quantizers, watcher):
             self._run(tensors, call, {})
 
@@ -223,7 +223,7 @@ class Student:
         self._run(solution.tensors, call, watchers)
 
     def looked_at(self, look: Callable[[str, Tensor], None]) -> AbstractContextManager[None]:
-        """Show a function what each activation quantizer reads in runs with float activations, with its name."""
+        """Show a function the input of each activation quantizer in runs with float activations, with its name."""
         return looked_at(self._quantizers, look)
 
     def _run(
@@ -253,7 +253,7 @@ class _Kept:
         self._values: dict[str, Tensor] = {}
 
     def watchers(self) -> dict[str, Callable[[Tensor], None]]:
-        """Return what keeps them, by name of the operation.
+        """Return the functions that keep them, by name of the operation.
 
         It is not kept here: in a circle of references the activations of a step, and all that their gradients needed,
         would live until Python looks for circles, gigabytes later.

@@ -59,7 +59,7 @@ def called_layers(model: nn.Module, graph: LayerGraph) -> dict[str, tuple[str, .
 
     Args:
         model: what was recorded.
-        graph: what `record` returned.
+        graph: the result of `record`.
     """
     found: dict[str, list[str]] = {}
     for op in graph.ops:

@@ -165,9 +165,9 @@ def read(
 
     Args:
         model: a Brevitas model that passed `check`.
-        twin: what `runnable_twin` returned for it; it becomes a part of the description.
+        twin: the result of `runnable_twin` for it; it becomes a part of the description.
         call: arguments to trace it with.
-        graph: what `record` returned for the twin; `None` where it was not recorded yet.
+        graph: the result of `record` for the twin; `None` where it was not recorded yet.
         explicit: free the scales after functions that no scale passes through.
     """
     if free_channels(twin, call, norms=True, barriers=explicit, only=names_of_modules(model)) or graph is None:
@@ -214,7 +214,7 @@ def fold_norms(model: nn.Module, twin: nn.Module, graph: LayerGraph) -> bool:
     Args:
         model: the model to change.
         twin: a float copy with the same names.
-        graph: what `record` returned for the twin.
+        graph: the result of `record` for the twin.
 
     Returns:
         Whether there was one.

@@ -144,7 +144,7 @@ def merge_norms(model: nn.Module, twin: nn.Module, graph: LayerGraph) -> list[st
     Args:
         model: the model to change.
         twin: a float copy with the same names; the same model where it is a float one.
-        graph: what `record` returned for the twin.
+        graph: the result of `record` for the twin.
 
     Returns:
         The names of the layers that changed.

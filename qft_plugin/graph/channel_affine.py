@@ -1,7 +1,7 @@
 """A factor and a shift for each channel: they absorb cross-layer factors on both sides, like a 1x1 depthwise kernel.
 
 A BatchNorm that follows no layer is one. After a function that no scale passes through (SiLU, GELU, ...) one can be
-put: then the scale of what it makes differs by channel, explicitly, at the price of a multiplication that runtimes fuse
+put: then the scale of its output differs by channel, explicitly, at the price of a multiplication that runtimes fuse
 into the quantizer after it.
 """
 
@@ -68,7 +68,7 @@ class ChannelAffine(nn.Module):
 
 
 class Rescaled(nn.Module):
-    """A function, or what an addition reads, with a factor for each channel after it.
+    """A function, or an input of an addition, with a factor for each channel after it.
 
     Attributes:
         function: the function.
@@ -82,7 +82,7 @@ class Rescaled(nn.Module):
 
         Args:
             function: elementwise, or an `Identity`.
-            channels: of what it makes.
+            channels: of its output.
             axis: of the channels, counted from the last one (-1).
             like: decides device and dtype.
         """
@@ -140,7 +140,7 @@ def _has_no_parameters(module: nn.Module) -> bool:
 
 
 Place = TypeVar("Place", bound=Hashable)
-"""What names an input of an addition."""
+"""The name of an input of an addition."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def addends_of(graph: LayerGraph) -> tuple[Addend, ...]:
 def free_axes(
     shapes: Mapping[Place, tuple[int, ...]], layers_with: Callable[[Mapping[Place, int]], Mapping[Place, Layer]]
 ) -> dict[Place, int]:
-    """Choose the axis along which a factor in front of an addition frees most channels; leave out what frees none.
+    """Choose the axis along which a factor in front of an addition frees most channels; leave out those that free none.
 
     Args:
         shapes: of each addend.
@@ -201,14 +201,14 @@ def free_axes(
         axes = {place: candidate(shape) - len(shape) for place, shape in shapes.items() if len(shape) > 1}
         for place, layer in layers_with(axes).items():
             most = max(len(torch.unique(index[index != PINNED])) for index in (layer.in_index, layer.out_index))
-            # One variable for all channels is what the scale of a tensor is for.
+            # One variable for all channels is no more than the scale of a tensor.
             if most > found.get(place, (1, 0))[0]:
                 found[place] = most, axes[place]
     return {place: axis for place, (_, axis) in found.items()}
 
 
 def with_addend_factors(graph: LayerGraph, weights: Mapping[Addend, str]) -> LayerGraph:
-    """Return the graph of the network that multiplies what it adds by a factor for each channel first.
+    """Return the graph of the network that multiplies its addends by a factor for each channel first.
 
     Args:
         graph: the network.

@@ -65,14 +65,14 @@ def hardtanh(x: Tensor, low: Tensor, high: Tensor, axis: int, from_zero: bool) -
 
 
 def relu_operands(name: str, args: Sequence[Any]) -> tuple[Tensor] | tuple[Tensor, Tensor, int] | None:
-    """Return what a ReLU, or `hardtanh` from 0, computes with: a quantizer with a grid from 0 can do it as well.
+    """Return the operands of a ReLU, or of `hardtanh` from 0: a quantizer with a grid from 0 can do it as well.
 
     Args:
         name: of the function.
         args: of the call.
 
     Returns:
-        What a ReLU reads; or what `hardtanh` reads, the bound of each channel, and their axis. `None` for another
+        The input of a ReLU; or the input of `hardtanh`, the bound of each channel, and their axis. `None` for another
         function.
     """
     if name == "relu" and args:
@@ -100,7 +100,7 @@ class ChannelHardtanh(nn.Module):
 
         Args:
             function: a ReLU6 or Hardtanh.
-            channels: of what it reads.
+            channels: of its input.
             axis: of the channels, counted from the last one (-1).
             like: decides device and dtype.
         """
@@ -179,7 +179,7 @@ def channels_read(model: nn.Module, call: Call, modules: Sequence[nn.Module]) ->
     handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
     try:
         model(*call[0], **call[1])
-        # Once more with one image: what changes with their number are no channels.
+        # Once more with one image: axes that change with their number are no channels.
         args, kwargs = call
         model(*(t[:1] for t in args), **{name: t[:1] for name, t in kwargs.items()})
     finally:

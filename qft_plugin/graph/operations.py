@@ -48,7 +48,7 @@ class Operation:
         name: of the function, without the underscore of its in-place form.
         rule: how the scales of its channels are tied to each other (Sec. 3.3, App. D); `None` for a barrier.
         spellings: other names under which torch, or a host, shows the same function.
-        moves: what does to a tensor of integers what a `moved` or `joined` function does to an activation.
+        moves: does to a tensor of integers the same as a `moved` or `joined` function does to an activation.
         keeps_grid: the values that come out are among those that go in: a quantized input is a quantized output.
         keeps_order: all elements come out in the order in which they went in, a weight's integers too.
         activation: elementwise and never decreasing: it may stand between a layer and the quantizer of its output.
@@ -56,7 +56,7 @@ class Operation:
         global_pool: it can reduce all positions of a channel to one, and keeps a channel whose values are all equal.
         memory: `"new"` where its result is no view of what it reads, except that  `x += y`  returns `x`, which nothing
             else reads as it was; `"argument"` where it writes into its first argument and returns nothing.
-        arguments: names of its arguments in their order; of a matrix product, what a layer would call them.
+        arguments: names of its arguments in their order; of a matrix product, the names that a layer gives them.
         weight_in_out: it multiplies by a weight that is stored as `[in, out]`.
         modules: torch's modules whose forward is one call of it.
         operators: functions of Python's module `operator` that call it on a tensor.
@@ -170,7 +170,7 @@ ROWS: Final = (
     _curve("tanh", nn.Tanh),
     _curve("sigmoid", nn.Sigmoid),
     _curve("hardsigmoid", nn.Hardsigmoid),
-    # Copies, and what is the identity outside training.
+    # Copies, and functions that are the identity outside training.
     Operation("identity", "same", keeps_grid=True, modules=(nn.Identity,)),
     Operation("dropout", "same", keeps_grid=True, modules=(nn.Dropout,)),
     Operation("dropout1d", "same", keeps_grid=True),
@@ -247,7 +247,7 @@ ROWS: Final = (
     _join("stack", torch.stack),
     _join("hstack", torch.hstack),
     _join("vstack", torch.vstack),
-    # What takes something out of a tensor, or writes into one.
+    # Functions that take something out of a tensor, or write into one.
     Operation("item", reads="values"),
     Operation("tolist", reads="values"),
     Operation("numpy", reads="values"),
@@ -301,7 +301,7 @@ KEEPS_GRID: Final = _names(lambda row: row.keeps_grid)
 KEEPS_ORDER: Final = _names(lambda row: row.keeps_order)
 
 PASSES_TO_OUTPUT: Final = _names(lambda row: row.keeps_grid or row.activation)
-"""What may stand between a layer and the quantizer of its output."""
+"""Functions that may stand between a layer and the quantizer of its output."""
 
 GLOBAL_POOLS: Final = _names(lambda row: row.global_pool)
 GLOBAL_REDUCTIONS: Final = _names(lambda row: row.global_pool and row.rule == "reduced")
@@ -311,7 +311,7 @@ READS_VALUES: Final = _names(lambda row: row.reads == "values")
 READS_SIZES: Final = _names(lambda row: row.reads == "sizes")
 
 OPERATORS: Final = frozenset(row.name for row in ROWS if row.operators)
-"""What torch calls Python's operators on tensors, beside the names with two underscores at both ends."""
+"""Torch's names of Python's operators on tensors, beside those with two underscores at both ends."""
 
 BOUNDED_MODULES: Final = tuple(_modules(lambda row: row.rule == "bounded"))
 CURVE_MODULES: Final = tuple(_modules(lambda row: row.curve))

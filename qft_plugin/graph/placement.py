@@ -1,4 +1,4 @@
-"""Where a host put its quantizers, and what that means for the layers around them."""
+"""Where a host put its quantizers, and which of them each layer reads and feeds."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,7 +42,7 @@ class ActivationGrid:
 
 @dataclass(frozen=True)
 class WeightPlace:
-    """What a host's quantizer of a weight can express.
+    """The granularity that a host's quantizer of a weight can have.
 
     Attributes:
         per_channel: its scale may differ by output channel.
@@ -77,7 +77,7 @@ class Placement:
 def quantizers_before(
     graph: LayerGraph, placement: Placement, layer: Layer, *, call: int | None = None
 ) -> tuple[str | None, ...]:
-    """List what quantizes the values that a layer reads, looking back through operations that keep the grid.
+    """List the quantizers of the values that a layer reads, looking back through operations that keep the grid.
 
     Args:
         graph: the network.
@@ -95,7 +95,7 @@ def quantizers_before(
 
 
 def _quantizers_of(graph: LayerGraph, placement: Placement, op: str, index: int, tensor: str) -> tuple[str | None, ...]:
-    """List what quantizes input `index` of an operation, looking back through operations that keep the grid."""
+    """List the quantizers of input `index` of an operation, looking back through operations that keep the grid."""
     makers = {name: made_by for made_by in graph.ops for name in made_by.outputs}
     found: dict[str | None, None] = {}
     ahead, known = [(op, index, tensor)], {(op, index)}
@@ -227,7 +227,8 @@ def addends(graph: LayerGraph, placement: Placement) -> tuple[tuple[tuple[str, .
 def quantizer_after(graph: LayerGraph, placement: Placement, layer: Layer) -> str | None:
     """Find the quantizer of a layer's output edge, looking forward through its activation function.
 
-    Rounding changes places with what keeps the grid: the largest of quantized values is the quantized largest value.
+    Rounding changes places with functions that keep the grid: the largest of quantized values is the quantized
+    largest value.
     """
     tensor = layer.outputs[0]
     while True:

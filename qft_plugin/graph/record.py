@@ -89,7 +89,7 @@ class _Recorder(Counted):
 
 @torch.no_grad()
 def record(model: nn.Module, call: Call) -> LayerGraph:
-    """Run a model once and describe what it called.
+    """Run a model once and describe its calls.
 
     An operation is named by the module in whose forward it stands, its function, and its number among all calls of
     this function: `layer1/0/conv2/conv2d/4`.
@@ -121,7 +121,7 @@ def record(model: nn.Module, call: Call) -> LayerGraph:
             handle.remove()
     outputs = tuple(dict.fromkeys(recorder.names[id(t)] for t in tensors_in(result) if id(t) in recorder.names))
     used = {name for op in recorder.ops for name in op.inputs}
-    # What nothing reads leaves the network as far as can be seen.
+    # A tensor that nothing reads leaves the network as far as can be seen.
     unread = [op for op in recorder.ops if not used.intersection(op.outputs)]
     loose = dict.fromkeys([*recorder.left, *(name for op in unread for name in op.outputs)])
     return LayerGraph(
@@ -141,11 +141,11 @@ class Tap(Counted):
         graph: LayerGraph,
         instead: Mapping[str, Callable[[Any], Any]] | None = None,
     ) -> None:
-        """Remember whom to show what.
+        """Remember the watchers and their operations.
 
         Args:
             watchers: called with the tensor, by name of the operation in the graph.
-            graph: what `record` returned for the model.
+            graph: the result of `record` for the model.
             instead: called with the positional arguments in the place of an operation, by name.
         """
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is asked of a torch model before any host looks at it, and how it is called."""
+"""Checks of a torch model before any host looks at it, and how it is called."""
 
 import contextlib
 import copy
@@ -111,7 +111,7 @@ def tensors_in(value: Any, wrapper: type[Any] | tuple[()] = ()) -> Iterator[Tens
 
 
 def traceable(output: Any) -> Any:
-    """Return what a model has returned, or its tensors alone where torch could not trace it.
+    """Return a model's output as it is, or its tensors alone where torch could not trace it.
 
     A dict and a dataclass become a dict of their tensors, which keeps the names, and everything else a tuple.
     """
@@ -137,7 +137,7 @@ def _is_traceable(output: Any) -> bool:
 
 
 def in_float32(model: nn.Module, example_input: Any) -> tuple[nn.Module, Any]:
-    """Return a copy of a float64 model, and its example, in float32, which is what runtimes compute in.
+    """Return a copy of a float64 model, and its example, in float32, as runtimes compute.
 
     Args:
         model: a quantized model; in another dtype it is returned as it is.

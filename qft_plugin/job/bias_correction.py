@@ -110,7 +110,7 @@ def corrections(
         layers: the layers to correct.
         tensors: the weights that the quantized network runs with, the very objects.
         run: runs it, on the images that the means were taken over.
-        means: what `output_means` returned for the float network, in the same (folded) units.
+        means: the result of `output_means` for the float network, in the same (folded) units.
 
     Returns:
         E[y_float] - E[y_quantized], `[out]`, by name of the weight.

@@ -1,4 +1,4 @@
-"""What a user should hear about images and activations: what is constant, what dominates, where a NaN begins."""
+"""Warnings about images and activations: constant ones, ones that dominate, and where a NaN begins."""
 
 import logging
 import warnings
@@ -66,7 +66,7 @@ class Ranges:
         call: Call,
         watchers: Watchers,
     ) -> None:
-        """Run the student as `watch` does, and note the extremes of what each quantizer reads."""
+        """Run the student as `watch` does, and note the extremes of the input of each quantizer."""
         args, kwargs = call
         images = len(next(iter([*args, *kwargs.values()])))
         found: dict[str, Tensor] = {}
@@ -199,7 +199,7 @@ def _confirmed(
 ) -> dict[int, dict[str, float]]:
     """Return the images that dominate and the ratio of each activation, in their order in the network.
 
-    The first axis of an activation may hold something else than the images. What an image seems to do is tried: with
+    The first axis of an activation may hold something else than the images. A suspicion is tried: with
     another image in its place, the large values should be gone.
     """
     suspected: dict[int, dict[str, float]] = {}
@@ -239,7 +239,7 @@ def check_squares(targets: Targets, weights: Sequence[float], inputs: Inputs) ->
     """Refuse an image that the loss cannot hold.
 
     Args:
-        targets: what the teacher computed for the images of this process.
+        targets: the teacher's predictions for the images of this process.
         weights: of each of its features in the loss.
         inputs: the images.
 
@@ -263,7 +263,7 @@ def warn_of_targets(targets: Targets, weights: Sequence[float], inputs: Inputs) 
     """Warn of an image that counts more in the loss than all others; every process calls this.
 
     Args:
-        targets: what the teacher computed for the images of this process.
+        targets: the teacher's predictions for the images of this process.
         weights: of each of its features in the loss.
         inputs: the images.
     """
@@ -295,7 +295,7 @@ def not_finite(
         student: the host's student.
         graph: the network.
         placement: its quantizers.
-        solution: what the offline subgraph computed.
+        solution: the result of the offline subgraph.
         calls: batches, in one of which it was found.
     """
     found: list[str] = []
@@ -338,7 +338,7 @@ def is_finite(prediction: Prediction) -> bool:
 
 
 def _words(graph: LayerGraph, placement: Placement, name: str) -> str:
-    """Describe what a quantizer reads by the first operation that reads what it makes."""
+    """Describe the input of a quantizer by the first operation that reads its output."""
     on_tensor = [tensor for tensor, quantizer in placement.on_tensor.items() if quantizer == name]
     for op in graph.ops:
         for index, tensor in enumerate(op.inputs):

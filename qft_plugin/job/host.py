@@ -1,7 +1,7 @@
-"""The contract of a host (NNCF, Brevitas, or another framework): what it gives to a job, as types that mypy checks.
+"""The contract of a host (NNCF, Brevitas, or another framework): its part of a job, as types that mypy checks.
 
-A host is an object with the methods of `Host`; `job.run.run` calls them in the order in which they stand there. What
-they pass on to each other are a `Source` (the network as it was read), a `Placed` (the host's quantizers in the folded
+A host is an object with the methods of `Host`; `job.run.run` calls them in the order in which they stand there. They
+pass on to each other a `Source` (the network as it was read), a `Placed` (the host's quantizers in the folded
 network) and a `Student` (the network that trains). The job itself never looks into a host's own types.
 
 Names connect everything: a weight or bias has its name in `Source.tensors`, an operation and an activation have theirs
@@ -40,7 +40,7 @@ class Source(Protocol):
     def model(self) -> nn.Module:
         """A float copy of the user's network in eval mode, with the names of `tensors`, which computes `graph`.
 
-        What can be folded is folded: it computes what the user's network computes, within rounding.
+        All that can be folded is folded: within rounding it is the function of the user's network.
         """
         ...
 
@@ -56,7 +56,7 @@ class Source(Protocol):
 
     @property
     def dof_map(self) -> DofMap:
-        """What `job.understand.proven_map` found for `model`, `graph` and `tensors`."""
+        """The result of `job.understand.proven_map` for `model`, `graph` and `tensors`."""
         ...
 
     @property
@@ -83,7 +83,7 @@ class Placed(Protocol):
 
     @property
     def placement(self) -> Placement:
-        """Where they are: the grid of each activation quantizer, and what that of each weight can express."""
+        """Where they are: the grid of each activation quantizer, and the granularity that each weight can have."""
         ...
 
     @property
@@ -99,7 +99,7 @@ class Placed(Protocol):
 class Student(Protocol):
     """The network with quantized activations; weights, biases and scales are an argument of every call.
 
-    Whatever runs is the folded network: activations are in its units, x / c, but for what `__call__` returns.
+    Whatever runs is the folded network: activations are in its units, x / c, but for the result of `__call__`.
     """
 
     def __call__(self, solution: Solution, call: Call, /) -> Prediction:
@@ -115,7 +115,7 @@ class Student(Protocol):
         ...
 
     def observe(self, tensors: Mapping[str, Tensor], call: Call, watcher: Watcher, /) -> None:
-        """Run with float activations and show what each activation quantizer would have had as its input.
+        """Run with float activations and show the input that each activation quantizer would have had.
 
         Args:
             tensors: weights and biases by name.
@@ -125,7 +125,7 @@ class Student(Protocol):
         ...
 
     def looked_at(self, look: Watcher, /) -> AbstractContextManager[None]:
-        """Show a function what `observe` shows, of the runs of `watch` inside the context."""
+        """Show a function the inputs that `observe` shows, of the runs of `watch` inside the context."""
         ...
 
     def watch(self, tensors: Mapping[str, Tensor], call: Call, watchers: Watchers, /) -> None:
@@ -157,7 +157,7 @@ PlacedT_co = TypeVar("PlacedT_co", bound=Placed, covariant=True)
 
 @dataclass(frozen=True)
 class Problem(Generic[SourceT_co]):
-    """A network and its images, understood; what `job.understand.understand` returns.
+    """A network and its images, understood; the result of `job.understand.understand`.
 
     Attributes:
         source: the network as its host read it.
@@ -172,7 +172,7 @@ class Problem(Generic[SourceT_co]):
 
 @dataclass(frozen=True)
 class Start(Generic[PlacedT_co]):
-    """Where a finetune starts; what `job.start.initialize` returns. Training changes `dof` and nothing else.
+    """Where a finetune starts; the result of `job.start.initialize`. Training changes `dof` and nothing else.
 
     Attributes:
         placed: the host's quantizers around the folded network.
@@ -188,7 +188,7 @@ class Start(Generic[PlacedT_co]):
 
 
 class Host(Protocol[SourceT, PlacedT]):
-    """What a job asks of a host, in this order; one host serves one job, of one model and one dataset."""
+    """The methods of a host that a job calls, in this order; one host serves one job, of one model and one dataset."""
 
     @property
     def model(self) -> nn.Module:
@@ -242,7 +242,7 @@ class Host(Protocol[SourceT, PlacedT]):
         """Put the host's quantizers into a copy of `source.model` and calibrate those of activations.
 
         Args:
-            source: what `read` returned.
+            source: the result of `read`.
             tensors: weights and biases of all layers of the map with the initial cross-layer factors folded in, by
                 name, real units.
             inputs: the images.
@@ -256,8 +256,8 @@ class Host(Protocol[SourceT, PlacedT]):
 
         Args:
             problem: the network, and where it is compared.
-            placed: what `place` returned, with the bit widths of the settings.
-            unfolds: what brings each activation at `problem.at` back to the teacher's units.
+            placed: the result of `place`, with the bit widths of the settings.
+            unfolds: the factors that bring each activation at `problem.at` back to the teacher's units.
             compiled: fuse the fake-quantization (`training.student.compiled_fake_quantize`).
         """
         ...
@@ -269,7 +269,7 @@ class Host(Protocol[SourceT, PlacedT]):
 
         Args:
             problem: the network and the images.
-            start: holds the degrees of freedom as they are at the end, and what they are relative to.
+            start: holds the degrees of freedom at the end, and the factors that they are relative to.
             deployed: the integers and steps of all quantized weights by name, solved from `start.dof`.
 
         Returns:

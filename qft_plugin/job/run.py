@@ -83,11 +83,11 @@ def run(host: Host[SourceT, PlacedT], config: QFTConfig, *, callback: Callback |
 def targets_of(
     host: Host[SourceT, PlacedT], problem: Problem[SourceT], config: QFTConfig
 ) -> Targets | Recomputed | None:
-    """Run the teacher once over what this process trains on; without a finetune there is nothing to compare with.
+    """Run the teacher once over the images of this process; without a finetune there is nothing to compare with.
 
     Args:
         host: makes the teacher.
-        problem: what `understand` returned.
+        problem: the result of `understand`.
         config: the settings.
     """
     settings = config.finetune
@@ -140,9 +140,9 @@ def train(
     """Finetune against the teacher's outputs; leaves the best state in `start.dof`.
 
     Args:
-        start: what `initialize` returned.
-        problem: what `understand` returned.
-        targets: what `targets_of` returned.
+        start: the result of `initialize`.
+        problem: the result of `understand`.
+        targets: the result of `targets_of`.
         config: the settings; without a finetune in them the start is looked at, and nothing trains.
         callback: called after each finetuning step.
 
@@ -217,16 +217,16 @@ def check_accumulators(dof: Dof, deployed: Mapping[str, DeployedWeight]) -> None
 
 
 def predicted(start: Start[Placed], settings: FinetuneConfig, call: Call, *, copies: bool = False) -> Prediction:
-    """Run the student with what its degrees of freedom are now, with gradients to those that train.
+    """Run the student in the present state of its degrees of freedom, with gradients to those that train.
 
     Args:
-        start: what `initialize` returned.
+        start: the result of `initialize`.
         settings: of the finetune.
         call: the batch.
-        copies: keep copies of what the gradients need, which the network changes in place.
+        copies: keep copies of tensors that the gradients need, because the network works in place.
     """
     solution = solve(start.dof)
-    # What is kept, and given back, is chosen by a loss in full precision.
+    # The state that is kept is chosen by a loss in full precision.
     low = settings.precision == "bfloat16" and torch.is_grad_enabled()
     with (
         torch.autocast(start.dof.log_c.device.type, torch.bfloat16) if low else contextlib.nullcontext(),
@@ -252,7 +252,7 @@ def _finetuned(
     if isinstance(targets, Targets):  # else the teacher runs along
         warn_of_targets(targets, loss.weights, problem.inputs)
     if part is not None:
-        # What is chosen to train depends on every bit of the state; `finetune` shares it where all trains.
+        # The choice of what trains depends on every bit of the state; `finetune` shares it where all trains.
         problem.inputs.world.share_state(dof)
     try:
         partial = None if part is None else PartialTraining(dof, part)
@@ -281,7 +281,7 @@ def _not_finite(start: Start[Placed], problem: Problem[Source]) -> QFTError:
 
 
 def _phases(start: Start[Placed], problem: Problem[Source], loss: Loss, settings: FinetuneConfig) -> list[Phase]:
-    """Choose what trains when: everything at once, or one block after the other."""
+    """Plan the phases: everything at once, or one block after the other."""
     dof, at, ends = start.dof, problem.at, problem.at.inputs[: problem.at.blocks]
     grouped = functools.partial(
         parameter_groups,

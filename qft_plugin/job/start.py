@@ -59,7 +59,7 @@ def initialize(host: Host[SourceT, PlacedT], problem: Problem[SourceT], config: 
 
     Args:
         host: places the quantizers and makes the student.
-        problem: what `understand` returned.
+        problem: the result of `understand`.
         config: the settings.
     """
     log_c = _equalization(problem, config)
@@ -84,11 +84,11 @@ def start(
 
     Args:
         host: places the quantizers and makes the student.
-        problem: what `understand` returned.
+        problem: the result of `understand`.
         config: the settings.
         log_c: logarithm of the initial factor of every variable, `[dof_map.size]`.
         compensate: move weights so that their rounding errors compensate each other.
-        ranges: notes what the network computes while compensation runs it.
+        ranges: notes the activations of the network while compensation runs it.
     """
     source, dof_map, inputs = problem.source, problem.source.dof_map, problem.inputs
     tensors = {name: source.tensors[name] for name in names_of(dof_map.layers)}
@@ -150,7 +150,7 @@ def _is_held(weight: Any) -> bool:
 def _equalization(problem: Problem[Source], config: QFTConfig) -> Tensor:
     """Choose the initial cross-layer factors, `[dof_map.size]`.
 
-    What is added starts with one scale in each channel, so that the host can place its quantizers around an addition
+    Addends start with one scale in each channel, so that the host can place its quantizers around an addition
     that needs no factors yet.
     """
     source = problem.source
@@ -175,7 +175,7 @@ def _bits(source: Source, weights: Mapping[str, Tensor], config: QFTConfig) -> M
 
 
 def _unfolds(dof_map: DofMap, at: Comparison, log_c: Tensor) -> tuple[Unfold | None, ...]:
-    """Return what brings each compared activation back to real units."""
+    """Return the factors that bring each compared activation back to real units."""
     factors = torch.cat([log_c.new_zeros(1), log_c]).exp()
     unfolds: list[Unfold | None] = []
     for place in at.inputs:
@@ -300,7 +300,7 @@ def _compensated(
 
 @torch.no_grad()
 def _look(start: Start[Placed], problem: Problem[Source], ranges: Ranges) -> None:
-    """Warn of what is constant and of what dominates among the first images, which compensation has seen, if it ran."""
+    """Warn of constant activations and dominant images among the first ones, which compensation has seen, if it ran."""
     inputs, placed = problem.inputs, start.placed
     warn_of_images(inputs)
     if not placed.placement.activations:

@@ -90,7 +90,7 @@ class Observed:
             model: wrapped by NNCF.
             at: where it is compared.
             source: the model as it was read.
-            names: what the operations of its graph are called in `model`.
+            names: of the operations of its graph in `model`.
         """
         self.model = model
         self._with_outputs = at.outputs
@@ -100,7 +100,7 @@ class Observed:
             get_hook_storage(model).register_pre_function_hook(names[place.op], port, capture)
 
     def predict(self, run: Callable[[], Any]) -> Prediction:
-        """Call the model through `run` and collect what is compared."""
+        """Call the model through `run` and collect the compared activations and outputs."""
         outputs = list(tensors_in(run()))
         values = [capture.value for capture in self._captures if capture.value is not None]
         for capture in self._captures:
@@ -142,7 +142,7 @@ class Student:
             placed: the model with NNCF's quantizers.
             source: the model as it was read.
             at: where it is compared with the teacher.
-            unfolds: what brings each activation there back to the teacher's units.
+            unfolds: the factors that bring each activation there back to the teacher's units.
             compiled: fuse the fake-quantization with `torch.compile`.
         """
         model = copy.deepcopy(placed.model)
@@ -195,7 +195,7 @@ class Student:
             return replay(self._observed.model, run)
 
     def observe(self, tensors: Mapping[str, Tensor], call: Call, watcher: Watcher) -> None:
-        """Run with float activations and show what each activation quantizer would have had as its input."""
+        """Run with float activations and show the input that each activation quantizer would have had."""
         with looked_at(self._quantizers, watcher):
             self._run(tensors, call)
 
@@ -228,7 +228,7 @@ class Student:
             self._run(solution.tensors, call)
 
     def looked_at(self, look: Callable[[str, Tensor], None]) -> contextlib.AbstractContextManager[None]:
-        """Show a function what each activation quantizer reads in runs with float activations, with its name."""
+        """Show a function the input of each activation quantizer in runs with float activations, with its name."""
         return looked_at(self._quantizers, look)
 
     @contextlib.contextmanager

@@ -27,7 +27,7 @@ class NNCF:
 
     Attributes:
         model: the user's model.
-        request: what the user asked NNCF for.
+        request: the user's request to NNCF.
         head_items: how many of the first items every one of several processes keeps, at least.
     """
 

@@ -25,7 +25,7 @@ class Placed:
     """A model with NNCF's quantizers in it.
 
     Attributes:
-        model: what `nncf.quantize` returned for the equalized copy.
+        model: the result of `nncf.quantize` for the equalized copy.
         placement: where its quantizers are.
         tensors: its weights and biases by name, and the factors in front of additions, which are 1 and not in it yet.
         hooks: names of the hooks of each activation quantizer, by name of the quantizer.

@@ -50,14 +50,14 @@ class Source:
     Attributes:
         teacher: untouched copy of the user's model in eval mode.
         model: copy in eval mode with its BatchNorms folded; parameter names are the user's.
-        graph: what the copy computes; a folded BatchNorm is part of its layer.
+        graph: the calls of `model`; a folded BatchNorm is part of its layer.
         tensors: weights and biases by name.
         norms: the folded BatchNorms.
-        ports: what each input port of an operation receives: one of its activation inputs, or a constant.
+        ports: the source of each input port of an operation: one of its activation inputs, or a constant.
         addends: name of the weight of each factor in front of an addition, which `model` has as a hook.
         plain: `model` without these hooks.
         in_teacher: the name in `teacher` of each operation of `graph`.
-        in_result: its name in what is returned, where every module is the user's again.
+        in_result: its name in the result, where every module is the user's again.
         kept: by name of a weight that NNCF has pruned, true where it is not.
         dof_map: which per-channel scales are shared, free, or pinned.
     """
@@ -125,11 +125,11 @@ def _other_hooks(model: nn.Module) -> Iterator[str]:
 
 
 def _without_masks(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Unwrap a model that NNCF has pruned, in place: weights become what its masks make of them.
+    """Unwrap a model that NNCF has pruned, in place: weights become those that its masks leave.
 
     Returns:
-        The model, and by name of each such weight a tensor that is true where it is kept. What NNCF has not wrapped is
-        returned as it is.
+        The model, and by name of each such weight a tensor that is true where it is kept. A model that NNCF has not
+        wrapped is returned as it is.
     """
     if HOOKS_ATTRIBUTE not in dict(model.named_children()):
         return model, {}
@@ -155,7 +155,7 @@ def read(model: nn.Module, inputs: Inputs, config: QFTConfig | None = None) -> S
     Args:
         model: a float torch model that passed `check_model`.
         inputs: the images; the first ones are used to trace the model.
-        config: what to do with ReLU6 and with functions that no scale passes through.
+        config: the settings, for ReLU6 and functions that no scale passes through.
 
     Raises:
         DataError: the model cannot be run on the first images.
@@ -183,7 +183,7 @@ def read(model: nn.Module, inputs: Inputs, config: QFTConfig | None = None) -> S
     in_result = counterparts(traced, traced, copied)
     in_teacher = in_result if untouched is None else counterparts(traced, untouched, copied)
     if rescales:
-        # What is left is no part of a layer: the network that it becomes is traced again.
+        # The BatchNorms left are no part of a layer: the network that results is traced again.
         explicit = config.hardware.activation_scale == "explicit"
         left = {name for name, _ in copied.named_modules()} - {norm.norm for norm in norms}
         if free_channels(copied, call, norms=True, barriers=explicit, only=left):
@@ -229,13 +229,13 @@ def add_factors(
     ports: Mapping[tuple[str, int], Ref | Const],
     ops: Mapping[str, str] | None = None,
 ) -> dict[Addend, str]:
-    """Multiply what a wrapped model adds by factors of 1, in place, after all other hooks of the addition's input.
+    """Multiply the addends of a wrapped model by factors of 1, in place, after all other hooks of the addition's input.
 
     Args:
         model: wrapped by NNCF.
-        addends: what to multiply.
+        addends: those to multiply.
         ports: see `Source`.
-        ops: what the operations are called in `model`; `None` where they have their names of `ports`.
+        ops: names of the operations in `model`; `None` where these are those of `ports`.
 
     Returns:
         The name of the factors of each addend among the buffers of the model.
@@ -267,7 +267,7 @@ def _fold_norms(
     folded = []
     for layer_name, norm_name, calls in foldable_norms(model, graph):
         bias = calls[1].argument(4, "bias") or calls[0].argument(2, "bias")
-        # What stays is changed: nothing else may read it.
+        # The module that stays is changed: nothing else may read its tensors.
         if bias is None or any(uses[name] != 1 for op in calls for name in _constants(op)):
             continue
         layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)

@@ -56,7 +56,7 @@ class Hooks:
 
 
 class _Probe(nn.Module):
-    """Stands in for a hook and writes down what it is given."""
+    """Stands in for a hook and writes down its input."""
 
     def __init__(self, name: str, seen: list[tuple[str, Tensor]]) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class _Finder(Counted):
         return result
 
     def finish(self, outputs: Any) -> None:
-        """Give what has run since the last call to its results, and find the ReLUs that a quantizer may compute.
+        """Give the hooks since the last call to its results, and find the ReLUs that a quantizer may compute.
 
         Args:
             outputs: of the model.
@@ -121,7 +121,7 @@ class _Finder(Counted):
             hooks.rectifies = self._readers[read] == 1 and self._makers.get(read) in NEW_MEMORY
 
     def assigned(self, args: Any, kwargs: Mapping[str, Any]) -> list[tuple[Place, nn.Module]]:
-        """Give what has run since the last call to the results of that call, and return what belongs to the next one.
+        """Give the hooks since the last call to the results of that call, and return those of the next one.
 
         Args:
             args: of the next call.
@@ -280,11 +280,11 @@ class Replay:
 
 @torch.no_grad()
 def replay(model: nn.Module, run: Callable[[], list[Tensor]]) -> Replay | None:
-    """Return what runs a wrapped model without NNCF, if that computes the same, bit by bit.
+    """Return a way to run a wrapped model without NNCF, if that computes the same, bit by bit.
 
     Args:
         model: wrapped by NNCF; its stand-ins for quantizers have their scales.
-        run: runs it and returns what it computed.
+        run: runs it and returns its outputs.
 
     Returns:
         `None` where a hook's call cannot be found again, for example inside a function that NNCF looks into.

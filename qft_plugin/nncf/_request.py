@@ -1,4 +1,4 @@
-"""What a user asked NNCF for: the dataset, and how NNCF places and calibrates its own quantizers."""
+"""The user's request to NNCF: the dataset, and how NNCF places and calibrates its own quantizers."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,15 +17,15 @@ from qft_plugin.training.data import Inputs
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asked NNCF for.
+    """The user's request to NNCF.
 
     Attributes:
         original: NNCF's own `quantize`.
         dataset: the calibration dataset.
         settings: the other arguments of NNCF's own `quantize`.
-        hardware: what the target can do.
+        hardware: constraints of the target.
         own_items: NNCF calibrates on the items of the dataset as they are; otherwise on the first images in batches,
-            since of what it estimates only the signs are taken.
+            since only the signs of its estimates are used.
     """
 
     original: Callable[..., Any]

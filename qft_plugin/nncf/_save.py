@@ -35,7 +35,7 @@ def save_openvino(
     """Save a quantized model as OpenVINO IR, and prove that the file computes the same.
 
     Args:
-        model: what `nncf.quantize` returned.
+        model: the result of `nncf.quantize`.
         path: of the XML file; the weights go beside it as `.bin`.
         example_input: one input, as for the model: a tensor, a tuple of tensors or a dict of tensors. The first axis
             (images) stays free in the file.
@@ -99,7 +99,7 @@ def weight_integers(model: nn.Module, example_input: Any) -> dict[str, Tensor]:
     """Return the integers of every weight that NNCF's quantizers quantize, by name of the weight.
 
     Args:
-        model: what `nncf.quantize` returned.
+        model: the result of `nncf.quantize`.
         example_input: one input, as for the model.
     """
     with evaluating(model), torch.no_grad():

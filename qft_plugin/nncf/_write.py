@@ -175,7 +175,7 @@ def widened(model: nn.Module) -> nn.Module:
     `openvino.save_model` of what `openvino.convert_model` made, which reads 4-bit weights back as floats.
 
     Args:
-        model: what `nncf.quantize(..., algorithm="qft")` returned, or a copy of it that was loaded from its config.
+        model: the result of `nncf.quantize(..., algorithm="qft")`, or a copy of it that was loaded from its config.
     """
     model = copy.deepcopy(model)
     storage = get_hook_storage(model)
