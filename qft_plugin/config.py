@@ -216,8 +216,9 @@ class FinetuneConfig:
             raise ConfigError(f"FinetuneConfig.train should be an EfQAT, or None to train all. Found {self.train!r}.")
         if self.trains_part is not None and self.blocks:
             raise ConfigError(
-                "FinetuneConfig.blocks should be empty where EfQAT.ratio is below 1: what trains is chosen over the "
-                f"whole network. Found {list(self.blocks)} with a ratio of {self.trains_part.ratio}. Use one of them."
+                "FinetuneConfig.blocks should be empty where EfQAT.ratio is below 1: the weights that train are chosen "
+                f"in the whole network. Found {list(self.blocks)} with a ratio of {self.trains_part.ratio}. Use one of "
+                "them."
             )
 
     @property

@@ -69,7 +69,7 @@ def test_layers_without_a_bias(host, caplog):
     model, items = Bare().eval(), [x.abs() for x in nets.items("residual")]
     config = four_bits(bias_correction=True, compensate=False, finetune=None)
     quantized = host.quantize(model, items, config)
-    assert "no bias of its own: conv.weight" in caplog.text
+    assert "without a bias of their own: conv.weight" in caplog.text
     plain = host.quantize(model, items, four_bits(compensate=False, finetune=None))
     assert mean_error(host, model, quantized, items) < CORRECTED * mean_error(host, model, plain, items)
 

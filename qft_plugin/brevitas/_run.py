@@ -150,7 +150,7 @@ def _config(config: QFTConfig | None, model: Any) -> QFTConfig:
     if asked and isinstance(model, nn.Module) and not any(isinstance(m, Rescaled) for m in model.modules()):
         raise ConfigError(
             "The model should have a factor in front of each addition with HardwareSpec.elementwise_rescale='channel'. "
-            "Found none. Pass what is added through qft_plugin.brevitas.Rescaled(nn.Identity(), channels, axis=-3, "
+            "Found none. Pass the addends through qft_plugin.brevitas.Rescaled(nn.Identity(), channels, axis=-3, "
             "like=weight) modules, or call quantize on the float model, which puts them there."
         )
     return config

@@ -139,7 +139,7 @@ def forget_unused(watched: Watched, call: Call, findings: Sequence[Findings]) ->
         try:
             outputs = watched.run(call, activation=activation, product=product).outputs
         except Exception as error:  # a forward may refuse such values in any way, and so reads them
-            logger.info("the model does not run with other values in the place of what the file lacks: %s", error)
+            logger.info("the model does not run with other values in the place of missing layers: %s", error)
             return False
         return all(torch.equal(e, f) for e, f in zip(expected, outputs, strict=True))
 

@@ -35,7 +35,7 @@ def correctable(layers: Sequence[Layer], quantized: Collection[str]) -> list[Lay
     found = [layer for layer in wanted if layer.bias is not None and biases.count(layer.bias) == 1]
     kept = [layer.weight for layer in wanted if layer not in found]
     if kept:
-        logger.warning("bias correction leaves out what has no bias of its own: %s", ", ".join(kept))
+        logger.warning("bias correction leaves out layers without a bias of their own: %s", ", ".join(kept))
     return found
 
 
@@ -94,7 +94,7 @@ def output_means(
         run()
     hidden = [layer.weight for layer in layers if layer.weight not in means]
     if hidden:
-        logger.warning("bias correction leaves out what is not called with its own weight: %s", ", ".join(hidden))
+        logger.warning("bias correction leaves out layers that run with another weight: %s", ", ".join(hidden))
     return means
 
 

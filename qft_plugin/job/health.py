@@ -326,9 +326,9 @@ def not_finite(
         where = f"what {_op(found[0])} reads" + ("" if maker is None else f", made by {_op(maker.name)}")
     return ModelError(
         f"The quantized network should compute finite numbers before it is trained. Found NaN or infinity, first in "
-        f"{where}, although the float network is finite there: rounding or clipping what comes before leads to it, "
-        "such as a divisor that becomes 0. Keep these operations in float (under NNCF with ignored_scope), or give "
-        'what they depend on a wider range, for example with QFTConfig(activation_range="max").'
+        f"{where}, although the float network is finite there: rounding or clipping of earlier activations leads "
+        "to it, such as a divisor that becomes 0. Keep these operations in float (under NNCF with ignored_scope), or "
+        'give their inputs a wider range, for example with QFTConfig(activation_range="max").'
     )
 
 

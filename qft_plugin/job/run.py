@@ -99,12 +99,12 @@ def targets_of(
         warnings.warn(
             (
                 "The model should compute the same for the same images. Found that it does not: in eval mode something "
-                "random is still active, such as functional.dropout without training=self.training, and what the "
-                "student learns from is as noisy."
+                "random is still active, such as functional.dropout without training=self.training, and the "
+                "student learns from noisy outputs."
             )
             if random
             else (
-                "What the model computes for an image should not depend on the other images of the batch. Found that "
+                "The output of the model for an image should not depend on the other images of the batch. Found that "
                 "it does, so the teacher runs again in every step. Where the first axis is not that of the images (of "
                 "sequences in front of batches, for example), put it first."
             ),
@@ -210,7 +210,7 @@ def check_accumulators(dof: Dof, deployed: Mapping[str, DeployedWeight]) -> None
         warnings.warn(
             f"An accumulator of {width} bits should hold every sum. Found inputs that would overflow it: "
             f"{', '.join(f'{name} needs {bits}' for name, bits in wide.items())}. Use fewer bits for its weights "
-            "(QFTConfig.layer_bits) or for what it reads (layer_activation_bits).",
+            "(QFTConfig.layer_bits) or for its input (layer_activation_bits).",
             QFTWarning,
             stacklevel=3,
         )

@@ -103,7 +103,7 @@ def start(
     if tied and loose:
         warnings.warn(
             f"elementwise_rescale={kind!r} should tie all inputs of an addition. Found an input that is not quantized "
-            f"in {', '.join(loose)}; these are added in float. Quantize what is added.",
+            f"in {', '.join(loose)}; these are added in float. Quantize all addends.",
             QFTWarning,
             stacklevel=2,
         )
@@ -210,7 +210,7 @@ def _with_bits(graph: LayerGraph, placement: Placement, dof_map: DofMap, config:
     if floating:
         warnings.warn(
             "QFTConfig.layer_activation_bits should be of layers whose whole input is quantized. Found "
-            f"{', '.join(floating)}, which read other values too. Look at what the host quantizes.",
+            f"{', '.join(floating)}, which read other values too. Look at the quantizers of the host.",
             QFTWarning,
             stacklevel=2,
         )
@@ -338,8 +338,8 @@ def _weight_grids(
     layers = [layer for layer in source.dof_map.layers if layer.weight in placement.weights]
     if not layers:
         raise ModelError(
-            "At least one layer should be quantized. Found none. Look at what keeps them out, under NNCF ignored_scope "
-            "and target_device."
+            "At least one layer should be quantized. Found none. Look at the settings that keep layers out, under "
+            "NNCF ignored_scope and target_device."
         )
     bits = _bits(source, {layer.weight: tensors[layer.weight] for layer in layers}, config)
     grids = {}

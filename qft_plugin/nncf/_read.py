@@ -212,9 +212,7 @@ def read(model: nn.Module, inputs: Inputs, config: QFTConfig | None = None) -> S
         if same:
             rescaled, addends, graph = wrapped, found, with_addend_factors(graph, found)
         else:
-            logger.warning(
-                "what is added has no scale of its own: the model adds in place and goes on with the old name"
-            )
+            logger.warning("addends have no scales of their own: the model adds in place and goes on with the old name")
     named = [*rescaled.named_parameters(remove_duplicate=False), *rescaled.named_buffers(remove_duplicate=False)]
     tensors = {name: t.detach() for name, t in named}
     dof_map = proven_map(rescaled, graph, tensors, call)

@@ -188,8 +188,8 @@ class _Best:
 def _check_start(loss: float, options: Options) -> None:
     if not math.isfinite(loss):
         reason = ModelError(
-            f"The loss should be finite before the first step. Found {loss}. Look for what is not finite in the "
-            "student, or too large to be squared."
+            f"The loss should be finite before the first step. Found {loss}. Look for numbers in the student "
+            "that are not finite, or too large to be squared."
         )
         raise reason if options.not_finite is None else options.not_finite()
 
