@@ -165,7 +165,7 @@ class FinetuneConfig:
             are decided and 1 where none is, so each weight has little of it.
         memory_limit: bytes of images and teacher outputs held in memory; above it they are memory-mapped files.
         precision: of the layers in a training step. With `"bfloat16"` they run under `torch.autocast`, faster where the
-            hardware has such arithmetic. What trains, the arithmetic of the quantizers, the loss, and the choice of the
+            hardware has such arithmetic. Parameters, the arithmetic of the quantizers, the loss, and the choice of the
             state that is kept stay in float32; but layers read and write 8 significant bits, by which a value on a
             grid of 8 bits moves by up to half a step.
         compile: fuse the fake-quantization with `torch.compile` (a GPU's many small kernels gain; on CPUs the

@@ -58,7 +58,7 @@ def called_layers(model: nn.Module, graph: LayerGraph) -> dict[str, tuple[str, .
     A weight that something else reads too is no layer's own.
 
     Args:
-        model: what was recorded.
+        model: the one that was recorded.
         graph: the result of `record`.
     """
     found: dict[str, list[str]] = {}

@@ -79,7 +79,7 @@ def shared_factors(model: nn.Module) -> CrossLayerFactors | None:
 
 @torch.no_grad()
 def link_on(model: nn.Module, call: Call, *, explicit: bool = False) -> Source:
-    """Do what `link` does on a model that was checked; returns what was read."""
+    """Do what `link` does on a model that was checked; returns its description."""
     check_unshared(model)
     adopt(model)
     _wake(model, call)  # a clear error where the example does not fit

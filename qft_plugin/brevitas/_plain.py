@@ -1,4 +1,4 @@
-"""Torch's own layers in the places of subclasses, and what a subclass computes around its layer."""
+"""Torch's own layers in the places of subclasses, and the computation of a subclass around its layer."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ class Around(nn.Module):
     """A subclass of a layer, in which a module of torch's own stands for the call of the layer's function.
 
     Attributes:
-        layer: what is called in the place of the function.
+        layer: the module that is called in the place of the function.
         original: the subclass.
     """
 
@@ -32,7 +32,7 @@ class Around(nn.Module):
 
         Args:
             original: an object of the subclass; it calls the function once.
-            layer: what to call instead.
+            layer: the module to call instead.
             function: name of the function.
         """
         super().__init__()

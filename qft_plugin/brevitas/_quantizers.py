@@ -1,7 +1,7 @@
 """Quantizers for Brevitas' layers whose scales are computed from degrees of freedom that layers share.
 
 An injector says what a quantizer is; Brevitas builds the quantizer from it, and builds it again after a weight was
-assigned or a state dict was loaded. What is trained must survive that, so it is kept on the proxy, and the injector
+assigned or a state dict was loaded. The trained state must survive that, so it is kept on the proxy, and the injector
 hands the same module to every new quantizer.
 """
 
@@ -227,7 +227,7 @@ class _QFTAct(ActQuantSolver, metaclass=_TrueInjector):
 
 
 class QFTUint8ActPerTensorFloat(UintQuant, _QFTAct):
-    """8-bit unsigned activations with zero point 0, for what is never negative."""
+    """8-bit unsigned activations with zero point 0, for values that are never negative."""
 
 
 class QFTInt8ActPerTensorFloat(IntQuant, _QFTAct):

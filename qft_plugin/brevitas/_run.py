@@ -1,4 +1,4 @@
-"""What a user of Brevitas calls: initialize, finetune, quantize."""
+"""The functions for users of Brevitas: initialize, finetune, quantize."""
 
 import copy
 from collections.abc import Iterable

@@ -208,7 +208,7 @@ class _Exportable(nn.Module):
         """Keep the model.
 
         Args:
-            model: what is exported.
+            model: the one that is exported.
             names: of its inputs by keyword, which come last.
         """
         super().__init__()

@@ -1,6 +1,6 @@
 """The trained state of a quantizer: modules that compute a scale from degrees of freedom which layers share.
 
-Brevitas calls them with what is to be quantized; what they return is its scale.
+Brevitas calls them with the tensor to quantize; they return its scale.
 """
 
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ class CrossLayerFactors(nn.Module):
 
 
 class Scaling(nn.Module):
-    """What activation and weight scalings have in common: logarithms that start as NaN until values are seen."""
+    """Common parts of activation and weight scalings: logarithms that start as NaN until values are seen."""
 
     trained: tuple[str, ...] = ()
     restarts = False

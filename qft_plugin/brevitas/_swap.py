@@ -241,7 +241,7 @@ def _positional(model: fx.GraphModule, args: tuple[Tensor, ...], kwargs: dict[st
 
 
 class _Signs(fx.Interpreter):
-    """Runs a model and remembers the shape of what was not whole numbers, and what was ever a negative one."""
+    """Runs a model and remembers the shapes of floating-point values, and which values were ever negative."""
 
     def __init__(self, model: fx.GraphModule) -> None:
         super().__init__(model)

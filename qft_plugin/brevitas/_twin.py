@@ -1,7 +1,7 @@
 """A float twin of a Brevitas model: plain torch layers, and a light stand-in for each quantizer of this plugin.
 
-The twin has the model's parameter names. It is what is traced and what is trained: torch's own layers cost less per
-call than Brevitas' and a plain tensor can be followed where a `QuantTensor` cannot.
+The twin has the model's parameter names. It is traced and trained in the model's place: torch's own layers cost less
+per call than Brevitas' and a plain tensor can be followed where a `QuantTensor` cannot.
 """
 
 import copy

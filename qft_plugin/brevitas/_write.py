@@ -41,7 +41,7 @@ def write(source: Source, start: Start[Placed], deployed: Mapping[str, DeployedW
     """Put the degrees of freedom into the linked model that was read, in place.
 
     Args:
-        source: what was read of it.
+        source: its description.
         start: holds the degrees of freedom and the factors that were folded before.
         deployed: the integers and steps of all quantized weights by name.
     """

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 CLOSE: Final = 3e-3
-"""Largest difference of what a stretch computes, relative to the largest value of the channel: sums of float32 stay
+"""Largest difference of a stretch, relative to the largest value of the channel: sums of float32 stay
 below 1e-4, a normalisation of little variance at 2e-3; one step of one of 4,608 weights of a channel is 5e-3."""
 
 QUIET: Final = 0.01
-"""A channel counts as at least this share of the largest one: float32 rounding is relative to what was summed."""
+"""A channel counts as at least this share of the largest one: float32 rounding is relative to the summands."""
 
 EQUAL: Final = 1e-5
 """Largest relative difference of a constant."""

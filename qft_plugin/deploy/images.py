@@ -21,7 +21,7 @@ def keep_images(model: nn.Module, inputs: Inputs) -> None:
 
     Args:
         model: the model; it gets an attribute.
-        inputs: what it was quantized with.
+        inputs: the images that it was quantized with.
     """
     args, kwargs = inputs.first(COUNT)
     call = tuple(t.detach().clone() for t in args), {name: t.detach().clone() for name, t in kwargs.items()}

@@ -37,12 +37,12 @@ class RunInInt8:
 
 @dataclass(frozen=True)
 class OpenVINOReport(Proved, RunInInt8):
-    """What is in a saved IR and how it runs on this machine's CPU.
+    """Contents of a saved IR, and how it runs on this machine's CPU.
 
     Attributes:
         path: the XML file.
         bytes: size of both files together.
-        proof: what was proved of it, and how it differs from torch; empty where it was not checked.
+        proof: its proof, and how it differs from torch; empty where it was not checked.
         convolutions: runtime precision (`"i8"`, `"u8"`, `"f32"`, ...) of every convolution by its runtime name.
         linear: likewise of every fully connected layer.
     """

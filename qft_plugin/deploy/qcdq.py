@@ -1,4 +1,4 @@
-"""QCDQ (quantize, clip, dequantize in standard ONNX): making it run in int8, and the proof of what it computes."""
+"""QCDQ (quantize, clip, dequantize in standard ONNX): making it run in int8, and its proof in two runtimes."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ from qft_plugin.errors import ParityError
 from qft_plugin.graph.torch_model import Call
 
 BETWEEN: Final = frozenset(["Relu", "MaxPool", "Identity", "Reshape", "Flatten", "Transpose", "Slice", "Split", "Clip"])
-"""What may stand between a concatenation and its quantizer."""
+"""Operations that may stand between a concatenation and its quantizer."""
 
 
 @dataclass(frozen=True)
 class QCDQReport(Proved, RunInInt8):
-    """What is in a QCDQ file and how it runs on this machine's CPU.
+    """Contents of a QCDQ file, and how it runs on this machine's CPU.
 
     Attributes:
         path: the file.
         bytes: its size.
-        proof: what was proved of it in ONNX Runtime, without its optimizations; empty where it was not checked.
+        proof: its proof in ONNX Runtime, without its optimizations; empty where it was not checked.
         openvino: likewise in OpenVINO.
         convolutions: OpenVINO's runtime precision (`"i8"`, `"u8"`, `"f32"`, ...) of every convolution by its name.
         linear: likewise of every fully connected layer.
@@ -49,7 +49,7 @@ def strip_weight_clips(model: Any) -> int:
 
     A narrow or 4-bit weight is exported as an int8 constant with a Clip. The Clip changes nothing, but OpenVINO does
     not look through it and runs the layer in floating point (2026.4). Constants are removed from the inputs of the
-    graph too: what is an input could be changed.
+    graph too: an input could be changed.
 
     Args:
         model: an `onnx.ModelProto`.

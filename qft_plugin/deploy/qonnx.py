@@ -1,4 +1,4 @@
-"""QONNX: what the clean-ups of its tools need, and the proof by QONNX' own executor of what a file computes."""
+"""QONNX: constants in the shape that its tools need, and the proof of a file by QONNX' own executor."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +21,13 @@ EXECUTOR: Final = "QONNX' executor"
 
 @dataclass(frozen=True)
 class QONNXReport(Proved):
-    """What is in a QONNX file.
+    """Contents of a QONNX file.
 
     Attributes:
         path: the file.
         bytes: its size.
         quantizers: how many `Quant` nodes it has, by bit width.
-        proof: what was proved of it; empty where it was not checked.
+        proof: its proof; empty where it was not checked.
     """
 
     path: Path

@@ -1,4 +1,4 @@
-"""The second part of a proof: what a runtime rounds, and how, where torch reads the same numbers."""
+"""The second part of a proof: the roundings of a runtime, where torch reads the same numbers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -69,17 +69,17 @@ def run_in(file: File, call: Call) -> Ran:
 def compare_roundings(
     watched: Watched, file: File, call: Call, ran: Ran, places: Sequence[Place | None]
 ) -> list[Rounding]:
-    """Let torch's quantizers return what those of a runtime did.
+    """Let torch's quantizers return the outputs of those of a runtime.
 
     Args:
         watched: the torch model.
         file: the file.
         call: the arguments of a call.
-        ran: what the runtime made of it, as `run_in` returns it.
+        ran: its result in the runtime, as `run_in` returns it.
         places: for each call of an activation quantizer of torch which one of the file's it is.
 
     Returns:
-        What differs at each quantizer that was looked at.
+        The differences at each quantizer that was looked at.
     """
     hidden = hidden_in(file)
     found: list[Rounding] = []

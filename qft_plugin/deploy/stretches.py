@@ -1,4 +1,4 @@
-"""The first part of a proof: what a file computes between its quantizers, with random integers in their place."""
+"""The first part of a proof: the stretches of a file between its quantizers, with random integers in their place."""
 
 from collections.abc import Sequence
 from typing import Final, Literal
@@ -71,7 +71,7 @@ def _values(file: File, ran: Sequence[Tensor | None], kind: Values) -> list[Tens
             axis = channel_axis(own)
             shape = [size if k in (0, axis) else 1 for k, size in enumerate(own.shape)]
             ends = (quantizer.levels - 1) * torch.randint(2, shape, generator=generator).expand(own.shape)
-            # Some others among them: a normalisation of what is constant would divide by next to nothing.
+            # Some others among them: a normalisation of a constant would divide by next to nothing.
             steps = torch.where(torch.rand(tuple(own.shape), generator=generator) < SPARSE, steps, ends)
         x = low + step * steps
         if kind == "sparse":

@@ -150,7 +150,7 @@ def free_bounds(model: nn.Module, call: Call, *, only: Container[str] | None = N
     with repeatable():
         after = list(tensors_in(model(*call[0], **call[1])))
     if largest_change(before, after) > 0:
-        # Something else has read what was changed in place.
+        # Something else has read a tensor that was changed in place.
         changers = {new: old for old, new in replaced.items() if getattr(old, "inplace", False)}
         replace_modules(model, changers)
 

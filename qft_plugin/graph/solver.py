@@ -121,7 +121,7 @@ def _compact(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def rows_of(shadow: Tensor, axis: int) -> Tensor:
-    """Arrange a shadow as `[channels, everything else]` without repeating what is only expanded."""
+    """Arrange a shadow as `[channels, everything else]` without repeating elements of expanded axes."""
     for dim in range(shadow.dim()):
         if dim != axis % shadow.dim() and shadow.shape[dim] > 1 and shadow.stride(dim) == 0:
             shadow = shadow.narrow(dim, 0, 1)

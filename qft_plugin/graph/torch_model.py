@@ -20,7 +20,7 @@ SAME: Final = 1e-3
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is not a plain torch model with finite weights, before anything else is done.
+    """Refuse anything but a plain torch model whose parameters have values, before anything else is done.
 
     Raises:
         ModelError: it says what was found and what to pass instead.

@@ -2,7 +2,7 @@
 
 NNCF names a call by its module, its function and how many calls of the function came before it. While torch traces, the
 sizes of tensors are tensors themselves, so that a sum of sizes is a call of `add`, which it is not in a run, and the
-hooks of all later additions would be shifted. Here what is computed with sizes alone is not counted.
+hooks of all later additions would be shifted. Here computations with sizes alone are not counted.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ def converted(model: nn.Module, example_input: Any) -> Any:
 
 
 class _Runs:
-    """The runs of a model up to its conversion: what was called, which sizes were read, and what the tracer warned of.
+    """The runs of a model up to its conversion: their calls, the sizes that they read, and the warnings of the tracer.
 
     Attributes:
         model: the model.
@@ -175,7 +175,7 @@ class _Runs:
                 )
 
     def warn(self) -> None:
-        """Pass on what the tracer warned of in the user's own code."""
+        """Pass on the warnings of the tracer about the user's own code."""
         if self._places:
             warnings.warn(
                 "The file should compute what the model computes for every input. Found decisions, or numbers taken "
@@ -188,7 +188,7 @@ class _Runs:
 
 
 class _Mode(FunctionHookMode):  # type: ignore[misc]
-    """NNCF's hooks; while torch traces, what is computed with sizes alone is not counted."""
+    """NNCF's hooks; while torch traces, computations with sizes alone are not counted."""
 
     def __init__(self, runs: _Runs) -> None:
         super().__init__(model=runs.model, hook_storage=get_hook_storage(runs.model))

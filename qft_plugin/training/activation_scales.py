@@ -100,7 +100,7 @@ class ActivationScales(nn.Module):
 
 
 def _numbered(names: Collection[str], groups: Sequence[Sequence[str]]) -> tuple[dict[str, int], list[str]]:
-    """Number what has a trained value of its own, groups having one; returns the numbers and a name for each."""
+    """Number the trained values, one for each group; returns the number of each name, and a name for each number."""
     first = {name: group[0] for group in groups for name in group}
     own = list(dict.fromkeys(first.get(name, name) for name in names))
     return {name: own.index(first.get(name, name)) for name in names}, own

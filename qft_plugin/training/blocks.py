@@ -95,7 +95,7 @@ def _quantizers(
     for tensor, name in placement.on_tensor.items():
         found[name] = min(found.get(name, last), numbers.get(tensor, last))
     for (op, index), name in placement.on_input.items():
-        # What is compared is the value that the operation reads, after the quantizer.
+        # The compared value is the one that the operation reads, after the quantizer.
         compared = [n for n, end in enumerate(ends) if (end.op, end.index) == (op, index)]
         found[name] = min(found.get(name, last), _block_of(outputs[op], numbers, last), *compared)
     return found

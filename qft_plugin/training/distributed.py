@@ -88,17 +88,17 @@ class World:
         """
         if self.size == 1:
             return module
-        # What is compared need not depend on everything that trains. Where torch looks for such parameters and finds
+        # The loss need not depend on everything that trains. Where torch looks for such parameters and finds
         # none, it warns.
         module.register_parameter("unused", nn.Parameter(torch.zeros((), device=self.device)))
         return DistributedDataParallel(module, find_unused_parameters=True)
 
     @torch.no_grad()
     def average_gradients(self, tensors: Sequence[Tensor]) -> None:
-        """Do the same for what trains and is no parameter of a module, such as a few rows of a weight.
+        """Do the same for tensors that train and are no parameters of a module, such as a few rows of a weight.
 
         Args:
-            tensors: what trains; parameters are left to `replicated`.
+            tensors: those that train; parameters are left to `replicated`.
         """
         if self.size == 1:
             return
@@ -144,7 +144,7 @@ def joined(model: Any = None) -> Iterator[World]:
     Messages and warnings of this library come from the first process only.
 
     Args:
-        model: what trains; `None` where only objects are exchanged.
+        model: the one that trains; `None` where only objects are exchanged.
 
     Raises:
         ConfigError: the group that exists cannot exchange tensors on the model's device.
@@ -186,7 +186,7 @@ def _make_group(device: torch.device) -> bool:
 
 @functools.cache
 def _meeting() -> tuple[Any, int, int]:
-    """Connect to where the processes find each other, once: another process may still use what is there."""
+    """Connect to where the processes find each other, once: another process may still use the store."""
     store, rank, size = next(iter(distributed.rendezvous("env://")))  # type: ignore[attr-defined]
     return store, rank, size
 

@@ -158,7 +158,7 @@ class AlphaBlend(NearestRounding):
     trial among ramps that are straight or end elsewhere).
 
     Departure: cross-layer factors do not train with this element. They leave a float network as it is and change the
-    rounding only, and that is where no gradient passes; what is left of theirs is wrong.
+    rounding only, and that is where no gradient passes; the rest of their gradient is wrong.
     """
 
     def forward(self, W: Tensor, step: Tensor, progress: float) -> Tensor:
@@ -196,7 +196,7 @@ class SoftRounding(NearestRounding):
     that were decided for others that were not, and the loss of sparse networks was up to three times as large.
 
     Departure: the base is taken once, of the equalized and folded weight at the start. A kernel of fixed integers does
-    not follow the cross-layer factors any more, which would only rescale what is compared, so they do not train.
+    not follow the cross-layer factors any more, which would only rescale compared activations, so they do not train.
     """
 
     trains_weight = False

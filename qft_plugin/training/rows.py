@@ -108,7 +108,7 @@ class KeptRows:
         Args:
             like: a batch, `[rows, ...]`.
             memory_limit: bytes to hold in memory.
-            halve: keep what is in float32 in half its memory.
+            halve: keep float32 in half its memory.
         """
         self._values = Rows(memory_limit)
         self._largest = Rows(memory_limit) if halve and like.dtype == torch.float32 else None
