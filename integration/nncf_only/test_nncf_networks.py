@@ -20,6 +20,7 @@ from qft_plugin import FinetuneConfig, HardwareSpec, QFTConfig
 from qft_plugin.graph.dof_map import map_dof
 from qft_plugin.graph.folding import fold_network, names_of
 from qft_plugin.graph.torch_model import accepts, tensors_in
+from qft_plugin.nncf._read import read
 from qft_plugin.training.data import read_inputs
 from qft_plugin.training.loss import Loss, Prediction, distillation_loss
 
@@ -53,7 +54,7 @@ def test_random_factors_do_not_change_the_float_network(name):
     ]  # fmt: skip
     like = next(model.parameters())
     inputs = read_inputs(double, accepts=accepts(model), like=like, settings=FinetuneConfig(max_images=4))
-    source = host.read(model, inputs)
+    source = read(model, inputs)
     dof_map = map_dof(source.graph)
     assert (dof_map.size > 0) == nets.NETS[name].rescales
     tensors = {n: source.tensors[n] for n in names_of(dof_map.layers)}
@@ -233,7 +234,7 @@ def test_a_norm_folds_where_nothing_else_uses_a_part_of_the_pair(use):
     model, items = nets.settled(Around(use)), [torch.randn(4, 3, 8, 8)]
     like = next(model.parameters())
     inputs = read_inputs(items, accepts=accepts(model), like=like, settings=FinetuneConfig(max_images=4))
-    assert len(host.read(model, inputs).norms) == (use == "nothing")
+    assert len(read(model, inputs).norms) == (use == "nothing")
 
 
 def test_bounds_that_are_reached(outputs):

@@ -10,7 +10,6 @@ check_version()
 
 from qft_plugin.deploy.openvino import set_weight_storage  # noqa: E402  (only after the check that NNCF is there)
 from qft_plugin.graph.channel_clip import replace_by_relu  # noqa: E402
-from qft_plugin.nncf._read import check_model, read  # noqa: E402
 from qft_plugin.nncf._register import quantize, register, unregister  # noqa: E402
 from qft_plugin.nncf._save import save_openvino  # noqa: E402
 from qft_plugin.nncf._write import widened, without_compiler  # noqa: E402
@@ -20,10 +19,8 @@ register()
 
 __all__ = [
     "Step",
-    "check_model",
     "check_version",
     "quantize",
-    "read",
     "register",
     "replace_by_relu",
     "save_openvino",
