@@ -1,9 +1,9 @@
 """Findings of a comparison of a file with torch, and how several of them are merged."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -88,17 +88,13 @@ def merged(file: File, findings: Sequence[Findings]) -> Findings:
         every.weights |= found.weights
         every.silent |= found.silent
     every.silent -= every.weights
+    numbers, names = _varying([f.unmatched for f in findings]), _varying([f.absent for f in findings])
     for found in findings:
         # In the order of the run: the first is next to the cause.
         told = [(float(place), problem) for place, problem in enumerate(found.problems)]
-        for number, missing in found.unmatched.items():
-            if not _is_constant(missing, [f.unmatched.get(number) for f in findings]):
-                told.append((missing.before - 0.5, missing.problem))
-            if missing.closest is not None:
-                every.quantizers.add(missing.closest)
-        for name, missing in found.absent.items():
-            if not _is_constant(missing, [f.absent.get(name) for f in findings]):
-                told.append((missing.before - 0.5, missing.problem))
+        told += [(m.before - 0.5, m.problem) for number, m in found.unmatched.items() if number in numbers]
+        told += [(m.before - 0.5, m.problem) for name, m in found.absent.items() if name in names]
+        every.quantizers |= {m.closest for m in found.unmatched.values() if m.closest is not None}
         for _, problem in sorted(told, key=lambda pair: pair[0]):
             every.tell(problem)
     for number, quantizer in enumerate(file.quantizers):
@@ -110,9 +106,17 @@ def merged(file: File, findings: Sequence[Findings]) -> Findings:
     return every
 
 
-def _is_constant(missing: Missing, others: Sequence[Missing | None]) -> bool:
-    """Whether a tensor was the same in all probes, so that an exporter may have computed it: it depends on no input."""
-    return all(o is not None and missing.x.shape == o.x.shape and torch.equal(missing.x, o.x) for o in others)
+Key = TypeVar("Key", int, str)
+
+
+def _varying(missing: Sequence[Mapping[Key, Missing]]) -> set[Key]:
+    """List what is missing and differs between probes; the same in all, an exporter may have computed it."""
+
+    def is_constant(key: Key) -> bool:
+        first, *others = (m.get(key) for m in missing)
+        return first is not None and all(o is not None and torch.equal(first.x, o.x) for o in others)
+
+    return {key for m in missing for key in m if not is_constant(key)}
 
 
 def forget_unused(watched: Watched, call: Call, findings: Sequence[Findings]) -> None:
@@ -123,8 +127,8 @@ def forget_unused(watched: Watched, call: Call, findings: Sequence[Findings]) ->
         call: the arguments of a call.
         findings: of each probe; changed in place.
     """
-    numbers = {number for f in findings for number in f.unmatched}
-    names = {name for f in findings for name in f.absent}
+    numbers = _varying([f.unmatched for f in findings])
+    names = _varying([f.absent for f in findings])
     if not numbers | names:
         return
     expected = watched.run(call).outputs
@@ -147,5 +151,5 @@ def forget_unused(watched: Watched, call: Call, findings: Sequence[Findings]) ->
         return
     for f in findings:
         f.places = [None if number in numbers else place for number, place in enumerate(f.places)]
-        f.unmatched.clear()
-        f.absent.clear()
+        f.unmatched = {number: missing for number, missing in f.unmatched.items() if number not in numbers}
+        f.absent = {name: missing for name, missing in f.absent.items() if name not in names}
