@@ -73,15 +73,21 @@ def used(made: NearestRounding, W: Tensor, step: Tensor, progress: float) -> Ten
     return out
 
 
-@pytest.mark.parametrize("sparsity", SPARSITIES)
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_at_the_end_every_element_is_hard(rounding: Rounding, sparsity: Sparsity) -> None:
-    """At progress 1 the weight is the step times the integers, bit for bit, whatever was trained."""
+def moved_element(rounding: Rounding, sparsity: Sparsity) -> tuple[Tensor, Tensor, NearestRounding]:
+    """Return weights in steps, the step of each channel, and an element whose parameters were moved by chance."""
     u, step = weights(), torch.rand(4, 1).double() + 0.1
     made = element(rounding, u, sparsity=sparsity)
     with torch.no_grad():
         for p in made.parameters():
             p.add_(torch.randn_like(p))
+    return u, step, made
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_at_the_end_every_element_is_hard(rounding: Rounding, sparsity: Sparsity) -> None:
+    """At progress 1 the weight is the step times the integers, bit for bit, whatever was trained."""
+    u, step, made = moved_element(rounding, sparsity)
     W = (u + torch.randn_like(u)) * step
     integers = made.integers(W, step)
     assert torch.equal(used(made, W, step, 1.0), integers * step)
@@ -277,11 +283,7 @@ def test_the_step_hears_nothing_of_dropped_weights(rounding: Rounding, sparsity:
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_the_float_weight_rounds_to_the_integers(rounding: Rounding, sparsity: Sparsity) -> None:
     """What is written in float is within 0.49 steps of the deployed integer, or on the same side of the grid's end."""
-    u, step = weights(), torch.rand(4, 1).double() + 0.1
-    made = element(rounding, u, sparsity=sparsity)
-    with torch.no_grad():
-        for p in made.parameters():
-            p.add_(torch.randn_like(p))
+    u, step, made = moved_element(rounding, sparsity)
     W = (u + torch.randn_like(u)) * step
     near, integers = made.near(W, step), made.integers(W, step)
     assert torch.equal(to_integer(near, step, low=LOW, high=HIGH), integers)
