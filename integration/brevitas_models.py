@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import brevitas.nn as qnn
+import pytest
 import torch
 from brevitas.quant import Int8WeightPerTensorFloat, Uint8ActPerTensorFloatMaxInit
 from torch import Tensor, nn
@@ -235,6 +236,8 @@ MODELS: dict[str, Net] = {
     "one_d": Net(OneD, (4, 16)),
     "transposed": Net(Transposed),
 }
+
+every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def build(name: str, weight: Any = QFTInt4Weight) -> nn.Module:

@@ -19,6 +19,7 @@ from brevitas_models import (
     assert_same_state,
     build,
     conv,
+    every_model,
     identity,
     images,
     integers,
@@ -57,7 +58,6 @@ BIAS = 0.1
 WEIGHTS = {"channel": QFTInt4Weight, "tensor": QFTInt4WeightPerTensorFloat}
 DOUBLY = QFTInt4WeightDoublyPerChannelFloat
 
-every_model = pytest.mark.parametrize("name", MODELS)
 every_weight = pytest.mark.parametrize("kind", WEIGHTS)
 
 

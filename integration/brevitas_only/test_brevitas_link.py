@@ -20,6 +20,7 @@ from brevitas_models import (
     batches,
     build,
     conv,
+    every_model,
     identity,
     images,
     integers,
@@ -47,8 +48,6 @@ from qft_plugin.brevitas._twin import make_twin
 
 SAME = 1e-5
 """Relative L2 difference of outputs whose scales were computed another way in float32."""
-
-every_model = pytest.mark.parametrize("name", MODELS)
 
 
 @every_model

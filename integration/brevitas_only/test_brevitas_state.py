@@ -9,10 +9,10 @@ pytest.importorskip("brevitas", reason="Brevitas is not installed")
 import brevitas.config
 import torch
 from brevitas_models import (
-    MODELS,
     activation_scalings,
     assert_same_state,
     build,
+    every_model,
     images,
     integers,
     linked,
@@ -34,8 +34,6 @@ from qft_plugin.brevitas import (
 
 EXACT_64 = 1e-12
 """Relative L2 difference of outputs whose scales were computed another way in float64."""
-
-every_model = pytest.mark.parametrize("name", MODELS)
 
 
 @every_model
