@@ -141,6 +141,8 @@ class Student(Protocol):
     def trace(self, solution: Solution, call: Call, watchers: Watchers, /) -> None:
         """Run with quantized activations and show each watcher the input of its operation.
 
+        A watcher may write into the tensors of its operation in place: the operation then computes with them.
+
         Args:
             solution: as in `__call__`.
             call: the batch.

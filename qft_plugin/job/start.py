@@ -3,7 +3,7 @@
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ from qft_plugin.errors import ModelError, QFTWarning
 from qft_plugin.graph.comparison import Comparison
 from qft_plugin.graph.equalize import equalize
 from qft_plugin.graph.folding import fold_network, names_of
-from qft_plugin.graph.layer_graph import MADE_INSIDE, PINNED, Const, DofMap, Layer, LayerGraph
+from qft_plugin.graph.layer_graph import MADE_INSIDE, PINNED, Const, DofMap, LayerGraph
 from qft_plugin.graph.operations import LAYERS
 from qft_plugin.graph.placement import (
     ActivationGrid,
@@ -28,12 +28,10 @@ from qft_plugin.graph.placement import (
 )
 from qft_plugin.job.activation_ranges import BATCH, activation_grids
 from qft_plugin.job.bias_correction import BIAS_IMAGES, correctable, corrections, output_means
-from qft_plugin.job.gptq_inputs import can_compensate, input_rows
+from qft_plugin.job.compensation import compensated
 from qft_plugin.job.health import Ranges, warn_of_images, warn_of_ranges
 from qft_plugin.job.host import Host, Placed, PlacedT, Problem, Source, SourceT, Start, Student
 from qft_plugin.job.understand import laid_out
-from qft_plugin.tensors.gptq import compensated_kernel, moments_of, parts_of
-from qft_plugin.tensors.grid import largest_integer
 from qft_plugin.tensors.mmse import doubly_scales, nearest_factor, weight_scale
 from qft_plugin.training.activation_scales import Ties, shared_grids, tied_grids
 from qft_plugin.training.data import Inputs
@@ -50,8 +48,8 @@ EQUALIZE_ROUNDS: Final = 4
 """How often the equalized network is equalized again: a factor between two layers changes the ranges of both, and only
 where they have settled do networks with the same function, but other ranges of inner channels, start alike."""
 
-COMPENSATION_IMAGES: Final = 256
-"""Images on which rounding errors compensate each other."""
+LOOKED_AT: Final = 256
+"""Images that are looked at for constant activations and outliers, where compensation has seen none."""
 
 
 def initialize(host: Host[SourceT, PlacedT], problem: Problem[SourceT], config: QFTConfig) -> Start[PlacedT]:
@@ -111,19 +109,21 @@ def start(
     grids = _activation_grids(student, placed, inputs, config)
     grids = tied_grids(shared_grids(grids, shared), merged([*shared, *groups], list(grids)), kind)
     weights = _weight_grids(source, placed, config, grids, shared)
-    values = dict(placed.tensors)
+
+    def dof_of(values: Mapping[str, Tensor]) -> Dof:
+        return Dof(
+            dof_map,
+            {name: laid_out(t, inputs) for name, t in values.items()},
+            weights,
+            grids,
+            config=config,
+            ties=Ties(addends=groups if tied else (), shared=shared),
+        )
+
+    dof = dof_of(placed.tensors)
     if compensate:
-        # A weight that stays 0 cannot compensate anything.
-        dense = {name: grid for name, grid in weights.items() if name not in source.kept}
-        values |= _compensated(student, problem, dense, values, ranges or Ranges())
-    dof = Dof(
-        dof_map,
-        {name: laid_out(t, inputs) for name, t in values.items()},
-        weights,
-        grids,
-        config=config,
-        ties=Ties(addends=groups if tied else (), shared=shared),
-    )
+        changed = compensated(student, problem, dof, placed.tensors, ranges or Ranges())
+        dof = dof_of({**placed.tensors, **changed})
     return Start(placed, student, dof, log_c)
 
 
@@ -258,47 +258,6 @@ def _one_of(names: Sequence[str | None], shared: Sequence[Sequence[str]]) -> str
 
 
 @torch.no_grad()
-def _compensated(
-    student: Student,
-    problem: Problem[Source],
-    grids: Mapping[str, WeightGrid],
-    tensors: Mapping[str, Tensor],
-    ranges: Ranges,
-) -> dict[str, Tensor]:
-    """Let the rounding errors of each layer compensate each other on the images; returns the weights that change."""
-    source, inputs = problem.source, problem.inputs
-    layers = [layer for layer in source.dof_map.layers if layer.weight in grids and can_compensate(layer)]
-    ops = {op.name: op for op in source.graph.ops}
-    moments: dict[str, Tensor] = {}
-    generator = torch.Generator().manual_seed(0)
-
-    def watcher(layer: Layer) -> Callable[[Tensor], None]:
-        W = tensors[layer.weight]
-        parts = parts_of(W)
-
-        def add(x: Tensor) -> None:
-            found = moments_of(input_rows(x, ops[layer.calls[0]], layer, W, generator=generator), parts).double()
-            before = moments.get(layer.weight)
-            moments[layer.weight] = found if before is None else before.add_(found)
-
-        return add
-
-    watchers = {layer.calls[0]: watcher(layer) for layer in layers}
-    for call in inputs.batches(inputs.at_once(BATCH), at_most=COMPENSATION_IMAGES):
-        ranges.run(student, tensors, call, watchers)
-    result = {}
-    for layer in layers:
-        W, grid = tensors[layer.weight], grids[layer.weight]
-        step = layer.axes.on_weight(grid.scale, grid.scale_in, W)
-        H = moments.pop(layer.weight)
-        try:
-            result[layer.weight] = compensated_kernel(W, step, H, groups=layer.groups, high=largest_integer(grid.bits))
-        except RuntimeError as error:  # the moment matrix is not positive definite
-            logger.warning("%s starts from rounding to nearest: %s", layer.weight, error)
-    return result
-
-
-@torch.no_grad()
 def _look(start: Start[Placed], problem: Problem[Source], ranges: Ranges) -> None:
     """Warn of constant activations and dominant images among the first ones, which compensation has seen, if it ran."""
     inputs, placed = problem.inputs, start.placed
@@ -306,7 +265,7 @@ def _look(start: Start[Placed], problem: Problem[Source], ranges: Ranges) -> Non
     if not placed.placement.activations:
         return
     if not ranges.images:
-        for call in inputs.batches(inputs.at_once(BATCH), at_most=COMPENSATION_IMAGES):
+        for call in inputs.batches(inputs.at_once(BATCH), at_most=LOOKED_AT):
             ranges.run(start.student, placed.tensors, call, {})
     warn_of_ranges(ranges, start.student, placed.tensors, problem.source.graph, placed.placement, inputs)
 

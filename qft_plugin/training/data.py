@@ -13,7 +13,7 @@ from qft_plugin.graph.torch_model import Call
 from qft_plugin.training.distributed import ALONE, World
 from qft_plugin.training.rows import Rows
 
-HEAD_IMAGES: Final = 300
+HEAD_IMAGES: Final = 1_024
 """Where several processes train, every one of them keeps this many of the first images, to choose the same start."""
 
 BATCH_BYTES: Final = 10 * 2**20

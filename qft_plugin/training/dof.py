@@ -141,21 +141,23 @@ class LayerDof(nn.Module):
         """
         return Channels(c.index_select(0, self.in_index), c.index_select(0, self.out_index))
 
-    def folded_weight(self, c: Channels) -> Tensor:
+    def folded_weight(self, c: Channels, step: Tensor) -> Tensor:
         """Return the weight with the cross-layer factors moved into it, real units.
 
         Args:
             c: the factors of the layer's channels.
+            step: as in `units`.
         """
-        return multiplied(self.W, self.units(c))
+        return multiplied(self.W, self.units(c, step))
 
-    def units(self, c: Channels) -> tuple[Tensor, ...]:
+    def units(self, c: Channels, step: Tensor) -> tuple[Tensor, ...]:
         """Return what the stored weight is multiplied by, in this order, to be the folded one.
 
         Args:
             c: the factors of the layer's channels.
+            step: of the weight as it is now, broadcasts against it; `unit` where it is not quantized.
         """
-        axes, out = self.layer.axes, self.unit
+        axes, out = self.layer.axes, step
         if self.folds_out:
             out = out / axes.per_out(c.outputs, self.W)
         return (out, axes.per_in(c.inputs, self.W)) if self.folds_in else (out,)
@@ -209,12 +211,14 @@ class LayerIndex(nn.Module):
 class Dof(nn.Module):
     """All trainable tensors of Eq. (6): weights, biases, rescale factors, activation steps and cross-layer factors.
 
-    Scales are stored as logarithms. A weight is stored in units of its initial step and a bias in units of the
-    initial step times a typical input, so that one learning rate means the same for every layer of every network,
+    Scales are stored as logarithms. A weight is stored in units of its own step, as it is now, and a bias in units of
+    the initial step times a typical input, so that one learning rate means the same for every layer of every network,
     however its channels are scaled.
 
     Departure: the paper trains weights in real units; there the learning rate must be retuned where weights are
-    scaled differently, and equalized and original networks train differently.
+    scaled differently, and equalized and original networks train differently. Where the step changes, too, all weights
+    on it would be rounded anew, which destroys what integers that compensate each other are worth: a step that trains
+    for a few hundred steps moves by a tenth and more. In units of the step the integers stay where they are.
 
     Attributes:
         map: which scales are shared, free, or pinned.

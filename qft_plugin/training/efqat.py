@@ -67,11 +67,12 @@ def _kernels(dof: Dof) -> list[LayerDof]:
 @torch.no_grad()
 def magnitudes(dof: Dof) -> dict[str, Tensor]:
     """Return the mean magnitude of each output channel of the quantized kernels by name, `[out]`, folded units."""
-    c = dof.factors()
+    scales = scales_of(dof)
     return {
         kernel.layer.weight: kernel.layer.axes.out_slices(W).abs().mean(1)
         for kernel in _kernels(dof)
-        for W in [kernel.folded_weight(kernel.channels(c))]
+        for step in [kernel.step(scales.weights[kernel.layer.weight])]
+        for W in [kernel.folded_weight(kernel.channels(scales.factors), step)]
     }
 
 
@@ -108,7 +109,8 @@ def settle(dof: Dof) -> None:
     scales = scales_of(dof)
     for name, held in held_kernels(dof).items():
         kernel = dof.trained_weight(name)
-        units, step = kernel.units(kernel.channels(scales.factors)), kernel.step(scales.weights[name])
+        step = kernel.step(scales.weights[name])
+        units = kernel.units(kernel.channels(scales.factors), step)
         kernel.W.copy_(settled(held, kernel.W, units, step, kernel.layer.axes))
 
 

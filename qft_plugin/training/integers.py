@@ -51,9 +51,10 @@ def folded_tensors(dof: Dof) -> dict[str, Tensor]:
     for module in dof.layers:
         assert isinstance(module, LayerDof)
         layer, channels = module.layer, module.channels(scales.factors)
-        W, B = module.folded_weight(channels), module.folded_bias(channels)
+        step = module.unit if module.element is None else module.step(scales.weights[layer.weight])
+        W, B = module.folded_weight(channels, step), module.folded_bias(channels)
         if module.element is not None:
-            W = module.element.near(W, module.step(scales.weights[layer.weight]))
+            W = module.element.near(W, step)
         tensors[layer.weight] = W
         if layer.bias is not None and B is not None:
             tensors[layer.bias] = on_hardware(dof, module, B, scales)

@@ -125,9 +125,9 @@ def solve(dof: Dof) -> Solution:
             partial += [] if cheaper is None else [cheaper]
         elif module.element is not None:
             step = module.step(scales.weights[layer.weight])
-            W = module.element.folded(module.W, module.units(channels), step, dof.progress)
+            W = module.element.folded(module.W, module.units(channels, step), step, dof.progress)
         else:
-            W = module.folded_weight(channels)
+            W = module.folded_weight(channels, module.unit)
         B = module.folded_bias(channels)
         tensors[layer.weight] = W
         if layer.bias is not None and B is not None:
@@ -141,14 +141,14 @@ def _partly_trained(
     """Compute a kernel of which a part trains; fixed integers follow neither cross-layer factors nor a left scale."""
     left = None if layer.scale_in is None else layer.scale_in.detach()
     step = layer.layer.axes.on_weight(scale, left, layer.W)
-    return partly_trained(held, layer.units(c.detach()), step, scale, element, layer.layer.axes)
+    return partly_trained(held, layer.units(c.detach(), step), step, scale, element, layer.layer.axes)
 
 
 def integers_of(layer: LayerDof, scales: Scales) -> Tensor:
     """Return the integers of a quantized weight, held in float, of the shape of the weight."""
     assert layer.element is not None
-    W = layer.folded_weight(layer.channels(scales.factors))
-    return layer.element.integers(W, layer.step(scales.weights[layer.layer.weight]))
+    step = layer.step(scales.weights[layer.layer.weight])
+    return layer.element.integers(layer.folded_weight(layer.channels(scales.factors), step), step)
 
 
 def accumulator_step(dof: Dof, layer: LayerDof, scales: Scales) -> Tensor | None:

@@ -1,11 +1,21 @@
 """Rounding errors that compensate each other."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from qft_plugin.tensors.gptq import BLOCK, LARGEST, compensated_kernel, moments_of, parts_of
+from qft_plugin.tensors.gptq import (
+    BLOCK,
+    DAMPING,
+    LARGEST,
+    OUTERMOST,
+    compensated_kernel,
+    moments_of,
+    parts_of,
+)
 
 HIGH = 7
 
@@ -31,10 +41,10 @@ def output_error(W: Tensor, Q: Tensor, X: Tensor) -> Tensor:
     return ((W - Q) @ X.transpose(1, 2)).square().sum()
 
 
-def compensated(W: Tensor, step: Tensor, H: Tensor) -> Tensor:
+def compensated(W: Tensor, step: Tensor, H: Tensor, **options: Any) -> Tensor:
     """Compensate a kernel that is arranged as `[groups, out/groups, columns]`."""
     rows, steps = W.flatten(0, 1), step.expand_as(W).flatten(0, 1)
-    return compensated_kernel(rows, steps, H, groups=W.shape[0], high=HIGH).view_as(W)
+    return compensated_kernel(rows, steps, H, groups=W.shape[0], high=HIGH, **options).view_as(W)
 
 
 @pytest.mark.parametrize("columns", [9, BLOCK + 17])
@@ -121,23 +131,82 @@ def test_uncorrelated_inputs_round_to_nearest() -> None:
     W = torch.rand(1, 5, 12, dtype=torch.float64) * 2 - 1
     step = torch.full((1, 5, 1), 1 / HIGH, dtype=torch.float64)
     H = torch.diag(torch.rand(12, dtype=torch.float64) + 0.5).unsqueeze(0)
-    torch.testing.assert_close(compensated(W, step, H), W, rtol=EXACT, atol=EXACT)
+    # A weight in the middle between two integers is moved next to the nearer one.
+    torch.testing.assert_close(compensated(W, step, H), W, rtol=EXACT, atol=(0.5 - OUTERMOST) / HIGH)
 
 
 def test_against_the_plain_optimal_brain_update() -> None:
-    """The Cholesky form is OBQ's update: the remaining columns move by -error * H^-1[j, k] / H^-1[j, j]."""
+    """The Cholesky form is OBQ's update: the remaining columns move by -error * H^-1[j, k] / H^-1[j, j].
+
+    The columns with the largest inputs come first.
+    """
     X, W = correlated(60, 8), torch.randn(1, 3, 8, dtype=torch.float64)
     step = W.abs().amax(-1, keepdim=True) / HIGH * 1.3
     H = moment(X)
-    damped = H[0].numpy() + 0.01 * np.diag(np.full(8, H[0].diagonal().mean().item()))
-    w, expected, s = W[0].numpy().copy(), np.zeros((3, 8)), step[0, :, 0].numpy()
+    order = np.argsort(-H[0].diagonal().numpy())
+    damped = (H[0].numpy() + DAMPING * np.diag(np.full(8, H[0].diagonal().mean().item())))[order][:, order]
+    w, expected, s = W[0].numpy()[:, order], np.zeros((3, 8)), step[0, :, 0].numpy()
     for j in range(8):
         inverse = np.linalg.inv(damped[j:, j:])
         expected[:, j] = np.clip(w[:, j], -(HIGH + 0.49) * s, (HIGH + 0.49) * s)
         error = w[:, j] - np.clip(np.round(expected[:, j] / s), -HIGH, HIGH) * s
         w[:, j:] -= error[:, None] * inverse[0][None] / inverse[0, 0]
-    found = compensated(W, step, H)[0].numpy()
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+    found = compensated(W, step, H, sweeps=0)[0].numpy()
+    np.testing.assert_allclose(found[:, order], expected, rtol=1e-6, atol=1e-9)
+
+
+def damped(H: Tensor) -> Tensor:
+    """Return the moments of one group as the error is measured with them."""
+    return H[0] + DAMPING * torch.diag(H[0].diagonal().mean().expand(H.shape[1]))
+
+
+def test_after_many_sweeps_no_single_integer_is_better() -> None:
+    """Any other integer at one place makes the damped error of its row larger."""
+    X, W = correlated(200, 40), torch.randn(1, 5, 40, dtype=torch.float64)
+    step, H = W.abs().amax(-1, keepdim=True) / HIGH, moment(X)
+    Q, D = rounded(compensated(W, step, H, sweeps=50), step)[0], damped(H)
+    error = W[0] - Q
+    least = (error @ D * error).sum(1, keepdim=True)
+    for change in (-1, 1):
+        moved = step[0] * change
+        allowed = (Q + moved).abs() <= HIGH * step[0] * (1 + EXACT)
+        # |e - c|^2 at one column j:  -2 c (e H)_j + c^2 H_jj
+        after = least - 2 * moved * (error @ D) + moved.square() * D.diagonal()
+        assert bool((after[allowed] >= (least * (1 - EXACT)).expand_as(after)[allowed]).all())
+
+
+def test_choosing_anew_makes_no_row_worse() -> None:
+    """Each sweep lowers the damped error of each row, or leaves it."""
+    columns = BLOCK + 17
+    X = torch.randn(1, 200, columns, dtype=torch.float64) @ torch.randn(columns, columns, dtype=torch.float64)
+    W = torch.randn(1, 50, columns, dtype=torch.float64)
+    step, H = W.abs().amax(-1, keepdim=True) / HIGH, moment(X)
+    errors = []
+    for sweeps in (0, 1, 2):
+        e = W[0] - rounded(compensated(W, step, H, sweeps=sweeps), step)[0]
+        errors.append((e @ damped(H) * e).sum(1))
+    assert (errors[1] <= errors[0] * (1 + EXACT)).all()
+    assert (errors[1] < errors[0]).any()
+    assert (errors[2] <= errors[1] * (1 + EXACT)).all()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_layer_makes_up_for_the_inputs_that_it_has(groups: int) -> None:
+    """Where its inputs x differ from those of the float layer, y, it comes closer to the outputs for y."""
+    mixing = torch.randn(groups, 24, 24, dtype=torch.float64)
+    y = torch.randn(groups, 400, 24, dtype=torch.float64) @ mixing
+    x = y + 0.3 * torch.randn_like(y) @ mixing.flip(0, 1)
+    W = torch.randn(groups, 6, 24, dtype=torch.float64)
+    step, parts = W.abs().amax(-1, keepdim=True) / HIGH, parts_of(W.flatten(0, 1))
+    wanted = W @ y.transpose(1, 2)
+    H, D = moments_of(x, parts), moments_of(x, parts, y - x)
+    errors = [
+        (rounded(compensated(W, step, H, D=moved), step) @ x.transpose(1, 2) - wanted).norm() / wanted.norm()
+        for moved in (None, D)
+    ]
+    assert errors[1] < 0.95 * errors[0]
+    alike = compensated(W, step, H, D=torch.zeros_like(D))
+    torch.testing.assert_close(alike, compensated(W, step, H), rtol=EXACT, atol=EXACT)
 
 
 def test_no_weight_starts_where_the_clip_passes_no_gradient() -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from qft_plugin.config import FinetuneConfig
 from qft_plugin.errors import ConfigError, DataError
-from qft_plugin.job import activation_ranges, bias_correction, start
+from qft_plugin.job import activation_ranges, bias_correction, compensation
 from qft_plugin.training.data import HEAD_IMAGES, Inputs, read_inputs
 from qft_plugin.training.distributed import ALONE, World, agreed, check_alike, joined, once
 from qft_plugin.training.loss import Loss, Prediction, Whole, distillation_loss
@@ -63,9 +63,12 @@ def read(world: World, *, head_items: int = 0, count: int = 700, max_images: int
 
 
 @pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize(("head_items", "head"), [(0, HEAD_IMAGES), (4, 360), (99, 650)])
-def test_a_process_keeps_the_first_images_and_its_own(size: int, head_items: int, head: int) -> None:
+@pytest.mark.parametrize(("head_items", "head"), [(0, 300), (4, 360), (99, 650)])
+def test_a_process_keeps_the_first_images_and_its_own(
+    size: int, head_items: int, head: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is read is, for all processes together, what one process reads, and the first images are the same."""
+    monkeypatch.setattr("qft_plugin.training.data.HEAD_IMAGES", 300)
     whole = read(ALONE)
     assert whole.share is whole
     assert whole.own is None
@@ -82,7 +85,10 @@ def test_a_process_keeps_the_first_images_and_its_own(size: int, head_items: int
 
 def test_all_that_the_start_looks_at_is_kept() -> None:
     """Every process has the images that ranges, compensation and biases start from."""
-    assert max(activation_ranges.RANGE_IMAGES, start.COMPENSATION_IMAGES, bias_correction.BIAS_IMAGES) <= HEAD_IMAGES
+    assert (
+        max(activation_ranges.RANGE_IMAGES, compensation.COMPENSATION_IMAGES, bias_correction.BIAS_IMAGES)
+        <= HEAD_IMAGES
+    )
 
 
 def test_every_process_needs_an_image() -> None:

@@ -73,6 +73,6 @@ def test_folding_of_the_degrees_of_freedom_is_differentiable(kind: str) -> None:
 
     def folded(c: Tensor) -> tuple[Tensor, Tensor]:
         channels = layer.channels(c)
-        return layer.folded_weight(channels), layer.folded_bias(channels)
+        return layer.folded_weight(channels, layer.unit), layer.folded_bias(channels)
 
     assert torch.autograd.gradcheck(folded, (c,))

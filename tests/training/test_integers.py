@@ -14,7 +14,7 @@ from qft_plugin.graph.placement import ActivationGrid
 from qft_plugin.tensors.fake_quantize import fake_quantize
 from qft_plugin.training.dof import Dof, WeightGrid
 from qft_plugin.training.integers import deployed_weights, folded_tensors
-from qft_plugin.training.solve import solve
+from qft_plugin.training.solve import scales_of, solve
 
 EXACT = 1e-12
 """A handful of float64 operations in another order."""
@@ -39,6 +39,12 @@ def unfolded_integers(dof: Dof, weight: str, W: Tensor) -> np.ndarray:
     return loops(W.numpy(), S_a_in.numpy(), S_a_out.numpy(), F.numpy(), high, layer.groups)
 
 
+def stretched(dof: Dof, weight: str) -> Tensor:
+    """By what a weight has grown with its step since the start: it is stored in steps."""
+    module = dof.trained_weight(weight)
+    return (module.step(scales_of(dof).weights[weight]) / module.unit).detach()
+
+
 @pytest.mark.parametrize("doubly", [False, True], ids=["", "doubly"])
 @pytest.mark.parametrize("channelwise", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
@@ -49,7 +55,7 @@ def test_integers_are_those_before_folding(kind: str, channelwise: bool, doubly:
     deployed = deployed_weights(dof)
     assert set(deployed) == {"0.weight", "2.weight", "4.weight"}
     for name, found in deployed.items():
-        expected = unfolded_integers(dof, name, parameters_of(model)[name])
+        expected = unfolded_integers(dof, name, parameters_of(model)[name] * stretched(dof, name))
         np.testing.assert_array_equal(found.integers.numpy(), expected)
         assert len(found.integers.unique()) > 3
 
@@ -73,11 +79,13 @@ def test_the_student_computes_with_the_deployed_integers(kind: str, doubly: bool
 @pytest.mark.parametrize("doubly", [False, True], ids=["", "doubly"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_folded_tensors_are_the_folded_network(kind: str, doubly: bool) -> None:
-    """What is given back unrounded is the float network with the trained factors folded in, whatever the scales."""
+    """What is given back unrounded is the float network, grown with its steps, with the trained factors folded in."""
     model, x = two_layers(kind)
     dof = make_dof(model, x, doubly=doubly)
-    tensors = folded_tensors(dof)
-    expected = fold_network(dof.map, dof.log_c.detach(), parameters_of(model))
+    tensors, grown = folded_tensors(dof), parameters_of(model)
+    for name in dof.weight_grids:
+        grown[name] = grown[name] * stretched(dof, name)
+    expected = fold_network(dof.map, dof.log_c.detach(), grown)
     assert set(tensors) == set(expected)
     for name, t in tensors.items():
         assert not t.requires_grad

@@ -69,7 +69,7 @@ def test_doubly_per_channel_training_starts_at_the_given_scales(kind: str) -> No
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_of_the_left_scale(kind: str) -> None:
-    """By the loops of the reference: dL/dlog L_i is the sum of dL/dstep * step over what input channel i touches."""
+    """dL/dlog L_i is the sum of dL/dW * W over what input channel i touches: integers stay where a step changes."""
     dof = make_dof(*two_layers(kind), doubly=True)
     layer, module = dof.map.layer("2.weight"), dof.trained_weight("2.weight")
     tensor = solve(dof).tensors["2.weight"]
@@ -81,14 +81,12 @@ def test_gradient_of_the_left_scale(kind: str) -> None:
     steps = reference.kernel_steps(
         shape, found.step.numpy(), found.step_in.numpy(), layer.groups, transposed=transposed
     )
-    W = folded_tensors(dof)["2.weight"].numpy()
-    _, of_steps = reference.fake_quantize_gradients(W, steps, g.numpy(), -7, 7)
     expected = np.zeros(len(layer.in_index))
     for i in range(len(expected)):
         alone = np.zeros(len(expected))
         alone[i] = 1
         touched = reference.kernel_steps(shape, found.step.numpy(), alone, layer.groups, transposed=transposed)
-        expected[i] = (of_steps * (touched > 0) * steps).sum()
+        expected[i] = (g.numpy() * (touched > 0) * found.integers.numpy() * steps).sum()
     assert module.log_L is not None
     np.testing.assert_allclose(module.log_L.grad.numpy(), expected, rtol=1e3 * EXACT, atol=1e3 * EXACT)
     assert np.abs(expected).min() > 0

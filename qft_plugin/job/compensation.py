@@ -1,0 +1,239 @@
+"""Compensation over a whole network: layer after layer, on the inputs that the quantized layers before it give."""
+
+import functools
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from qft_plugin.graph.layer_graph import Layer, LayerGraph, Op
+from qft_plugin.job.activation_ranges import BATCH
+from qft_plugin.job.gptq_inputs import can_compensate, input_rows, rows_wanted
+from qft_plugin.job.health import Ranges
+from qft_plugin.job.host import Problem, Source, Student
+from qft_plugin.tensors.gptq import compensated_kernel, moments_of, parts_of
+from qft_plugin.tensors.grid import largest_integer, to_integer
+from qft_plugin.training.data import Inputs
+from qft_plugin.training.dof import Dof, LayerDof
+from qft_plugin.training.rows import KeptRows
+from qft_plugin.training.solve import scales_of, solve
+
+logger = logging.getLogger("qft_plugin")
+
+COMPENSATION_IMAGES: Final = 1_024
+"""Images on which rounding errors compensate each other."""
+
+ONE_CALL: Final = 2 * 2**30
+"""Bytes of activations that one call with all these images may need; above it there are fewer images."""
+
+HELD: Final = 2**30
+"""Bytes of inputs of float layers that are held in memory."""
+
+LIVE: Final = 3
+"""How many activations of the largest size are held at once: what a layer reads and gives, and what it skips."""
+
+FEW: Final = 16
+"""With fewer images in one call the inputs of the quantized layers say too little about those of other images."""
+
+
+@torch.no_grad()
+def compensated(
+    student: Student, problem: Problem[Source], dof: Dof, tensors: Mapping[str, Tensor], ranges: Ranges
+) -> dict[str, Tensor]:
+    """Let the rounding errors of all layers compensate each other on the images.
+
+    The float network runs once. Then the quantized one runs, with all images at once, and whenever it comes to a layer,
+    that layer's weight is chosen so that on the inputs that it really has, its outputs are those of the float layer.
+    The means of its outputs are the bias's business, where it has one: the weights answer for the rest.
+
+    A model that takes a few images at a time only is compensated on the inputs of the float network.
+
+    Args:
+        student: the network.
+        problem: its graph and images.
+        dof: the degrees of freedom, weights as they are now.
+        tensors: weights and biases by name, real units, of the folded float network.
+        ranges: notes the activations of the float network.
+
+    Returns:
+        The weights and biases that change, by name.
+    """
+    kernels, inputs = _kernels(problem, dof, tensors), problem.inputs
+    if not kernels:
+        return {}
+    solution = solve(dof)
+    live = {name: tensor.clone() for name, tensor in solution.tensors.items()}
+    found: dict[str, Tensor] = {}
+    count = images_at_once(problem.source.graph, inputs)
+    at_once = count >= FEW
+    size = count if at_once else inputs.at_once(BATCH)
+    calls = [*inputs.batches(size, at_most=count if at_once else COMPENSATION_IMAGES)]
+    floating = _Floating(kernels, len(calls))
+    try:
+        for call in calls:
+            ranges.run(student, tensors, call, _watchers(kernels, floating.note))
+        if at_once:
+
+            def quantized(kernel: _Kernel, x: Tensor) -> None:
+                _choose(kernel, kernel.rows(x), floating.taken(kernel), live, found)
+
+            student.trace(replace(solution, tensors=live), calls[0], _watchers(kernels, quantized))
+        else:
+            for kernel in kernels:
+                _choose(kernel, floating.taken(kernel), None, live, found)
+    finally:
+        floating.discard()
+    return found
+
+
+def images_at_once(graph: LayerGraph, inputs: Inputs) -> int:
+    """Return how many images are compensated on: as many as one call may have.
+
+    Args:
+        graph: the network, recorded with `inputs.first()`.
+        inputs: all images.
+    """
+    recorded = inputs.fitting(min(2, len(inputs)))
+    largest = max(torch.Size(shape).numel() for shape in graph.shapes.values()) / recorded
+    bytes_each = 4 * LIVE * largest
+    return inputs.fitting(max(1, min(COMPENSATION_IMAGES, len(inputs), int(ONE_CALL / bytes_each))))
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A layer whose weight is chosen.
+
+    Attributes:
+        dof: its degrees of freedom.
+        op: the first operation that uses it.
+        W: its float weight, folded, real units.
+        bias: its own float bias, likewise, which answers for the means; `None` where it has none, or shares one.
+        step: of the weight, real per step, broadcasts against `W`.
+        high: its largest integer.
+    """
+
+    dof: LayerDof
+    op: Op
+    W: Tensor
+    bias: Tensor | None
+    step: Tensor
+    high: int
+
+    @property
+    def layer(self) -> Layer:
+        """What the weight means."""
+        return self.dof.layer
+
+    def rows(self, x: Tensor, calls: int = 1) -> Tensor:
+        """Return some of the inputs that meet the weights of one output, `[rows, groups, in/groups * k]`.
+
+        Args:
+            x: what the operation reads.
+            calls: how many calls have such inputs.
+        """
+        count = -(-rows_wanted(self.W[0].numel()) // calls)
+        generator = torch.Generator().manual_seed(0)
+        return input_rows(x, self.op, self.layer, self.W, count=count, generator=generator).transpose(0, 1)
+
+    def chosen(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Choose the weight and the bias.
+
+        Args:
+            x: inputs of the quantized layer, from `rows`.
+            y: those of the float layer; `None` where they are the same.
+
+        Returns:
+            A weight that rounds to the integers, the rounded one, and the bias, `[out]`, if there is one.
+
+        Raises:
+            RuntimeError: the moments of the inputs are not positive definite.
+        """
+        parts = parts_of(self.W)
+        x = x.transpose(0, 1)
+        y = x if y is None else y.transpose(0, 1)
+        x_mean, y_mean = (t[:, :1] * 0 if self.bias is None else t.mean(1, keepdim=True) for t in (x, y))
+        centred = x - x_mean
+        H = moments_of(centred, parts).double()
+        D = None if y is x else moments_of(centred, parts, (y - y_mean).sub_(centred)).double()
+        moved = compensated_kernel(self.W, self.step, H, groups=self.layer.groups, high=self.high, D=D)
+        rounded = to_integer(moved, self.step, low=-self.high, high=self.high).mul_(self.step)
+        if self.bias is None:
+            return moved, rounded, None
+        found, wanted = (
+            t.reshape(self.layer.groups, -1, parts.columns) @ mean.transpose(1, 2)
+            for t, mean in ((rounded, x_mean), (self.W, y_mean))
+        )
+        return moved, rounded, self.bias + (wanted - found).flatten()
+
+
+def _kernels(problem: Problem[Source], dof: Dof, tensors: Mapping[str, Tensor]) -> list[_Kernel]:
+    """List the layers whose weights are chosen, in the order of execution."""
+    ops, scales = {op.name: op for op in problem.source.graph.ops}, scales_of(dof)
+    biases = Counter(layer.bias for layer in dof.map.layers if layer.bias is not None)
+    found = []
+    for module in dof.quantized():
+        layer, name = module.layer, module.layer.weight
+        # A weight that stays 0 cannot compensate anything.
+        if not can_compensate(layer) or name in problem.source.kept:
+            continue
+        found.append(
+            _Kernel(
+                module,
+                ops[layer.calls[0]],
+                tensors[name],
+                tensors[layer.bias] if layer.bias is not None and biases[layer.bias] == 1 else None,
+                module.step(scales.weights[name]),
+                largest_integer(dof.weight_grids[name].bits),
+            )
+        )
+    return found
+
+
+def _watchers(
+    kernels: Sequence[_Kernel], watch: Callable[[_Kernel, Tensor], None]
+) -> dict[str, Callable[[Tensor], None]]:
+    return {kernel.op.name: functools.partial(watch, kernel) for kernel in kernels}
+
+
+class _Floating:
+    """The inputs of the float layers, in half their memory, and above a limit in mapped files."""
+
+    def __init__(self, kernels: Sequence[_Kernel], calls: int) -> None:
+        self._kernels, self._calls = kernels, calls
+        self._rows: dict[str, KeptRows] = {}
+
+    def note(self, kernel: _Kernel, x: Tensor) -> None:
+        """Keep what a layer reads in one call."""
+        rows = kernel.rows(x, self._calls)
+        name = kernel.layer.weight
+        if name not in self._rows:
+            self._rows[name] = KeptRows(rows, HELD // len(self._kernels), halve=True)
+        self._rows[name].append(rows)
+
+    def taken(self, kernel: _Kernel) -> Tensor:
+        """Return what a layer has read, and forget it."""
+        W = kernel.W
+        return self._rows.pop(kernel.layer.weight).finish().rows(slice(None), W.device).to(W.dtype)
+
+    def discard(self) -> None:
+        """Remove all files."""
+        for rows in self._rows.values():
+            rows.discard()
+
+
+def _choose(kernel: _Kernel, x: Tensor, y: Tensor | None, live: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Choose a weight and its bias, both in the network that runs and in the result."""
+    layer = kernel.layer
+    try:
+        found[layer.weight], rounded, bias = kernel.chosen(x, y)
+    except RuntimeError as error:  # the moment matrix is not positive definite
+        logger.warning("%s starts from rounding to nearest: %s", layer.weight, error)
+        return
+    live[layer.weight].copy_(rounded)
+    if bias is not None and layer.bias is not None:
+        found[layer.bias] = bias
+        live[layer.bias].copy_(bias)
