@@ -173,10 +173,10 @@ class FinetuneConfig:
         seed: of the order of the images.
     """
 
-    images_fed: int = 12_288
+    images_fed: int = 6_144
     max_images: int = 8_192
     batch_size: int = 32
-    learning_rate: float = 0.015
+    learning_rate: float = 0.003
     scale_learning_rate: float = 3e-3
     restarts: int = 1
     loss_at: str | Mapping[str, float] | Sequence[str] | None = None

@@ -71,7 +71,7 @@ def compensated(
     count = images_at_once(problem.source.graph, inputs)
     at_once = count >= FEW
     size = count if at_once else inputs.at_once(BATCH)
-    calls = [*inputs.batches(size, at_most=count if at_once else COMPENSATION_IMAGES)]
+    calls = [*inputs.batches(size, at_most=count if at_once else min(COMPENSATION_IMAGES, _seen(inputs)))]
     floating = _Floating(kernels, len(calls))
     try:
         for call in calls:
@@ -100,7 +100,12 @@ def images_at_once(graph: LayerGraph, inputs: Inputs) -> int:
     recorded = inputs.fitting(min(2, len(inputs)))
     largest = max(torch.Size(shape).numel() for shape in graph.shapes.values()) / recorded
     bytes_each = 4 * LIVE * largest
-    return inputs.fitting(max(1, min(COMPENSATION_IMAGES, len(inputs), int(ONE_CALL / bytes_each))))
+    return inputs.fitting(max(1, min(COMPENSATION_IMAGES, _seen(inputs), int(ONE_CALL / bytes_each))))
+
+
+def _seen(inputs: Inputs) -> int:
+    """Return how many images may be looked at: not those that are held out of training."""
+    return min(len(inputs), inputs.trained_on)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from qft_plugin.training.blocks import split
 from qft_plugin.training.distributed import agreed
 from qft_plugin.training.dof import Dof, parameter_groups
 from qft_plugin.training.efqat import PartialTraining, release
-from qft_plugin.training.finetune import EVALUATION_IMAGES, FinetuneResult, Goal, finetune
+from qft_plugin.training.finetune import FinetuneResult, Goal, finetune
 from qft_plugin.training.integers import DeployedWeight, accumulator_bits, deployed_weights
 from qft_plugin.training.loss import Loss, Prediction
 from qft_plugin.training.phases import Options, Phase, Step
@@ -276,7 +276,7 @@ def _finetuned(
 
 def _not_finite(start: Start[Placed], problem: Problem[Source]) -> QFTError:
     share = problem.inputs.share
-    calls = share.batches(share.at_once(TEACHER_BATCH), at_most=EVALUATION_IMAGES)
+    calls = share.batches(share.at_once(TEACHER_BATCH))
     return not_finite(start.student, problem.source.graph, start.placed.placement, solve(start.dof), calls)
 
 

@@ -66,7 +66,7 @@ def images(model: nn.Module, items: Iterable[Any], config: QFTConfig, *, head_it
                 inputs = inputs.one_by_one()
     check_alike(world, marks=inputs.marks, settings=repr(config), model=model)
     if config.finetune is not None:
-        strata_of(min(settings.batch_size, inputs.total), world.size)
+        strata_of(min(settings.batch_size, inputs.trained_on), world.size)
     return inputs
 
 

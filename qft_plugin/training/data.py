@@ -16,6 +16,14 @@ from qft_plugin.training.rows import Rows
 HEAD_IMAGES: Final = 1_024
 """Where several processes train, every one of them keeps this many of the first images, to choose the same start."""
 
+HELD_OUT_SHARE: Final = 8
+"""One image of so many is held out of training, to choose the state that is kept on images that it has not seen."""
+
+MOST_HELD_OUT: Final = 512
+
+LEAST_IMAGES: Final = 128
+"""With fewer images all are trained on, and choose the state as well: sixteen of them say little."""
+
 BATCH_BYTES: Final = 10 * 2**20
 """Largest size of the inputs of a batch where nothing trains: 16 images of 224x224. The activations of networks take
 tens of times as much, and larger blocks of memory are slower, too: torch takes them from the system and gives them back
@@ -56,6 +64,12 @@ class Inputs:
     def total(self) -> int:
         """How many images all processes have together."""
         return len(self) if self.own is None else sum(self.sizes)
+
+    @property
+    def trained_on(self) -> int:
+        """How many of all images, the first ones, are trained on."""
+        total = self.total
+        return total if total < LEAST_IMAGES else total - min(MOST_HELD_OUT, total // HELD_OUT_SHARE)
 
     @property
     def share(self) -> "Inputs":

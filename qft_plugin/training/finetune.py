@@ -24,7 +24,7 @@ from qft_plugin.training.teacher import Recomputed, Targets
 logger = logging.getLogger("qft_plugin")
 
 EVALUATION_IMAGES: Final = 512
-"""The state to return is chosen by the loss on this many of the finetuning images."""
+"""Where no image is held out, the state to return is chosen by the loss on this many of the finetuning images."""
 
 ENOUGH_STEPS: Final = 200
 """From so many steps on a finetune that gains nothing is worth a warning. A start of compensated weights is so good
@@ -55,14 +55,17 @@ class FinetuneResult:
     """How a finetune went.
 
     Attributes:
-        start_loss: loss before the first step, over `EVALUATION_IMAGES` finetuning images.
+        start_loss: loss before the first step, over the images that were held out of training, or where there are
+            none, `EVALUATION_IMAGES` finetuning images.
         final_loss: loss of the state that was kept, over the same images; never larger.
+        held_out: how many images were held out.
         steps: steps taken.
         losses: the loss of each step's batch, that of its phase.
     """
 
     start_loss: float
     final_loss: float
+    held_out: int
     steps: int
     losses: tuple[float, ...]
 
@@ -79,8 +82,8 @@ def finetune(
     """Train the student to agree with the teacher, and leave the best state in it.
 
     The state at the end of every cosine cycle is compared with the best one so far, at first the starting point, by
-    the loss on (at most 512 of) the finetuning images; the best is what stays. A later phase starts from where the one
-    before it ended.
+    the loss on images that are held out of training (`Inputs.trained_on`); the best is what stays. A later phase starts
+    from where the one before it ended.
 
     Where several processes train together, each step's batch is divided among them, and losses, gradients and states
     are those of the whole batch in every one of them.
@@ -99,7 +102,7 @@ def finetune(
     world = goal.inputs.world
     batch_size = _batch_size(goal.inputs, config)
     total = max(len(phases), round(config.images_fed / batch_size))
-    order = orders(goal.inputs.total, batch_size, strata=strata_of(batch_size, world.size), seed=config.seed)
+    order = orders(goal.inputs.trained_on, batch_size, strata=strata_of(batch_size, world.size), seed=config.seed)
     batches = _batches(goal, order, batch_size, at=lambda step: options.schedule(step / total))
 
     def evaluate() -> float:
@@ -131,12 +134,13 @@ def finetune(
     state.load_state_dict(best.state)
     world.share_state(state)
     logger.info("finetune: loss %.5f after %d steps", best.loss, len(losses))
-    return FinetuneResult(start_loss, best.loss, len(losses), tuple(losses))
+    held_out = goal.inputs.total - goal.inputs.trained_on
+    return FinetuneResult(start_loss, best.loss, held_out, len(losses), tuple(losses))
 
 
 def _batch_size(inputs: Inputs, config: FinetuneConfig) -> int:
     """Return how many images a step has, over all processes."""
-    size = min(config.batch_size, inputs.total)
+    size = min(config.batch_size, inputs.trained_on)
     return size if inputs.largest is None else min(size, inputs.largest * inputs.world.size)
 
 
@@ -152,20 +156,22 @@ def _batches(goal: Goal, order: Iterator[Tensor], batch_size: int, *, at: Callab
 
 @torch.no_grad()
 def _evaluate(student: Network, goal: Goal, *, batch_size: int) -> float:
-    """Return the mean loss of the first finetuning images."""
+    """Return the mean loss of the images that are held out of training, or where there are none, of the first ones."""
     inputs, world, share = goal.inputs, goal.inputs.world, goal.inputs.share
-    count = min(inputs.total, EVALUATION_IMAGES)
+    first, end = inputs.trained_on, inputs.total
+    if first == end:
+        first, end = 0, min(end, EVALUATION_IMAGES)
     size = max(batch_size, share.at_once(64)) if inputs.largest is None else inputs.largest * world.size
     total = 0.0
-    for start in range(0, count, size):
-        stop = min(start + size, count)
+    for start in range(first, end, size):
+        stop = min(start + size, end)
         part = world.row_range(start, stop)
         wanted = goal.targets.rows(part, inputs.device)
         whole = whole_of(wanted, images=stop - start, world=world)
         if part.start < part.stop:  # a last batch may have no image of this process
             loss = distillation_loss(student(share.batch(part)), wanted, goal.loss, whole=whole)
             total += float(loss) * (stop - start)
-    return world.total_of(total) / count
+    return world.total_of(total) / (end - first)
 
 
 class _Best:

@@ -11,12 +11,14 @@ from small_host import SmallHost, SmallNetwork, SmallSource
 from torch import Tensor, nn
 
 from qft_plugin import QFTConfig
+from qft_plugin.graph.torch_model import Call
 from qft_plugin.job import compensation
 from qft_plugin.job.compensation import COMPENSATION_IMAGES, LIVE, ONE_CALL, compensated, images_at_once
 from qft_plugin.job.health import Ranges
 from qft_plugin.job.host import Problem, Start
 from qft_plugin.job.start import initialize
 from qft_plugin.job.understand import images, understand
+from qft_plugin.tensors.gptq import compensated_kernel
 from qft_plugin.training.solve import solve
 
 BITS_3 = QFTConfig(weight_bits=3, small_layer_share=0, compensate=False, finetune=None)
@@ -59,7 +61,7 @@ def put(begin: Start[Any], tensors: Mapping[str, Tensor]) -> None:
 
 def outputs(problem: Problem[SmallSource], begin: Start[Any], batch: Tensor) -> tuple[Tensor, Tensor]:
     """Return what the quantized and the float network compute at the end of the backbone."""
-    call = ((batch,), {})
+    call: Call = ((batch,), {})
     with torch.no_grad():
         (found,) = begin.student(solve(begin.dof), call).features
         (wanted,) = SmallNetwork(problem).predict(problem.source.tensors, call).features
@@ -135,7 +137,7 @@ def test_a_layer_whose_moments_cannot_be_factorized_stays(
 ) -> None:
     """It is named, and all others are compensated."""
     problem, begin = begun(deep(), some(32))
-    usual = compensation.compensated_kernel
+    usual = compensated_kernel
 
     def failing(W: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if W.dim() == 2:

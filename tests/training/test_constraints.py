@@ -115,12 +115,16 @@ def test_addends_share_one_scale() -> None:
         seen.add(scales["a"].item())
     assert len(seen) == 4
     assert residual(HardwareSpec(elementwise_rescale="none")).activations.steps()["a"].item() == pytest.approx(0.071)
-    _, group = parameter_groups(dof, learning_rate=1, scale_learning_rate=1)
+    _, group, _ = parameter_groups(dof, learning_rate=1, scale_learning_rate=1)
     assert len({id(p) for p in group["params"]}) == len(group["params"])
-    _, alone = parameter_groups(dof, learning_rate=1, scale_learning_rate=1, layers=(), quantizers={"c"}, factors=False)
+    _, alone, _ = parameter_groups(
+        dof, learning_rate=1, scale_learning_rate=1, layers=(), quantizers={"c"}, factors=False
+    )
     assert alone["params"] == []
     every = dof.activations.steps().keys()
-    _, group = parameter_groups(dof, learning_rate=1, scale_learning_rate=1, layers=(), quantizers=every, factors=False)
+    _, group, _ = parameter_groups(
+        dof, learning_rate=1, scale_learning_rate=1, layers=(), quantizers=every, factors=False
+    )
     assert id(dof.activations.log_s[1]) in [id(p) for p in group["params"]]
 
 
@@ -179,7 +183,7 @@ def test_parts_of_a_concatenation_share_one_zero_point() -> None:
         dof.activations.shift[0].add_(20 / 255)
     points = dof.activations.zero_points()
     assert points["p"].item() == points["q"].item() == p.zero_point + 20
-    _, group = parameter_groups(dof, learning_rate=1, scale_learning_rate=1)
+    _, group, _ = parameter_groups(dof, learning_rate=1, scale_learning_rate=1)
     assert len({id(p) for p in group["params"]}) == len(group["params"])
 
 

@@ -18,7 +18,7 @@ def test_the_left_scale_is_trained_with_the_other_scales() -> None:
     """It is given to the optimizer once, at the learning rate of scales, and a kernel without one has none."""
     model, x = two_layers("grouped")
     dof = make_dof(model, x, doubly=True)
-    values, scales = parameter_groups(dof, learning_rate=1, scale_learning_rate=2)
+    values, scales, _ = parameter_groups(dof, learning_rate=1, scale_learning_rate=2)
     left = [dof.trained_weight(name).log_L for name in dof.weight_grids]
     assert len(left) == 3
     assert all(sum(p is q for q in scales["params"]) == 1 for p in left)
@@ -27,9 +27,9 @@ def test_the_left_scale_is_trained_with_the_other_scales() -> None:
 
 
 def test_values_and_scales_train_at_rates_of_their_own() -> None:
-    """The first group, of weights and biases, has the one rate, the second one, of all logarithms, the other."""
-    values, scales = parameter_groups(make_dof(*two_layers("grouped")), learning_rate=1, scale_learning_rate=2)
-    assert (values["lr"], scales["lr"]) == (1, 2)
+    """Weights and biases have the one rate, the logarithms of scales the other, those of factors a tenth of that."""
+    groups = parameter_groups(make_dof(*two_layers("grouped")), learning_rate=1, scale_learning_rate=2)
+    assert [group["lr"] for group in groups] == pytest.approx([1, 2, 0.2])
 
 
 def test_a_part_of_the_degrees_of_freedom_trains() -> None:
@@ -37,11 +37,13 @@ def test_a_part_of_the_degrees_of_freedom_trains() -> None:
     dof = make_dof(*two_layers("grouped"), doubly=True)
     layer, step = dof.trained_weight("2.weight"), dof.activations.log_s[1]
     settings = {"learning_rate": 1.0, "scale_learning_rate": 2.0}
-    values, scales = parameter_groups(dof, **settings, layers={"2.weight"}, quantizers={"b"}, factors=False)
+    values, scales, factors = parameter_groups(dof, **settings, layers={"2.weight"}, quantizers={"b"}, factors=False)
     assert {id(p) for p in values["params"]} == {id(layer.W), id(layer.bias)}
     assert {id(p) for p in scales["params"]} == {id(step), id(layer.log_F), id(layer.log_L)}
-    _, scales = parameter_groups(dof, **settings, layers=(), quantizers=())
-    assert [id(p) for p in scales["params"]] == [id(dof.log_c)]
+    assert not factors["params"]
+    *others, factors = parameter_groups(dof, **settings, layers=(), quantizers=())
+    assert not any(group["params"] for group in others)
+    assert [id(p) for p in factors["params"]] == [id(dof.log_c)]
 
 
 @pytest.mark.parametrize("channelwise", [True, False])

@@ -263,7 +263,8 @@ def test_what_trains() -> None:
     trained = some(dof)
     trained["0.weight"][:] = False
     hold(dof, trained)
-    values, scales = (g["params"] for g in parameter_groups(dof, learning_rate=1, scale_learning_rate=1))
+    values, scales, factors = (g["params"] for g in parameter_groups(dof, learning_rate=1, scale_learning_rate=1))
+    assert not factors
     rows = [held.rows for held in held_kernels(dof).values() if len(held.index)]
     assert len(rows) < len(held_kernels(dof))
     assert {id(p) for p in rows} < {id(p) for p in values}

@@ -94,6 +94,36 @@ def test_every_epoch_shows_every_image_once() -> None:
     assert len({tuple(batch) for batch in seen}) == 8
 
 
+def test_the_state_is_chosen_on_images_that_are_not_trained_on() -> None:
+    """One image of eight, at the end, is never in a step; the losses that are compared and reported are theirs."""
+    seen: set[float] = set()
+
+    class Watching(Linear):
+        def __call__(self, call: Call) -> Any:
+            if torch.is_grad_enabled():
+                seen.update(call[0][0][:, 0].tolist())
+            return super().__call__(call)
+
+    x = torch.randn(160, 5)
+    x[:, 0] = torch.arange(160.0) / 100
+    inputs, student = inputs_of(x), Watching()
+    targets = teacher_predictions(Linear(), inputs, batch_size=16, memory_limit=2**20)
+    last = targets.rows(slice(140, None), inputs.device).features[0]
+    held_out, end = inputs_of(x[140:]), Targets((Kept(last, None),), None)
+    before = loss_of(student, held_out, end)
+    result = run(student, inputs, targets, images_fed=1400, batch_size=10)
+    assert seen == set(x[:140, 0].tolist())
+    assert result.held_out == 20
+    assert result.start_loss == pytest.approx(before, rel=EXACT)
+    assert result.final_loss == pytest.approx(loss_of(student, held_out, end), rel=EXACT)
+
+
+@pytest.mark.parametrize(("total", "trained_on"), [(1, 1), (127, 127), (128, 112), (1_000, 875), (8_192, 7_680)])
+def test_images_are_held_out_where_there_are_enough(total: int, trained_on: int) -> None:
+    """Of few images all are needed, and of many a part is enough."""
+    assert inputs_of(torch.zeros(total, 1)).trained_on == trained_on
+
+
 def test_student_and_teacher_see_the_same_images() -> None:
     """With the teacher as the student every batch has loss 0: rows of inputs and targets belong together."""
     student, inputs, _ = problem(37)

@@ -219,7 +219,7 @@ def test_a_zero_point_trains() -> None:
     """Data from -4 to -1 on a grid from -1.2 to 1.8: gradient steps move the grid to the data, and the error falls."""
     dof = shifting()
     x = torch.linspace(-4, -1, 200, dtype=torch.float64)
-    _, scales = parameter_groups(dof, learning_rate=1, scale_learning_rate=1)
+    _, scales, _ = parameter_groups(dof, learning_rate=1, scale_learning_rate=1)
     assert sum(p is dof.activations.shift[0] for p in scales["params"]) == 1
     optimizer = torch.optim.Adam(scales["params"], lr=0.02)
     errors, seen = [], set()
