@@ -15,7 +15,7 @@ from qft_plugin.job.activation_ranges import BATCH
 from qft_plugin.job.gptq_inputs import can_compensate, input_rows, rows_wanted
 from qft_plugin.job.health import Ranges
 from qft_plugin.job.host import Problem, Source, Student
-from qft_plugin.tensors.gptq import compensated_kernel, moments_of, parts_of
+from qft_plugin.tensors.gptq import Compensation, moments_of, parts_of
 from qft_plugin.tensors.grid import largest_integer, to_integer
 from qft_plugin.training.data import Inputs
 from qft_plugin.training.dof import Dof, LayerDof
@@ -36,14 +36,30 @@ HELD: Final = 2**30
 LIVE: Final = 3
 """How many activations of the largest size are held at once: what a layer reads and gives, and what it skips."""
 
+SEARCHED: Final = 1 << 20
+"""Weights of the largest kernel whose step is chosen with its integers: each step that is tried costs as much again."""
+
 FEW: Final = 16
 """With fewer images in one call the inputs of the quantized layers say too little about those of other images."""
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What compensation has chosen.
+
+    Attributes:
+        tensors: weights and biases by name, real units.
+        multiples: by what the step of a weight is multiplied, by its name, `[]` or `[out]`.
+    """
+
+    tensors: dict[str, Tensor]
+    multiples: dict[str, Tensor]
 
 
 @torch.no_grad()
 def compensated(
     student: Student, problem: Problem[Source], dof: Dof, tensors: Mapping[str, Tensor], ranges: Ranges
-) -> dict[str, Tensor]:
+) -> Changes:
     """Let the rounding errors of all layers compensate each other on the images.
 
     The float network runs once. Then the quantized one runs, with all images at once, and whenever it comes to a layer,
@@ -60,14 +76,13 @@ def compensated(
         ranges: notes the activations of the float network.
 
     Returns:
-        The weights and biases that change, by name.
+        The weights and biases that change, and the steps.
     """
-    kernels, inputs = _kernels(problem, dof, tensors), problem.inputs
+    kernels, inputs, found = _kernels(problem, dof, tensors), problem.inputs, Changes({}, {})
     if not kernels:
-        return {}
+        return found
     solution = solve(dof)
     live = {name: tensor.clone() for name, tensor in solution.tensors.items()}
-    found: dict[str, Tensor] = {}
     count = images_at_once(problem.source.graph, inputs)
     at_once = count >= FEW
     size = count if at_once else inputs.at_once(BATCH)
@@ -119,6 +134,7 @@ class _Kernel:
         bias: its own float bias, likewise, which answers for the means; `None` where it has none, or shares one.
         step: of the weight, real per step, broadcasts against `W`.
         high: its largest integer.
+        steps: of the weight: how many there are, where they are chosen anew; 0 where they are not.
     """
 
     dof: LayerDof
@@ -127,6 +143,7 @@ class _Kernel:
     bias: Tensor | None
     step: Tensor
     high: int
+    steps: int
 
     @property
     def layer(self) -> Layer:
@@ -144,15 +161,14 @@ class _Kernel:
         generator = torch.Generator().manual_seed(0)
         return input_rows(x, self.op, self.layer, self.W, count=count, generator=generator).transpose(0, 1)
 
-    def chosen(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Choose the weight and the bias.
+    def choose(self, x: Tensor, y: Tensor | None, live: dict[str, Tensor], found: Changes) -> None:
+        """Choose the weight, its step and the bias, both in the network that runs and in the result.
 
         Args:
             x: inputs of the quantized layer, from `rows`.
             y: those of the float layer; `None` where they are the same.
-
-        Returns:
-            A weight that rounds to the integers, the rounded one, and the bias, `[out]`, if there is one.
+            live: tensors of the network that runs.
+            found: the result.
 
         Raises:
             RuntimeError: the moments of the inputs are not positive definite.
@@ -164,24 +180,34 @@ class _Kernel:
         centred = x - x_mean
         H = moments_of(centred, parts).double()
         D = None if y is x else moments_of(centred, parts, (y - y_mean).sub_(centred)).double()
-        moved = compensated_kernel(self.W, self.step, H, groups=self.layer.groups, high=self.high, D=D)
-        rounded = to_integer(moved, self.step, low=-self.high, high=self.high).mul_(self.step)
-        if self.bias is None:
-            return moved, rounded, None
-        found, wanted = (
+        by = Compensation(self.W, H, groups=self.layer.groups, D=D, rows=x.shape[1])
+        name, step = self.layer.weight, self.step
+        if self.steps:
+            found.multiples[name] = by.multiples(self.W, step, high=self.high, alike=self.steps == 1)
+            multiple = found.multiples[name]
+            step = step * (self.layer.axes.per_out(multiple, self.W) if multiple.dim() else multiple)
+        found.tensors[name] = by.kernel(self.W, step, high=self.high)
+        rounded = to_integer(found.tensors[name], step, low=-self.high, high=self.high).mul_(step)
+        live[name].copy_(rounded)
+        if self.bias is None or self.layer.bias is None:
+            return
+        got, wanted = (
             t.reshape(self.layer.groups, -1, parts.columns) @ mean.transpose(1, 2)
             for t, mean in ((rounded, x_mean), (self.W, y_mean))
         )
-        return moved, rounded, self.bias + (wanted - found).flatten()
+        found.tensors[self.layer.bias] = self.bias + (wanted - got).flatten()
+        live[self.layer.bias].copy_(found.tensors[self.layer.bias])
 
 
 def _kernels(problem: Problem[Source], dof: Dof, tensors: Mapping[str, Tensor]) -> list[_Kernel]:
     """List the layers whose weights are chosen, in the order of execution."""
     ops, scales = {op.name: op for op in problem.source.graph.ops}, scales_of(dof)
     biases = Counter(layer.bias for layer in dof.map.layers if layer.bias is not None)
+    free = dof.hardware.rescale_factor == "float"  # else a step is one that the hardware can hold
     found = []
     for module in dof.quantized():
         layer, name = module.layer, module.layer.weight
+        W = tensors[name]
         # A weight that stays 0 cannot compensate anything.
         if not can_compensate(layer) or name in problem.source.kept:
             continue
@@ -189,10 +215,11 @@ def _kernels(problem: Problem[Source], dof: Dof, tensors: Mapping[str, Tensor]) 
             _Kernel(
                 module,
                 ops[layer.calls[0]],
-                tensors[name],
+                W,
                 tensors[layer.bias] if layer.bias is not None and biases[layer.bias] == 1 else None,
                 module.step(scales.weights[name]),
                 largest_integer(dof.weight_grids[name].bits),
+                module.log_F.numel() if free and dof.weight_grids[name].bits < 8 and W.numel() <= SEARCHED else 0,
             )
         )
     return found
@@ -230,15 +257,8 @@ class _Floating:
             rows.discard()
 
 
-def _choose(kernel: _Kernel, x: Tensor, y: Tensor | None, live: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Choose a weight and its bias, both in the network that runs and in the result."""
-    layer = kernel.layer
+def _choose(kernel: _Kernel, x: Tensor, y: Tensor | None, live: dict[str, Tensor], found: Changes) -> None:
     try:
-        found[layer.weight], rounded, bias = kernel.chosen(x, y)
+        kernel.choose(x, y, live, found)
     except RuntimeError as error:  # the moment matrix is not positive definite
-        logger.warning("%s starts from rounding to nearest: %s", layer.weight, error)
-        return
-    live[layer.weight].copy_(rounded)
-    if bias is not None and layer.bias is not None:
-        found[layer.bias] = bias
-        live[layer.bias].copy_(bias)
+        logger.warning("%s starts from rounding to nearest: %s", kernel.layer.weight, error)

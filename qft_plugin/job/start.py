@@ -110,20 +110,21 @@ def start(
     grids = tied_grids(shared_grids(grids, shared), merged([*shared, *groups], list(grids)), kind)
     weights = _weight_grids(source, placed, config, grids, shared)
 
-    def dof_of(values: Mapping[str, Tensor]) -> Dof:
+    def dof_of(values: Mapping[str, Tensor], by_weight: Mapping[str, WeightGrid]) -> Dof:
         return Dof(
             dof_map,
             {name: laid_out(t, inputs) for name, t in values.items()},
-            weights,
+            by_weight,
             grids,
             config=config,
             ties=Ties(addends=groups if tied else (), shared=shared),
         )
 
-    dof = dof_of(placed.tensors)
+    dof = dof_of(placed.tensors, weights)
     if compensate:
-        changed = compensated(student, problem, dof, placed.tensors, ranges or Ranges())
-        dof = dof_of({**placed.tensors, **changed})
+        changes = compensated(student, problem, dof, placed.tensors, ranges or Ranges())
+        stepped = {name: replace(weights[name], scale=weights[name].scale * m) for name, m in changes.multiples.items()}
+        dof = dof_of({**placed.tensors, **changes.tensors}, {**weights, **stepped})
     return Start(placed, student, dof, log_c)
 
 

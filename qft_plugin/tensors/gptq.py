@@ -23,9 +23,12 @@ from torch.nn import functional
 DAMPING: Final = 0.03
 """Share of the mean diagonal that is added to it, so that inputs that hardly vary do not decide."""
 
-TARGET_DAMPING: Final = 0.1
-"""Likewise, where the target moves: a regression of as many unknowns as there are columns, which must hold for other
-images too."""
+TARGET_DAMPING: Final = 10.0
+"""Likewise where the target moves, times columns over rows: a regression with as many unknowns as there are columns
+must hold for other images too, and the fewer inputs it sees, the less it is trusted."""
+
+MULTIPLES: Final = (1.0, 0.85, 0.92, 1.08)
+"""Steps that are tried, relative to that with the smallest error of the weights."""
 
 SWEEPS: Final = 2
 """How often each integer is chosen anew; later ones change next to nothing."""
@@ -92,94 +95,126 @@ def moments_of(rows: Tensor, parts: Parts, others: Tensor | None = None) -> Tens
     return (cut if others is None else parts.cut(others)).transpose(1, 2) @ cut
 
 
-def compensated_kernel(
-    W: Tensor, step: Tensor, H: Tensor, *, groups: int, high: int, D: Tensor | None = None, sweeps: int = SWEEPS
-) -> Tensor:
-    """Move the weights of a kernel so that rounding each to the nearest integer gives a small error of the outputs.
-
-    Args:
-        W: `[out, in/groups, *k]`, real units.
-        step: broadcasts against `W`, real per step.
-        H: the moments of the inputs x that the quantized kernel will have, the result of `moments_of`.
-        groups: number of groups.
-        high: largest integer; the grid is symmetric (narrow range).
-        D: likewise the moments of y - x with x, where the float kernel has the inputs y; `None` where both are alike.
-        sweeps: how often each integer is chosen anew.
-
-    Returns:
-        Of the shape of `W`: for each weight the best value for the integers of the others, at most half a step from the
-        integer that was chosen. The sum of  (w y - q x)^2  over all inputs is small.
-
-    Raises:
-        RuntimeError: the moments are not positive definite.
-    """
-    parts = parts_of(W)
-    moments = _Moments.of(H, D, parts, groups)
-    per_group = W.shape[0] // groups
-    some = max(1, ELEMENTS // (groups * parts.columns))
-    result = torch.empty_like(W)
-    grouped, moved, steps = (torch.unflatten(t, 0, (groups, per_group)) for t in (W, result, step.expand_as(W)))
-    for start in range(0, per_group, some):
-        rows, scales = (parts.cut(t[:, start : start + some].flatten(2).double()) for t in (grouped, steps))
-        found = _rounded(rows, scales.clamp(min=torch.finfo(W.dtype).tiny), moments, high=high, sweeps=sweeps)
-        moved[:, start : start + some] = parts.joined(found).reshape(moved[:, start : start + some].shape).to(W)
-    return result
-
-
-@dataclass(frozen=True)
-class _Moments:
-    """The moments of all parts, with their columns in the order in which they are rounded.
+class Compensation:
+    """Rounds kernels so that errors compensate each other on given inputs.
 
     Attributes:
-        order: number of each column, `[groups * parts, size]`.
-        H: the damped moments, `[groups * parts, size, size]`.
+        order: number of each column of a part, in the order in which they are rounded, `[groups * parts, size]`.
+        H: the damped moments in this order, `[groups * parts, size, size]`.
         U: the Cholesky factor of their inverse, likewise.
-        shift: what a row is multiplied by, in its own order, to be its target, likewise; `None` for the row itself.
+        shift: what a row is multiplied by, in its own order, to be its target; `None` for the row itself.
     """
 
-    order: Tensor
-    H: Tensor
-    U: Tensor
-    shift: Tensor | None
+    def __init__(self, W: Tensor, H: Tensor, *, groups: int, D: Tensor | None = None, rows: int = 0) -> None:
+        """Damp and factorize the moments.
 
-    @classmethod
-    def of(cls, H: Tensor, D: Tensor | None, parts: Parts, groups: int) -> "_Moments":
-        """Damp and factorize the moments."""
+        Args:
+            W: a kernel, `[out, in/groups, *k]`, for its shape.
+            H: the moments of the inputs x that the quantized kernel will have, the result of `moments_of`.
+            groups: number of groups.
+            D: likewise the moments of y - x with x, where the float kernel has the inputs y; `None` where both are
+                alike.
+            rows: of how many inputs; only needed with `D`.
+
+        Raises:
+            RuntimeError: the moments are not positive definite.
+        """
+        self._parts, self._groups = parts_of(W), groups
         diagonal = H.diagonal(dim1=-2, dim2=-1)
-        mean = diagonal.reshape(groups, -1).sum(1, keepdim=True) / parts.columns
-        means = mean.clamp(min=torch.finfo(H.dtype).tiny).repeat_interleave(parts.count, 0)
-        order = diagonal.argsort(dim=1, descending=True, stable=True)
+        mean = diagonal.reshape(groups, -1).sum(1, keepdim=True) / self._parts.columns
+        means = mean.clamp(min=torch.finfo(H.dtype).tiny).repeat_interleave(self._parts.count, 0)
+        self.order = diagonal.argsort(dim=1, descending=True, stable=True)
         ordered, factors, shifts = [], [], []
         for number, part in enumerate(H):  # one at a time: each needs several matrices of its size
-            first = order[number]
+            first = self.order[number]
             damped = _damped(part, DAMPING * means[number])[first][:, first]
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
             ordered.append(damped)
             factors.append(torch.linalg.cholesky(inverse, upper=True))
             if D is not None:
-                factor = torch.linalg.cholesky(_damped(part, TARGET_DAMPING * means[number]))
+                damping = TARGET_DAMPING * len(part) / rows
+                factor = torch.linalg.cholesky(_damped(part, damping * means[number]))
                 shifts.append(torch.cholesky_solve(D[number].T.contiguous(), factor).T)
-        shift = None
+        self.H, self.U = torch.stack(ordered), torch.stack(factors)
+        self.shift = None
         if D is not None:
-            shift = torch.stack(shifts)
-            shift.diagonal(dim1=-2, dim2=-1).add_(1)
-        return cls(order, torch.stack(ordered), torch.stack(factors), shift)
+            self.shift = torch.stack(shifts)
+            self.shift.diagonal(dim1=-2, dim2=-1).add_(1)
+
+    def kernel(self, W: Tensor, step: Tensor, *, high: int, sweeps: int = SWEEPS) -> Tensor:
+        """Move the weights of a kernel so that rounding each to the nearest integer gives a small error of the outputs.
+
+        Args:
+            W: `[out, in/groups, *k]`, real units.
+            step: broadcasts against `W`, real per step.
+            high: largest integer; the grid is symmetric (narrow range).
+            sweeps: how often each integer is chosen anew.
+
+        Returns:
+            Of the shape of `W`: for each weight the best value for the integers of the others, at most half a step from
+            the integer that was chosen. The sum of  (w y - q x)^2  over all inputs is small.
+        """
+        per_group = W.shape[0] // self._groups
+        some = max(1, ELEMENTS // (self._groups * self._parts.columns))
+        result = torch.empty_like(W)
+        grouped, moved, steps = (
+            torch.unflatten(t, 0, (self._groups, per_group)) for t in (W, result, step.expand_as(W))
+        )
+        for start in range(0, per_group, some):
+            target, scales = self._ordered(grouped[:, start : start + some], steps[:, start : start + some])
+            found = _compensated(target.clone(), scales, self.U, high=high)
+            if sweeps:
+                found = _descended(target, found, scales, self.H, high=high, sweeps=sweeps)
+            found = found.transpose(1, 2)
+            found = torch.empty_like(found).scatter_(2, self.order.unsqueeze(1).expand_as(found), found)
+            part = moved[:, start : start + some]
+            part.copy_(self._parts.joined(found).reshape(part.shape))
+        return result
+
+    def multiples(self, W: Tensor, step: Tensor, *, high: int, alike: bool) -> Tensor:
+        """Choose by what the step should be multiplied for the smallest error after compensation.
+
+        The step with the smallest error of the weights is a little too large: what is clipped can be made up for.
+
+        Args:
+            W: as in `kernel`.
+            step: likewise.
+            high: likewise.
+            alike: whether all rows have one step.
+
+        Returns:
+            One of `MULTIPLES`, `[]`, or `[out]` where each row has a step of its own.
+        """
+        per_group = W.shape[0] // self._groups
+        target, scales = self._ordered(
+            *(torch.unflatten(t, 0, (self._groups, per_group)) for t in (W, step.expand_as(W)))
+        )
+        errors = []
+        for multiple in MULTIPLES:
+            scaled = scales * multiple
+            error = target - _rounded(_compensated(target.clone(), scaled, self.U, high=high), scaled, high)
+            squares = (self.H @ error).mul_(error).sum(1).view(self._groups, self._parts.count, per_group).sum(1)
+            errors.append(squares.sum() if alike else squares.flatten())
+        best: Tensor = W.new_tensor(MULTIPLES)[torch.stack(errors).argmin(0)]
+        return best
+
+    def _ordered(self, W: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Cut rows, `[groups, rows, ...]`, and give back their targets and steps, `[groups * parts, columns, rows]`."""
+        tiny = torch.finfo(W.dtype).tiny
+        rows, steps = (self._parts.cut(t.flatten(2).double()) for t in (W, step))
+        target = rows if self.shift is None else rows @ self.shift
+        order = self.order.unsqueeze(1).expand_as(rows)
+        # Columns first: each is then read and written in one piece.
+        target, steps = (t.gather(2, order).transpose(1, 2).contiguous() for t in (target, steps.clamp(min=tiny)))
+        return target, steps
 
 
 def _damped(H: Tensor, damping: Tensor) -> Tensor:
     return H + torch.diag(damping.expand(len(H)))
 
 
-def _rounded(W: Tensor, step: Tensor, moments: _Moments, *, high: int, sweeps: int) -> Tensor:
-    """Round inside each part; the weights and what is returned are `[groups * parts, rows, columns]`."""
-    target = W if moments.shift is None else W @ moments.shift
-    order = moments.order.unsqueeze(1).expand_as(W)
-    # Columns first: each is then read and written in one piece.
-    target, step = (t.gather(2, order).transpose(1, 2).contiguous() for t in (target, step))
-    moved = _compensated(target.clone(), step, moments.U, high=high)
-    if sweeps:
-        moved = _descended(target, moved, step, moments.H, high=high, sweeps=sweeps)
-    return torch.empty_like(W).scatter_(2, order, moved.transpose(1, 2))
+def _rounded(W: Tensor, step: Tensor, high: int) -> Tensor:
+    return (W / step).round_().clamp_(-high, high).mul_(step)
 
 
 def _compensated(W: Tensor, step: Tensor, U: Tensor, *, high: int) -> Tensor:
@@ -229,7 +264,7 @@ def _descended(target: Tensor, moved: Tensor, step: Tensor, H: Tensor, *, high: 
         The best value of each weight, kept next to its integer.
     """
     columns, diagonal = target.shape[1], H.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    Q = (moved / step).round_().clamp_(-high, high).mul_(step)
+    Q = _rounded(moved, step, high)
     R = H @ (target - Q)
     for start in [*range(0, columns, BLOCK)] * sweeps:
         end = min(start + BLOCK, columns)

@@ -18,8 +18,8 @@ from qft_plugin.training.rounding import NearestRounding, check_masks, element_o
 
 CROSS_LAYER: Final = 0.1
 """Learning rate of cross-layer factors over that of the other scales. A factor rounds all weights of its channels anew:
-1 % of it moves those at the ends of a grid of 4 bits by a fourteenth of a step, all in one direction. Ten times as fast,
-the result was worse than its start."""
+1 % of it moves those at the ends of a grid of 4 bits by a fourteenth of a step, all in one direction. Where they train
+ten times as fast, the result is worse than its start."""
 
 DEFAULT: Final = QFTConfig()
 NO_TIES: Final = Ties()

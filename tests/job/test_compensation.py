@@ -1,7 +1,6 @@
 """Compensation over a whole network: on the inputs that its quantized layers have."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +12,12 @@ from torch import Tensor, nn
 from qft_plugin import QFTConfig
 from qft_plugin.graph.torch_model import Call
 from qft_plugin.job import compensation
-from qft_plugin.job.compensation import COMPENSATION_IMAGES, LIVE, ONE_CALL, compensated, images_at_once
+from qft_plugin.job.compensation import COMPENSATION_IMAGES, LIVE, ONE_CALL, Changes, compensated, images_at_once
 from qft_plugin.job.health import Ranges
 from qft_plugin.job.host import Problem, Start
 from qft_plugin.job.start import initialize
 from qft_plugin.job.understand import images, understand
-from qft_plugin.tensors.gptq import compensated_kernel
+from qft_plugin.tensors.gptq import Compensation
 from qft_plugin.training.solve import solve
 
 BITS_3 = QFTConfig(weight_bits=3, small_layer_share=0, compensate=False, finetune=None)
@@ -45,16 +44,24 @@ def begun(model: nn.Module, batches: list[Tensor]) -> tuple[Problem[SmallSource]
     return problem, initialize(host, problem, BITS_3)
 
 
-def changed(problem: Problem[SmallSource], begin: Start[Any]) -> dict[str, Tensor]:
-    """Return the weights and biases that compensation chooses."""
+def changed(problem: Problem[SmallSource], begin: Start[Any]) -> Changes:
+    """Return what compensation chooses."""
     return compensated(begin.student, problem, begin.dof, begin.placed.tensors, Ranges())
 
 
-def put(begin: Start[Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write weights and biases into the degrees of freedom."""
+def put(begin: Start[Any], changes: Changes) -> None:
+    """Write weights, steps and biases into the degrees of freedom as they were at the start."""
+    tensors = changes.tensors
     with torch.no_grad():
         for module in begin.dof.quantized():
-            module.W.copy_(tensors.get(module.layer.weight, module.W * module.unit) / module.unit)
+            name = module.layer.weight
+            multiple = changes.multiples.get(name, torch.ones_like(module.log_F))
+            step = module.unit * module.layer.axes.on_weight(multiple, None, module.W)
+            module.W.copy_(tensors.get(name, module.W * step) / step)
+            module.log_F.copy_(begin.dof.weight_grids[name].scale.log() + multiple.log())
+            for side, sign in ((begin.dof.weight_grids[name].s_in, 1), (begin.dof.weight_grids[name].s_out, -1)):
+                if side is not None:
+                    module.log_F.add_(sign * begin.dof.activations.steps()[side].log())
             if module.bias is not None and module.layer.bias in tensors:
                 module.bias.copy_(tensors[module.layer.bias] / module.bias_unit)
 
@@ -76,10 +83,10 @@ def error(problem: Problem[SmallSource], begin: Start[Any], batch: Tensor) -> fl
 def test_a_layer_makes_up_for_the_layers_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """On images that were not seen, the network is closer to float than on the inputs of the float network alone."""
     (batch,) = some(256)
-    problem, begin = begun(deep(), [batch[:192]])
-    errors = {}
+    model, errors = deep(), {}
     for name, few in (("float", 10**6), ("quantized", 1)):
         monkeypatch.setattr(compensation, "FEW", few)
+        problem, begin = begun(model, [batch[:192]])
         put(begin, changed(problem, begin))
         errors[name] = error(problem, begin, batch[192:])
     assert errors["quantized"] < 0.9 * errors["float"]
@@ -92,7 +99,7 @@ def test_the_bias_answers_for_the_means(bias: bool) -> None:
     problem, begin = begun(deep(bias=bias), [batch])
     found = changed(problem, begin)
     names = {name for name, _ in problem.source.model.named_parameters()}
-    assert set(found) == names
+    assert set(found.tensors) == names
     put(begin, found)
     computed, wanted = outputs(problem, begin, batch)
     distance = (computed.mean((0, 2, 3)) - wanted.mean((0, 2, 3))).abs().max() / wanted.abs().max()
@@ -137,16 +144,15 @@ def test_a_layer_whose_moments_cannot_be_factorized_stays(
 ) -> None:
     """It is named, and all others are compensated."""
     problem, begin = begun(deep(), some(32))
-    usual = compensated_kernel
 
-    def failing(W: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def failing(W: Tensor, *args: Any, **kwargs: Any) -> Compensation:
         if W.dim() == 2:
             raise RuntimeError("not positive definite")
-        return usual(W, *args, **kwargs)
+        return Compensation(W, *args, **kwargs)
 
-    monkeypatch.setattr(compensation, "compensated_kernel", failing)
+    monkeypatch.setattr(compensation, "Compensation", failing)
     with caplog.at_level(logging.WARNING, logger="qft_plugin"):
         found = changed(problem, begin)
-    assert "14.weight" not in found
-    assert "0.weight" in found
+    assert "14.weight" not in found.tensors
+    assert "0.weight" in found.tensors
     assert "14.weight starts from rounding to nearest: not positive definite" in caplog.text

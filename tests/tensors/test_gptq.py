@@ -1,7 +1,5 @@
 """Rounding errors that compensate each other."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -11,8 +9,9 @@ from qft_plugin.tensors.gptq import (
     BLOCK,
     DAMPING,
     LARGEST,
+    MULTIPLES,
     OUTERMOST,
-    compensated_kernel,
+    Compensation,
     moments_of,
     parts_of,
 )
@@ -41,10 +40,11 @@ def output_error(W: Tensor, Q: Tensor, X: Tensor) -> Tensor:
     return ((W - Q) @ X.transpose(1, 2)).square().sum()
 
 
-def compensated(W: Tensor, step: Tensor, H: Tensor, **options: Any) -> Tensor:
+def compensated(W: Tensor, step: Tensor, H: Tensor, D: Tensor | None = None, **options: int) -> Tensor:
     """Compensate a kernel that is arranged as `[groups, out/groups, columns]`."""
     rows, steps = W.flatten(0, 1), step.expand_as(W).flatten(0, 1)
-    return compensated_kernel(rows, steps, H, groups=W.shape[0], high=HIGH, **options).view_as(W)
+    by = Compensation(rows, H, groups=W.shape[0], D=D, rows=10**6)
+    return by.kernel(rows, steps, high=HIGH, **options).view_as(W)
 
 
 @pytest.mark.parametrize("columns", [9, BLOCK + 17])
@@ -93,7 +93,7 @@ def test_parts_of_a_wide_kernel_are_compensated_as_a_whole_is(kernel: str, monke
         expected = compensated(W.reshape(groups, -1, parts.columns), step, whole)
     for elements in (1, 10**6):
         monkeypatch.setattr("qft_plugin.tensors.gptq.ELEMENTS", elements)
-        found = compensated_kernel(W, step, H, groups=groups, high=HIGH)
+        found = Compensation(W, H, groups=groups).kernel(W, step, high=HIGH)
         torch.testing.assert_close(found, expected.reshape(W.shape), rtol=EXACT, atol=EXACT)
 
 
@@ -105,7 +105,7 @@ def test_parts_of_a_wide_kernel_are_better_than_rounding_to_nearest(
     W, step, groups = cut(kernel, 10, monkeypatch)
     parts = parts_of(W)
     X = correlated(200, parts.columns, groups)
-    found = compensated_kernel(W, step, moments_of(X, parts), groups=groups, high=HIGH)
+    found = Compensation(W, moments_of(X, parts), groups=groups).kernel(W, step, high=HIGH)
     rows, moved = (t.reshape(groups, -1, parts.columns) for t in (W, found))
     assert output_error(rows, rounded(moved, step), X) < output_error(rows, rounded(rows, step), X)
 
@@ -188,6 +188,29 @@ def test_choosing_anew_makes_no_row_worse() -> None:
     assert (errors[1] <= errors[0] * (1 + EXACT)).all()
     assert (errors[1] < errors[0]).any()
     assert (errors[2] <= errors[1] * (1 + EXACT)).all()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("alike", [True, False])
+def test_the_best_step_is_found(alike: bool, groups: int) -> None:
+    """Steps that are a tenth too large become smaller where that gives a smaller error, each row by itself or all."""
+    X, W = correlated(200, 24, groups), torch.randn(groups, 6, 24, dtype=torch.float64)
+    step = W.abs().amax(-1, keepdim=True) * 1.5 / HIGH
+    rows, steps = W.flatten(0, 1), step.flatten(0, 1)
+    by = Compensation(rows, moment(X), groups=groups)
+    found = by.multiples(rows, steps, high=HIGH, alike=alike)
+    assert found.shape == (() if alike else (6 * groups,))
+    assert set(found.flatten().tolist()) <= set(MULTIPLES)
+
+    def errors(multiple: float) -> Tensor:
+        scaled = steps * multiple
+        e = (W - rounded(by.kernel(rows, scaled, high=HIGH, sweeps=0), scaled).view_as(W)).unflatten(0, (groups, 1))
+        return (e.squeeze(1) @ torch.stack([damped(h.unsqueeze(0)) for h in moment(X)]) * e.squeeze(1)).sum(2).flatten()
+
+    tried = torch.stack([errors(multiple) for multiple in MULTIPLES])
+    best = (tried.sum(1) if alike else tried).argmin(0)
+    torch.testing.assert_close(found, torch.tensor(MULTIPLES, dtype=torch.float64)[best])
+    assert float(found.min()) < 1
 
 
 @pytest.mark.parametrize("groups", [1, 2])
