@@ -103,7 +103,8 @@ REDUCED = {
 def saved(host, build, folder):
     """Quantize and save a network; returns the report."""
     items = [torch.randn(8, 3, 8, 8) for _ in range(2)]
-    _, model = host.finetuned(build(), items, four_bits(finetune=None))
+    # Compensation moves biases; one of zeros is a case of its own.
+    _, model = host.finetuned(build(), items, four_bits(compensate=False, finetune=None))
     return host.save(model, folder, items[0])
 
 
