@@ -171,7 +171,7 @@ class _Kernel:
             found: the result.
 
         Raises:
-            RuntimeError: the moments of the inputs are not positive definite.
+            LinAlgError: the moments of the inputs are not positive definite.
         """
         parts = parts_of(self.W)
         x = x.transpose(0, 1)
@@ -260,5 +260,5 @@ class _Floating:
 def _choose(kernel: _Kernel, x: Tensor, y: Tensor | None, live: dict[str, Tensor], found: Changes) -> None:
     try:
         kernel.choose(x, y, live, found)
-    except RuntimeError as error:  # the moment matrix is not positive definite
+    except torch.linalg.LinAlgError as error:  # the moments are not positive definite
         logger.warning("%s starts from rounding to nearest: %s", kernel.layer.weight, error)

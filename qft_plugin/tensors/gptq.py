@@ -117,7 +117,7 @@ class Compensation:
             rows: of how many inputs; only needed with `D`.
 
         Raises:
-            RuntimeError: the moments are not positive definite.
+            LinAlgError: the moments are not positive definite.
         """
         self._parts, self._groups = parts_of(W), groups
         diagonal = H.diagonal(dim1=-2, dim2=-1)

@@ -147,7 +147,7 @@ def test_a_layer_whose_moments_cannot_be_factorized_stays(
 
     def failing(W: Tensor, *args: Any, **kwargs: Any) -> Compensation:
         if W.dim() == 2:
-            raise RuntimeError("not positive definite")
+            raise torch.linalg.LinAlgError("not positive definite")
         return Compensation(W, *args, **kwargs)
 
     monkeypatch.setattr(compensation, "Compensation", failing)
