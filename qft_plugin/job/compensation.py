@@ -260,5 +260,5 @@ class _Floating:
 def _choose(kernel: _Kernel, x: Tensor, y: Tensor | None, live: dict[str, Tensor], found: Changes) -> None:
     try:
         kernel.choose(x, y, live, found)
-    except torch.linalg.LinAlgError as error:  # the moments are not positive definite
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # the moments are not positive definite
         logger.warning("%s starts from rounding to nearest: %s", kernel.layer.weight, error)
