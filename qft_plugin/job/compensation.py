@@ -177,9 +177,10 @@ class _Kernel:
         x = x.transpose(0, 1)
         y = x if y is None else y.transpose(0, 1)
         x_mean, y_mean = (t[:, :1] * 0 if self.bias is None else t.mean(1, keepdim=True) for t in (x, y))
-        centred = x - x_mean
-        H = moments_of(centred, parts).double()
-        D = None if y is x else moments_of(centred, parts, (y - y_mean).sub_(centred)).double()
+        x, difference = x - x_mean, None if y is x else y - y_mean - (x - x_mean)
+        H = moments_of(x, parts).double()
+        # With y and not x as the other side: noise in x would make the weights, and means over space, too small.
+        D = None if difference is None else moments_of(y - y_mean, parts, difference).double()
         by = Compensation(self.W, H, groups=self.layer.groups, D=D, rows=x.shape[1])
         name, step = self.layer.weight, self.step
         if self.steps:

@@ -112,7 +112,7 @@ class Compensation:
             W: a kernel, `[out, in/groups, *k]`, for its shape.
             H: the moments of the inputs x that the quantized kernel will have, the result of `moments_of`.
             groups: number of groups.
-            D: likewise the moments of y - x with x, where the float kernel has the inputs y; `None` where both are
+            D: likewise the moments of y - x with y, where the float kernel has the inputs y; `None` where both are
                 alike.
             rows: of how many inputs; only needed with `D`.
 

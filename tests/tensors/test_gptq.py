@@ -215,19 +215,24 @@ def test_the_best_step_is_found(alike: bool, groups: int) -> None:
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_layer_makes_up_for_the_inputs_that_it_has(groups: int) -> None:
-    """Where its inputs x differ from those of the float layer, y, it comes closer to the outputs for y."""
+    """Where its inputs x are not those of the float layer, y, but follow them, it comes closer to the outputs for y."""
     mixing = torch.randn(groups, 24, 24, dtype=torch.float64)
     y = torch.randn(groups, 400, 24, dtype=torch.float64) @ mixing
-    x = y + 0.3 * torch.randn_like(y) @ mixing.flip(0, 1)
+    x = y + 0.05 * y @ torch.randn(groups, 24, 24, dtype=torch.float64)
     W = torch.randn(groups, 6, 24, dtype=torch.float64)
     step, parts = W.abs().amax(-1, keepdim=True) / HIGH, parts_of(W.flatten(0, 1))
     wanted = W @ y.transpose(1, 2)
-    H, D = moments_of(x, parts), moments_of(x, parts, y - x)
+    H, D = moments_of(x, parts), moments_of(y, parts, y - x)
     errors = [
         (rounded(compensated(W, step, H, D=moved), step) @ x.transpose(1, 2) - wanted).norm() / wanted.norm()
         for moved in (None, D)
     ]
-    assert errors[1] < 0.95 * errors[0]
+    assert errors[1] < 0.8 * errors[0]
+    noise = torch.randn_like(y) @ mixing.flip(0, 1)
+    H, D = moments_of(y + 0.3 * noise, parts), moments_of(y, parts, -0.3 * noise)
+    found = rounded(compensated(W, step, H, D=D), step) @ y.transpose(1, 2)
+    gain = (found * wanted).sum() / wanted.square().sum()
+    assert abs(float(gain) - 1) < 0.05  # a regression would make it 0.9: noise takes nothing off the weights here
     alike = compensated(W, step, H, D=torch.zeros_like(D))
     torch.testing.assert_close(alike, compensated(W, step, H), rtol=EXACT, atol=EXACT)
 
