@@ -15,7 +15,7 @@ from qft_plugin.job.activation_ranges import BATCH
 from qft_plugin.job.gptq_inputs import can_compensate, input_rows, rows_wanted
 from qft_plugin.job.health import Ranges
 from qft_plugin.job.host import Problem, Source, Student
-from qft_plugin.tensors.gptq import Compensation, moments_of, parts_of
+from qft_plugin.tensors.gptq import Compensation, Moved, moments_of, parts_of
 from qft_plugin.tensors.grid import largest_integer, to_integer
 from qft_plugin.training.data import Inputs
 from qft_plugin.training.dof import Dof, LayerDof
@@ -177,11 +177,12 @@ class _Kernel:
         x = x.transpose(0, 1)
         y = x if y is None else y.transpose(0, 1)
         x_mean, y_mean = (t[:, :1] * 0 if self.bias is None else t.mean(1, keepdim=True) for t in (x, y))
-        x, difference = x - x_mean, None if y is x else y - y_mean - (x - x_mean)
-        H = moments_of(x, parts).double()
-        # With y and not x as the other side: noise in x would make the weights, and means over space, too small.
-        D = None if difference is None else moments_of(y - y_mean, parts, difference).double()
-        by = Compensation(self.W, H, groups=self.layer.groups, D=D, rows=x.shape[1])
+        moved, alike, x, y = None, y is x, x - x_mean, y - y_mean
+        if not alike:
+            # Both with y, not with x: noise in x would make the weights, and with them means over space, too small.
+            D, M = (moments_of(y, parts, t).double() for t in (y - x, x))
+            moved = Moved(D, M, rows=x.shape[1])
+        by = Compensation(self.W, moments_of(x, parts).double(), groups=self.layer.groups, moved=moved)
         name, step = self.layer.weight, self.step
         if self.steps:
             found.multiples[name] = by.multiples(self.W, step, high=self.high, alike=self.steps == 1)

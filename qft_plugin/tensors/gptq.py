@@ -95,6 +95,21 @@ def moments_of(rows: Tensor, parts: Parts, others: Tensor | None = None) -> Tens
     return (cut if others is None else parts.cut(others)).transpose(1, 2) @ cut
 
 
+@dataclass(frozen=True)
+class Moved:
+    """Where the inputs of the quantized kernel, x, have moved away from those of the float kernel, y.
+
+    Attributes:
+        D: sum of (y - x) y^T over all rows, `[groups * parts, size, size]`.
+        M: sum of x y^T, likewise.
+        rows: their number.
+    """
+
+    D: Tensor
+    M: Tensor
+    rows: int
+
+
 class Compensation:
     """Rounds kernels so that errors compensate each other on given inputs.
 
@@ -105,19 +120,17 @@ class Compensation:
         shift: what a row is multiplied by, in its own order, to be its target; `None` for the row itself.
     """
 
-    def __init__(self, W: Tensor, H: Tensor, *, groups: int, D: Tensor | None = None, rows: int = 0) -> None:
+    def __init__(self, W: Tensor, H: Tensor, *, groups: int, moved: Moved | None = None) -> None:
         """Damp and factorize the moments.
 
         Args:
             W: a kernel, `[out, in/groups, *k]`, for its shape.
             H: the moments of the inputs x that the quantized kernel will have, the result of `moments_of`.
             groups: number of groups.
-            D: likewise the moments of y - x with y, where the float kernel has the inputs y; `None` where both are
-                alike.
-            rows: of how many inputs; only needed with `D`.
+            moved: where the float kernel has other inputs.
 
         Raises:
-            LinAlgError: the moments are not positive definite.
+            LinAlgError: the moments are singular, or not positive definite.
         """
         self._parts, self._groups = parts_of(W), groups
         diagonal = H.diagonal(dim1=-2, dim2=-1)
@@ -131,14 +144,12 @@ class Compensation:
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
             ordered.append(damped)
             factors.append(torch.linalg.cholesky(inverse, upper=True))
-            if D is not None:
-                damping = TARGET_DAMPING * len(part) / rows
-                factor = torch.linalg.cholesky(_damped(part, damping * means[number]))
-                shifts.append(torch.cholesky_solve(D[number].T.contiguous(), factor).T)
+            if moved is not None:
+                damping = TARGET_DAMPING * len(part) / moved.rows * means[number]
+                shifts.append(torch.linalg.solve(_damped(moved.M[number], damping), moved.D[number], left=False))
         self.H, self.U = torch.stack(ordered), torch.stack(factors)
-        self.shift = None
-        if D is not None:
-            self.shift = torch.stack(shifts)
+        self.shift = torch.stack(shifts) if shifts else None
+        if self.shift is not None:
             self.shift.diagonal(dim1=-2, dim2=-1).add_(1)
 
     def kernel(self, W: Tensor, step: Tensor, *, high: int, sweeps: int = SWEEPS) -> Tensor:

@@ -12,6 +12,7 @@ from qft_plugin.tensors.gptq import (
     MULTIPLES,
     OUTERMOST,
     Compensation,
+    Moved,
     moments_of,
     parts_of,
 )
@@ -40,10 +41,10 @@ def output_error(W: Tensor, Q: Tensor, X: Tensor) -> Tensor:
     return ((W - Q) @ X.transpose(1, 2)).square().sum()
 
 
-def compensated(W: Tensor, step: Tensor, H: Tensor, D: Tensor | None = None, **options: int) -> Tensor:
+def compensated(W: Tensor, step: Tensor, H: Tensor, moved: Moved | None = None, **options: int) -> Tensor:
     """Compensate a kernel that is arranged as `[groups, out/groups, columns]`."""
     rows, steps = W.flatten(0, 1), step.expand_as(W).flatten(0, 1)
-    by = Compensation(rows, H, groups=W.shape[0], D=D, rows=10**6)
+    by = Compensation(rows, H, groups=W.shape[0], moved=moved)
     return by.kernel(rows, steps, high=HIGH, **options).view_as(W)
 
 
@@ -222,18 +223,22 @@ def test_a_layer_makes_up_for_the_inputs_that_it_has(groups: int) -> None:
     W = torch.randn(groups, 6, 24, dtype=torch.float64)
     step, parts = W.abs().amax(-1, keepdim=True) / HIGH, parts_of(W.flatten(0, 1))
     wanted = W @ y.transpose(1, 2)
-    H, D = moments_of(x, parts), moments_of(y, parts, y - x)
+
+    def moved_to(x: Tensor) -> Moved:
+        return Moved(moments_of(y, parts, y - x), moments_of(y, parts, x), rows=10**6)
+
+    H = moments_of(x, parts)
     errors = [
-        (rounded(compensated(W, step, H, D=moved), step) @ x.transpose(1, 2) - wanted).norm() / wanted.norm()
-        for moved in (None, D)
+        (rounded(compensated(W, step, H, moved), step) @ x.transpose(1, 2) - wanted).norm() / wanted.norm()
+        for moved in (None, moved_to(x))
     ]
     assert errors[1] < 0.8 * errors[0]
     noise = torch.randn_like(y) @ mixing.flip(0, 1)
-    H, D = moments_of(y + 0.3 * noise, parts), moments_of(y, parts, -0.3 * noise)
-    found = rounded(compensated(W, step, H, D=D), step) @ y.transpose(1, 2)
+    x = y + 0.3 * noise
+    found = rounded(compensated(W, step, moments_of(x, parts), moved_to(x)), step) @ y.transpose(1, 2)
     gain = (found * wanted).sum() / wanted.square().sum()
     assert abs(float(gain) - 1) < 0.05  # a regression would make it 0.9: noise takes nothing off the weights here
-    alike = compensated(W, step, H, D=torch.zeros_like(D))
+    alike = compensated(W, step, H := moments_of(y, parts), moved_to(y))
     torch.testing.assert_close(alike, compensated(W, step, H), rtol=EXACT, atol=EXACT)
 
 
