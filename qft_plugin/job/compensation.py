@@ -179,9 +179,7 @@ class _Kernel:
         x_mean, y_mean = (t[:, :1] * 0 if self.bias is None else t.mean(1, keepdim=True) for t in (x, y))
         moved, alike, x, y = None, y is x, x - x_mean, y - y_mean
         if not alike:
-            # Both with y, not with x: noise in x would make the weights, and with them means over space, too small.
-            D, M = (moments_of(y, parts, t).double() for t in (y - x, x))
-            moved = Moved(D, M, rows=x.shape[1])
+            moved = Moved(moments_of(x, parts, y - x).double(), moments_of(y, parts).double(), rows=x.shape[1])
         by = Compensation(self.W, moments_of(x, parts).double(), groups=self.layer.groups, moved=moved)
         name, step = self.layer.weight, self.step
         if self.steps:

@@ -95,18 +95,22 @@ def moments_of(rows: Tensor, parts: Parts, others: Tensor | None = None) -> Tens
     return (cut if others is None else parts.cut(others)).transpose(1, 2) @ cut
 
 
+LEAST_GAIN: Final = 0.8
+"""What a target loses by noise is given back up to here: inputs that say less about the float ones are lost."""
+
+
 @dataclass(frozen=True)
 class Moved:
     """Where the inputs of the quantized kernel, x, have moved away from those of the float kernel, y.
 
     Attributes:
-        D: sum of (y - x) y^T over all rows, `[groups * parts, size, size]`.
-        M: sum of x y^T, likewise.
+        D: sum of (y - x) x^T over all rows, `[groups * parts, size, size]`.
+        S: sum of y y^T, likewise.
         rows: their number.
     """
 
     D: Tensor
-    M: Tensor
+    S: Tensor
     rows: int
 
 
@@ -146,11 +150,14 @@ class Compensation:
             factors.append(torch.linalg.cholesky(inverse, upper=True))
             if moved is not None:
                 damping = TARGET_DAMPING * len(part) / moved.rows * means[number]
-                shifts.append(torch.linalg.solve(_damped(moved.M[number], damping), moved.D[number], left=False))
+                factor = torch.linalg.cholesky(_damped(part, damping))
+                shifts.append(torch.cholesky_solve(moved.D[number].T.contiguous(), factor).T)
         self.H, self.U = torch.stack(ordered), torch.stack(factors)
-        self.shift = torch.stack(shifts) if shifts else None
-        if self.shift is not None:
+        self.shift, self._both = None, None
+        if moved is not None:
+            self.shift = torch.stack(shifts)
             self.shift.diagonal(dim1=-2, dim2=-1).add_(1)
+            self._both = (moved.D + H).transpose(1, 2), moved.S
 
     def kernel(self, W: Tensor, step: Tensor, *, high: int, sweeps: int = SWEEPS) -> Tensor:
         """Move the weights of a kernel so that rounding each to the nearest integer gives a small error of the outputs.
@@ -213,11 +220,30 @@ class Compensation:
         """Cut rows, `[groups, rows, ...]`, and give back their targets and steps, `[groups * parts, columns, rows]`."""
         tiny = torch.finfo(W.dtype).tiny
         rows, steps = (self._parts.cut(t.flatten(2).double()) for t in (W, step))
-        target = rows if self.shift is None else rows @ self.shift
+        target = rows if self.shift is None else self._moved(rows, rows @ self.shift)
         order = self.order.unsqueeze(1).expand_as(rows)
         # Columns first: each is then read and written in one piece.
         target, steps = (t.gather(2, order).transpose(1, 2).contiguous() for t in (target, steps.clamp(min=tiny)))
         return target, steps
+
+    def _moved(self, rows: Tensor, target: Tensor) -> Tensor:
+        """Give targets back what noise has taken off them: their outputs follow the float ones with a slope of 1.
+
+        A regression on noisy inputs makes weights too small. The noise is gone from means over space, the loss is not.
+
+        Args:
+            rows: w, `[groups * parts, rows, columns]`.
+            target: w', likewise.
+        """
+        assert self._both is not None
+        x_y, y_y = self._both
+        shape = (self._groups, self._parts.count, -1)
+        found, wanted = (
+            ((a @ moments) * rows).sum(2).view(shape).sum(1, keepdim=True)
+            for a, moments in ((target, x_y), (rows, y_y))
+        )
+        slope = torch.where(wanted > 0, found / wanted, 1).clamp(LEAST_GAIN, 1)
+        return target / slope.expand(shape).reshape(target.shape[:2]).unsqueeze(2)
 
 
 def _damped(H: Tensor, damping: Tensor) -> Tensor:
