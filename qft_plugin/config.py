@@ -242,7 +242,8 @@ class QFTConfig:
             however they are batched), `"max"` (nothing is clipped), or `"host"` (the host's own calibration). `None` is
             `"mse"`, but `"host"` where the user set how NNCF estimates ranges.
         equalize: start from 4-bit cross-layer equalization (Eq. 19-21) instead of equal factors.
-        compensate: start from weights whose rounding errors compensate each other (GPTQ) instead of the nearest ones.
+        compensate: start from weights whose rounding errors, and those of the layers before, compensate each other, and
+            from biases that bring the means back, instead of the nearest weights.
         bias_correction: start from biases that undo the mean error of each layer's output (Nagel et al. 2019); a
             finetune trains all biases anyway, without one this is a heuristic of its own.
         train_cross_layer: train the per-channel factors that tie neighbouring layers (with `rounding="ste"` only).
