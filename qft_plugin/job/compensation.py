@@ -86,7 +86,7 @@ def compensated(
     count = images_at_once(problem.source.graph, inputs)
     at_once = count >= FEW
     size = count if at_once else inputs.at_once(BATCH)
-    calls = [*inputs.batches(size, at_most=count if at_once else min(COMPENSATION_IMAGES, _seen(inputs)))]
+    calls = [*inputs.batches(size, at_most=count if at_once else _seen(inputs))]
     floating = _Floating(kernels, len(calls))
     try:
         for call in calls:
@@ -115,12 +115,12 @@ def images_at_once(graph: LayerGraph, inputs: Inputs) -> int:
     recorded = inputs.fitting(min(2, len(inputs)))
     largest = max(torch.Size(shape).numel() for shape in graph.shapes.values()) / recorded
     bytes_each = 4 * LIVE * largest
-    return inputs.fitting(max(1, min(COMPENSATION_IMAGES, _seen(inputs), int(ONE_CALL / bytes_each))))
+    return inputs.fitting(max(1, min(_seen(inputs), int(ONE_CALL / bytes_each))))
 
 
 def _seen(inputs: Inputs) -> int:
     """Return how many images may be looked at: not those that are held out of training."""
-    return min(len(inputs), inputs.trained_on)
+    return min(COMPENSATION_IMAGES, len(inputs), inputs.trained_on)
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class _Kernel:
         parts = parts_of(self.W)
         x = x.transpose(0, 1)
         y = x if y is None else y.transpose(0, 1)
-        x_mean, y_mean = (t[:, :1] * 0 if self.bias is None else t.mean(1, keepdim=True) for t in (x, y))
+        x_mean, y_mean = (torch.zeros_like(t[:, :1]) if self.bias is None else t.mean(1, keepdim=True) for t in (x, y))
         moved, alike, x, y = None, y is x, x - x_mean, y - y_mean
         if not alike:
             moved = Moved(moments_of(x, parts, y - x).double(), moments_of(y, parts).double(), rows=x.shape[1])
@@ -200,7 +200,7 @@ class _Kernel:
 
 
 def _kernels(problem: Problem[Source], dof: Dof, tensors: Mapping[str, Tensor]) -> list[_Kernel]:
-    """List the layers whose weights are chosen, in the order of execution."""
+    """List the layers whose weights are chosen."""
     ops, scales = {op.name: op for op in problem.source.graph.ops}, scales_of(dof)
     biases = Counter(layer.bias for layer in dof.map.layers if layer.bias is not None)
     free = dof.hardware.rescale_factor == "float"  # else a step is one that the hardware can hold
