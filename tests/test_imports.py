@@ -21,6 +21,7 @@ FLOORS = [
     {"tensors"},
     {"graph"},
     {"training"},
+    {"report"},
     {"job", "deploy"},
     {"nncf", "brevitas"},
 ]
