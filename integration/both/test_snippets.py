@@ -1,0 +1,78 @@
+"""Every Python snippet of the README and of docs/ runs, one after the other on each page, as it is printed."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import unittest
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HOSTS = ("nncf", "brevitas")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+NOT_RUN = {"docs/settings.md": ["two GPUs at least"]}
+"""What snippets would need that cannot run here, by page; all others run."""
+
+EVERY_VERSION = ("docs/tutorials/brevitas_class.md", "docs/tutorials/brevitas_float.md")
+"""Pages that run on every version of their host; the others on the newest."""
+
+LEAST_AGREEMENT = 0.95
+"""Of what a page calls `agreement`; digits after a tenth of the default finetune, or more of it. A network that was not
+finetuned agrees on 0.8 to 0.95."""
+
+SECONDS = 300
+"""Much longer than two processes take, which is about 15."""
+
+
+def name_of(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+def document_of(page):
+    """Parse a page; what runs first on it may be in a comment that readers do not see."""
+    sybil = pytest.importorskip("sybil", reason="sybil is not installed")
+    from sybil.parsers import markdown
+
+    parser = sybil.Sybil([markdown.PythonCodeBlockParser(), markdown.SkipParser()])
+    return parser.parse(page)
+
+
+def hosts_of(text):
+    """Name the hosts whose modules the snippets of a page import."""
+    blocks = "\n".join(re.findall(r"^\s*(?:```python|<!--- invisible-code-block: python)\n(.*?)^\s*(?:```|-->)", text, re.M | re.S))
+    return [host for host in HOSTS if re.search(rf"(?:import|from) (?:qft_plugin\.)?{host}\b", blocks)]
+
+
+def parameters():
+    """Give each page that has snippets the marks of its hosts."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if not re.search(r"^\s*```python", text, re.M):
+            continue
+        marks = [] if name_of(page) in EVERY_VERSION else [pytest.mark.wide]
+        if hosts_of(text) == ["nncf"]:
+            marks.append(pytest.mark.nncf_only)
+        yield pytest.param(page, id=name_of(page), marks=marks)
+
+
+@pytest.mark.parametrize("page", list(parameters()))
+def test_the_snippets_of_a_page_run(page, tmp_path, monkeypatch):
+    """Each runs after those before it, and none is left out but those that are listed here."""
+    for host in hosts_of(page.read_text(encoding="utf-8")):
+        if importlib.util.find_spec(host) is None:
+            pytest.skip(f"{host} is not installed here")
+    monkeypatch.chdir(tmp_path)
+    document = document_of(page)
+    document.namespace["__name__"] = "snippets"
+    not_run = []
+    for example in document.examples():
+        try:
+            example.evaluate()
+        except unittest.SkipTest as reason:
+            not_run.append(str(reason))
+    assert not_run == NOT_RUN.get(name_of(page), [])
+    assert document.namespace.get("agreement", 1) > LEAST_AGREEMENT
