@@ -4,6 +4,7 @@ Import a host to use it: `qft_plugin.nncf` registers the algorithm with `nncf.qu
 """
 
 from qft_plugin.config import EfQAT, FinetuneConfig, HardwareSpec, QFTConfig
+from qft_plugin.config_file import config_from_dict, config_to_dict, load_config, save_config
 from qft_plugin.errors import (
     ConfigError,
     DataError,
@@ -30,4 +31,8 @@ __all__ = [
     "QFTConfig",
     "QFTError",
     "QFTWarning",
+    "config_from_dict",
+    "config_to_dict",
+    "load_config",
+    "save_config",
 ]

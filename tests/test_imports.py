@@ -18,6 +18,7 @@ FLOORS = [
     {"errors"},
     {"checks"},
     {"config"},
+    {"config_file"},
     {"tensors"},
     {"graph"},
     {"training"},
@@ -31,6 +32,7 @@ OUTSIDE = {
     "errors": set(),
     "checks": set(),
     "config": set(),
+    "config_file": {"tomli", "tomli_w"},
     "deploy": {"torch", "numpy", *HOSTS} - {"nncf", "brevitas"},
 }
 """What a folder below the hosts may import beside the standard library; `torch` and `numpy` where nothing is said."""
