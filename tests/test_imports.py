@@ -19,6 +19,7 @@ FLOORS = [
     {"checks"},
     {"config"},
     {"config_file"},
+    {"onnx_import"},
     {"tensors"},
     {"graph"},
     {"training"},
@@ -33,6 +34,7 @@ OUTSIDE = {
     "checks": set(),
     "config": set(),
     "config_file": {"tomli", "tomli_w"},
+    "onnx_import": {"torch", "numpy", "onnx", "onnxruntime"},
     "deploy": {"torch", "numpy", *HOSTS} - {"nncf", "brevitas"},
 }
 """What a folder below the hosts may import beside the standard library; `torch` and `numpy` where nothing is said."""
