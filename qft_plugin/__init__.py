@@ -45,7 +45,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load what needs torch when it is asked for, so that settings and `qft --help` do without."""
+    """Load what needs torch when it is asked for, so that settings do without."""
     if name == "from_onnx":
         from qft_plugin.onnx_import.load import from_onnx
 

@@ -197,8 +197,9 @@ def _add(reader: _Reader, raw: Any, built: Built) -> None:
     operands = [
         _operand(reader, node, place, built) if f"{{{place}}}" in text else "" for place in range(len(node.inputs))
     ]
-    names = [_free(f"v{len(built.variables)}", built.variables) for _ in ends]
-    built.variables.update(zip(ends, names, strict=True))
+    for end in ends:
+        built.variables[end] = _free(f"v{len(built.variables)}", built.variables)
+    names = [built.variables[end] for end in ends]
     built.lines.append(f"{', '.join(names)}{',' if len(names) > 1 else ''} = {text.format(*operands)}")
 
 
