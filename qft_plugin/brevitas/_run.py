@@ -40,7 +40,7 @@ def initialize(model: nn.Module, data: Iterable[Any], config: QFTConfig | None =
         data: batches of unlabeled inputs: tensors, tuples of tensors, or dicts of tensors.
         config: the settings; bit widths and granularity are those of the model's quantizers.
     """
-    config = _config(config, model)
+    config = checked_config(config, model)
     with torch.inference_mode(False), torch.no_grad(), joined(model):
         check_version()
         check(model)
@@ -74,7 +74,7 @@ def finetune(
     Raises:
         ConfigError: a setting contradicts the model, or teacher and student cannot be compared.
     """
-    config = _config(config, model)
+    config = checked_config(config, model)
     if config.finetune is None:
         raise ConfigError(
             "QFTConfig.finetune should be a FinetuneConfig. Found None. Call initialize for a start alone."
@@ -133,7 +133,7 @@ def quantize(
         return run(host, config, callback=callback).model
 
 
-def _config(config: QFTConfig | None, model: Any) -> QFTConfig:
+def checked_config(config: QFTConfig | None, model: Any) -> QFTConfig:
     """Refuse what only a model itself decides."""
     config, default = config or QFTConfig(), QFTConfig()
     for names, found, usual in (

@@ -98,10 +98,7 @@ def quantize(model: nn.Module, calibration_dataset: Any, config: QFTConfig | Non
 def _quantize(
     original: Callable[..., Any], model: Any, dataset: Any, algorithm: Any, callback: Any, host: dict[str, Any]
 ) -> Job:
-    config = _with_range(_config(algorithm), host.get("advanced_parameters"))
-    settings = _host_settings(original, host, config)
-    own_items = config.activation_range == "host" or "subset_size" in settings
-    request = Request(original, dataset, settings, config.hardware, own_items=own_items)
+    config, request = checked_request(original, dataset, _config(algorithm), host)
     # Calibration code often stands inside no_grad or inference_mode, but this one trains.
     with (
         torch.inference_mode(False),
@@ -114,6 +111,26 @@ def _quantize(
         # One process keeps all images anyway; NNCF says then what is wrong with its setting.
         head_items = request.calibration_items if request.own_items and world.size > 1 else 0
         return run(NNCF(model, request, head_items), config, callback=report)
+
+
+def checked_request(
+    original: Callable[..., Any], dataset: Any, config: QFTConfig, host: dict[str, Any]
+) -> tuple[QFTConfig, Request]:
+    """Check the user's settings against each other; returns those of the job, and what NNCF is asked for.
+
+    Args:
+        original: NNCF's own `quantize`.
+        dataset: the calibration dataset.
+        config: the settings.
+        host: the other arguments of NNCF's own `quantize`.
+
+    Raises:
+        HostError: a setting cannot be honoured.
+    """
+    config = _with_range(config, host.get("advanced_parameters"))
+    settings = _host_settings(original, host, config)
+    own_items = config.activation_range == "host" or "subset_size" in settings
+    return config, Request(original, dataset, settings, config.hardware, own_items=own_items)
 
 
 def _config(algorithm: Any) -> QFTConfig:
