@@ -14,8 +14,8 @@ from qft_plugin.nncf._inspect import inspect  # noqa: E402
 from qft_plugin.nncf._register import quantize, register, unregister  # noqa: E402
 from qft_plugin.nncf._save import save_openvino  # noqa: E402
 from qft_plugin.nncf._write import widened, without_compiler  # noqa: E402
-from qft_plugin.report.kept import report_of  # noqa: E402
 from qft_plugin.report.inspection import Inspection  # noqa: E402
+from qft_plugin.report.kept import report_of  # noqa: E402
 from qft_plugin.training.phases import Step  # noqa: E402
 
 register()

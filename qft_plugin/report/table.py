@@ -18,7 +18,7 @@ def summary(report: Record) -> str:
     """
     rows: list[tuple[str, str]] = [("images", _images(report)), ("loss", _loss(report))]
     if report.agreement is not None:
-        rows.append(("agreement", _agreement(report)))
+        rows.append(("agreement", _agreement(report, report.agreement)))
     rows.append(("layers", _layers(report)))
     rows += [("" if number else "stayed float", line) for number, line in enumerate(_floating(report))]
     if report.decisions:
@@ -69,10 +69,10 @@ def _loss(report: Record) -> str:
     return f"{report.start_loss:.5f} -> {report.final_loss:.5f} {steps}{at}"
 
 
-def _agreement(report: Record) -> str:
+def _agreement(report: Record, agreement: float) -> str:
     before = "" if report.start_agreement is None else f"{percent(report.start_agreement)} -> "
     which = f"the {report.held_out} images" if report.held_out else "images"
-    return f"{before}{percent(report.agreement)} of {which} get the class of the float network"
+    return f"{before}{percent(agreement)} of {which} get the class of the float network"
 
 
 def _layers(report: Record) -> str:
