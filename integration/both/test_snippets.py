@@ -68,11 +68,39 @@ def test_the_snippets_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     document = document_of(page)
     document.namespace["__name__"] = "snippets"
+    examples = list(document.examples())
+    text = page.read_text(encoding="utf-8")
+    assert len(examples) == len(re.findall(r"^\s*```+python|^\s*<!--- (?:invisible-code-block|skip):", text, re.M))
     not_run = []
-    for example in document.examples():
+    for example in examples:
         try:
             example.evaluate()
         except unittest.SkipTest as reason:
             not_run.append(str(reason))
     assert not_run == NOT_RUN.get(name_of(page), [])
     assert document.namespace.get("agreement", 1) > LEAST_AGREEMENT
+
+
+@pytest.mark.wide
+@pytest.mark.nncf_only
+def test_the_script_for_processes_runs_in_two(tmp_path):
+    """The one script of its page gives one file under torchrun, and the same figures in both processes."""
+    if importlib.util.find_spec("nncf") is None:
+        pytest.skip("nncf is not installed here")
+    page = (ROOT / "docs" / "tutorials" / "processes.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"^```python\n(# quantize\.py\n.*?)^```", page, re.M | re.S)
+    (tmp_path / "quantize.py").write_text(script, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "quantize.py"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = re.findall(r"\d+ bytes, agreement [\d.]+ %", done.stdout)
+    assert len(said) == 2
+    assert said[0] == said[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["digits.bin", "digits.xml", "quantize.py"]
