@@ -71,6 +71,12 @@ def test_files_that_are_named_are_there(page):
         assert (ROOT / path).exists(), path
 
 
+@each_page
+def test_nothing_is_fetched_to_show_a_page(page):
+    """No page embeds an image, a script or a frame from the network."""
+    assert not re.search(r"!\[[^\]]*\]\(\w+:|<(?:script|img|link|iframe)\b", read(page))
+
+
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
 def test_links_of_pages_outside_the_site_lead_somewhere(page):
     """Links to files, and to headings of the page itself; those inside docs/ are checked when the site is built."""
