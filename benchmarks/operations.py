@@ -12,17 +12,17 @@ TOP: Final = """# Supported operations
 Every torch function runs: what is not in this table stays in floating point and is a *barrier*, around which scales are
 pinned. The table says what a scale for each channel does at each function, which decides how much of a network is free
 ([networks](networks.md) counts it). It is made from the rows of `qft_plugin/graph/operations.py` by
-`python benchmarks/operations.py`; the tests run every function and check every row. Methods and operators of tensors, forms
-in place, and torch's modules that call a function are the same operation.
+`python benchmarks/operations.py`; the tests run every function and check every row. Methods and operators of tensors,
+forms in place, and torch's modules that call a function are the same operation.
 
-**Quantized weights** have the layers, and the products of matrices whose second factor is a parameter. All other functions
-compute in floating point or, in a runtime, in integers where it can."""
+**Quantized weights** have the layers, and the products of matrices whose second factor is a parameter. All other
+functions compute in floating point or, in a runtime, in integers where it can."""
 
 GROUPS: Final = {
     "Layers": (
         ("layer", "matrix product"),
-        "The weight is quantized, and absorbs a factor of every channel that it reads and of every one that it makes. A "
-        "product of two activations has no weight; it ties or pins their scales.",
+        "The weight is quantized, and absorbs a factor of every channel that it reads and of every one that it makes. "
+        "A product of two activations has no weight; it ties or pins their scales.",
     ),
     "Scales pass": (
         ("same", "spatial", "moved", "joined", "reduced", "padded", "attention"),
@@ -38,8 +38,8 @@ GROUPS: Final = {
     ),
     "Barriers": (
         ("one bound", None),
-        "No factor passes, and the scales around are pinned. `HardwareSpec(activation_scale=\"explicit\")` frees those after "
-        "the elementwise curves, by a multiplication.",
+        "No factor passes, and the scales around are pinned. `HardwareSpec(activation_scale='explicit')` frees those "
+        "after the elementwise curves, by a multiplication.",
     ),
 }
 """A heading, the rules of `Operation.rule` below it, and what they mean for a scale."""
@@ -52,7 +52,7 @@ NOTES: Final = {
 
 def names(row: Operation) -> str:
     """Write a function with its other spellings, without those that only Python's operators have."""
-    return ", ".join(f"`{name}`" for name in (row.name, *row.spellings) if not name.startswith("__") or name == row.name)
+    return ", ".join(f"`{name}`" for name in (row.name, *(n for n in row.spellings if not n.startswith("__"))))
 
 
 def line(row: Operation) -> str:
