@@ -16,7 +16,7 @@ HOSTS = {"nncf", "brevitas", "openvino", "onnx", "qonnx", "onnxruntime"}
 
 FLOORS = [
     {"errors"},
-    {"checks"},
+    {"checks", "packages"},
     {"config"},
     {"tensors"},
     {"graph"},
@@ -30,6 +30,7 @@ FLOORS = [
 OUTSIDE = {
     "errors": set(),
     "checks": set(),
+    "packages": set(),
     "config": set(),
     "deploy": {"torch", "numpy", *HOSTS} - {"nncf", "brevitas"},
 }

@@ -14,9 +14,11 @@ from qft_plugin.job.gptq_inputs import can_compensate, rows_wanted
 from qft_plugin.job.host import Placed, Source, Start
 from qft_plugin.job.planned import constants_of
 from qft_plugin.report.inspection import Cost, Memory
-from qft_plugin.training.data import Inputs, trained_on
+from qft_plugin.training.data import Inputs
 from qft_plugin.training.dof import Dof
 from qft_plugin.training.loss import Prediction
+
+CPU: Final = torch.device("cpu")
 
 PASSES: Final = 4
 """Runs of the network over the images of a start: signs or NNCF's statistics, ranges, their search, health."""
@@ -68,6 +70,11 @@ class Scale:
     images: int
     known: bool
     seen: int
+
+
+def trained_on(images: int) -> int:
+    """Return how many of so many images are trained on, the others being held out."""
+    return Inputs((torch.empty(images, 0),), {}, (), CPU).trained_on
 
 
 def batch_size_of(settings: FinetuneConfig, images: int, inputs: Inputs) -> int:
