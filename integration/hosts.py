@@ -34,6 +34,10 @@ class UnderNNCF:
         """Quantize a model and follow the finetune."""
         self._host.quantize(model, self._nncf.Dataset(items), config, callback=callback)
 
+    def inspect(self, model, items, config):
+        """Return what a job would decide and cost."""
+        return self._host.inspect(model, self._nncf.Dataset(items), config)
+
     def outputs(self, model, item):
         """Run a quantized model."""
         with torch.no_grad(), self._host.without_compiler():
@@ -74,6 +78,10 @@ class UnderBrevitas:
     def run(self, model, items, config, *, callback):
         """Quantize a model and follow the finetune."""
         self._host.quantize(model, items, config=config, callback=callback)
+
+    def inspect(self, model, items, config):
+        """Return what a job would decide and cost."""
+        return self._host.inspect(model, items, config=config)
 
     def outputs(self, model, item):
         """Run a quantized model."""

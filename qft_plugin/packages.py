@@ -26,7 +26,7 @@ def missing(what: str, *, extra: str) -> HostError:
         what: the package, with its version where that matters.
         extra: the extra of this package that installs it.
     """
-    return HostError(f"{what} should be installed. Found none. Run, {install_line(extra)}")
+    return HostError(f"{what} should be installed. Found none. Run, {install_line(extra)}.")
 
 
 def require(*modules: str, extra: str) -> None:
