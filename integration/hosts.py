@@ -52,6 +52,8 @@ class UnderNNCF:
         """Save what `finetuned` returned as IR; the file is proved."""
         return self._host.save_openvino(model, folder / "net.xml", item)
 
+    save_folded = save
+
 
 class UnderBrevitas:
     """Quantizes with Brevitas."""
@@ -94,7 +96,11 @@ class UnderBrevitas:
 
     def save(self, model, folder, item):
         """Save what `finetuned` returned as QCDQ; the file is proved."""
-        return self._host.save_qcdq(self._host.fold(model), folder / "net.onnx", item)
+        return self.save_folded(self._host.fold(model), folder, item)
+
+    def save_folded(self, model, folder, item):
+        """Save what `quantize` returned."""
+        return self._host.save_qcdq(model, folder / "net.onnx", item)
 
 
 START = ("equalize", "compensate", "train_cross_layer", "activation_range")
