@@ -16,7 +16,7 @@ HOSTS = {"nncf", "brevitas", "openvino", "onnx", "qonnx", "onnxruntime"}
 
 FLOORS = [
     {"errors"},
-    {"checks"},
+    {"checks", "packages"},
     {"config"},
     {"config_file"},
     {"onnx_import"},
@@ -34,6 +34,7 @@ FLOORS = [
 OUTSIDE = {
     "errors": set(),
     "checks": set(),
+    "packages": set(),
     "config": set(),
     "config_file": {"tomli", "tomli_w"},
     "onnx_import": {"torch", "numpy", "onnx", "onnxruntime"},

@@ -14,9 +14,11 @@ from qft_plugin.job.gptq_inputs import can_compensate, rows_wanted
 from qft_plugin.job.host import Placed, Source, Start
 from qft_plugin.job.planned import constants_of
 from qft_plugin.report.inspection import Cost, Memory
-from qft_plugin.training.data import Inputs, trained_on
+from qft_plugin.training.data import Inputs
 from qft_plugin.training.dof import Dof
 from qft_plugin.training.loss import Prediction
+
+CPU: Final = torch.device("cpu")
 
 PASSES: Final = 4
 """Runs of the network over the images of a start: signs or NNCF's statistics, ranges, their search, health."""
@@ -68,6 +70,11 @@ class Scale:
     images: int
     known: bool
     seen: int
+
+
+def trained_on(images: int) -> int:
+    """Return how many of so many images are trained on, the others being held out."""
+    return Inputs((torch.empty(images, 0),), {}, (), CPU).trained_on
 
 
 def batch_size_of(settings: FinetuneConfig, images: int, inputs: Inputs) -> int:
@@ -153,7 +160,7 @@ def _products(layer: Layer, source: Source, images: int, seen: int) -> float:
 
 def _seconds_of_product(rows: int = 4_096, columns: int = 576) -> float:
     """Measure the seconds of one multiplication and addition in a product of matrices."""
-    x, best = torch.randn(rows, columns), float("inf")
+    x, best = torch.ones(rows, columns), float("inf")
     for _ in range(3):
         begin = time.perf_counter()
         x.T @ x

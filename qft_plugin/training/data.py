@@ -71,7 +71,8 @@ class Inputs:
     @property
     def trained_on(self) -> int:
         """How many of all images, the first ones, are trained on."""
-        return trained_on(self.total)
+        total = self.total
+        return total if total < LEAST_IMAGES else total - min(MOST_HELD_OUT, total // HELD_OUT_SHARE)
 
     @property
     def judged_on(self) -> tuple[int, int]:
@@ -153,15 +154,6 @@ class Inputs:
         images = self.channels_last and rows.dim() == 4 and rows.is_floating_point()
         layout = torch.channels_last if images else torch.contiguous_format
         return rows[index].to(self.device).contiguous(memory_format=layout)
-
-
-def trained_on(total: int) -> int:
-    """Return how many of so many images, the first ones, are trained on; the others are held out.
-
-    Args:
-        total: of all processes.
-    """
-    return total if total < LEAST_IMAGES else total - min(MOST_HELD_OUT, total // HELD_OUT_SHARE)
 
 
 def as_call(sample: Any, *, accepts: Callable[..., bool]) -> Call:
