@@ -16,6 +16,7 @@ from qft_plugin.deploy.proof import Proof, Proved, prove
 from qft_plugin.deploy.watched import Watched
 from qft_plugin.errors import DeployabilityError
 from qft_plugin.graph.torch_model import Call
+from qft_plugin.report.progress import phase
 
 Storage = Literal["i4", "i4_plain", "i8"]
 STORAGES: Final = ("i4", "i4_plain", "i8")
@@ -115,7 +116,8 @@ def save(
     keep_epsilon(model)
     with draft_of(target) as draft:
         # Half-precision constants would round the scales, and the integers would mean something else.
-        openvino.save_model(model, draft, compress_to_fp16=False)
+        with phase("writing"):
+            openvino.save_model(model, draft, compress_to_fp16=False)
         report = inspect_file(draft, watched=watched, example=example, images=images)
         os.replace(draft.with_suffix(".bin"), target.with_suffix(".bin"))
         os.replace(draft, target)
@@ -137,9 +139,13 @@ def inspect_file(path: Path, *, watched: Watched | None, example: Call, images: 
     import openvino
 
     model = openvino.Core().read_model(path)
-    proof = Proof() if watched is None else prove(watched, IRFile(model, free_batch=True), example, images)[0]
+    proof = Proof()
+    if watched is not None:
+        with phase("proof"):
+            proof = prove(watched, IRFile(model, free_batch=True), example, images)[0]
     size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
-    convolutions, linear = precisions(model)
+    with phase("looking at precisions"):
+        convolutions, linear = precisions(model)
     return OpenVINOReport(path, size, proof, convolutions, linear)
 
 

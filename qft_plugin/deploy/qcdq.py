@@ -13,6 +13,7 @@ from qft_plugin.deploy.proof import Proof, Proved, prove
 from qft_plugin.deploy.watched import Watched
 from qft_plugin.errors import ParityError
 from qft_plugin.graph.torch_model import Call
+from qft_plugin.report.progress import phase
 
 BETWEEN: Final = frozenset(["Relu", "MaxPool", "Identity", "Reshape", "Flatten", "Transpose", "Slice", "Split", "Clip"])
 """Operations that may stand between a concatenation and its quantizer."""
@@ -160,6 +161,8 @@ def inspect_file(path: Path, *, watched: Watched | None, example: Call, images: 
             ONNXFile(model, runtime=runtime, free_batch=True, run=run)
             for runtime, run in (("ONNX Runtime", in_onnx_runtime(model)), ("OpenVINO", in_openvino(path)))
         ]
-        proof, in_openvino_proof = prove(watched, files[0], example, images, others=files[1:])
-    convolutions, linear = precisions(openvino.Core().read_model(path))
+        with phase("proof"):
+            proof, in_openvino_proof = prove(watched, files[0], example, images, others=files[1:])
+    with phase("looking at precisions"):
+        convolutions, linear = precisions(openvino.Core().read_model(path))
     return QCDQReport(path, path.stat().st_size, proof, in_openvino_proof, convolutions, linear)
