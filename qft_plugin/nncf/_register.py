@@ -71,6 +71,11 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
         if algorithm is None:
             if callback is not None:
                 raise ConfigError('callback should come with algorithm="qft". Found no algorithm.')
+            if verbose is not True:
+                raise ConfigError(
+                    f'verbose should come with algorithm="qft". Found {verbose!r} and no algorithm: NNCF itself has no '
+                    "such argument. Leave it out."
+                )
             return original(model, calibration_dataset, **host)
         asked = _Asked(algorithm, callback, verbose)
         return _quantize(original, model, calibration_dataset, asked, host).model
