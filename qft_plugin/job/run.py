@@ -16,9 +16,11 @@ from qft_plugin.graph.layer_graph import DofMap
 from qft_plugin.graph.torch_model import Call
 from qft_plugin.job.health import check_squares, is_finite, not_finite, warn_of_targets
 from qft_plugin.job.host import Host, Placed, PlacedT, Problem, Source, SourceT, Start
+from qft_plugin.job.layer_errors import Measured, measure
 from qft_plugin.job.understand import images, understand
 from qft_plugin.tensors.partial_gradients import PartialBackward
 from qft_plugin.training.blocks import split
+from qft_plugin.training.data import Inputs
 from qft_plugin.training.distributed import agreed
 from qft_plugin.training.dof import Dof, parameter_groups
 from qft_plugin.training.efqat import PartialTraining, release
@@ -50,11 +52,13 @@ class Job:
         model: the quantized model, the host's own kind.
         dof_map: which per-channel scales were shared, free, or pinned.
         result: how the finetune went; `None` where none was asked for.
+        measured: the errors of the layers, where `QFTConfig.analyse` asks for them.
     """
 
     model: nn.Module
     dof_map: DofMap
     result: FinetuneResult | None
+    measured: Measured | None = None
 
 
 def run(host: Host[SourceT, PlacedT], config: QFTConfig, *, callback: Callback | None = None) -> Job:
@@ -68,6 +72,26 @@ def run(host: Host[SourceT, PlacedT], config: QFTConfig, *, callback: Callback |
         callback: called after each finetuning step.
     """
     inputs = images(host.model, host.items(), config, head_items=host.head_items)
+    return run_on(inputs, host, config=config, callback=callback)
+
+
+def run_on(
+    inputs: Inputs,
+    host: Host[SourceT, PlacedT],
+    *,
+    config: QFTConfig,
+    callback: Callback | None = None,
+    look: Callable[[Start[Placed], Problem[Source]], None] | None = None,
+) -> Job:
+    """Quantize a model on images that were read: a job after its first step.
+
+    Args:
+        inputs: the images.
+        host: has the user's model and the quantizers.
+        config: the settings.
+        callback: called after each finetuning step.
+        look: is shown the result before the host writes it: where it is in `dof`, and the network and images.
+    """
     with agreed(inputs.world):
         source = host.read(inputs, config)
         problem = understand(source, inputs, config)
@@ -77,7 +101,10 @@ def run(host: Host[SourceT, PlacedT], config: QFTConfig, *, callback: Callback |
     deployed = deployed_weights(start.dof)
     if targets is not None or config.finetune is None:  # else a job that trains will say so
         check_accumulators(start.dof, deployed)
-    return Job(host.write(problem, start, deployed), source.dof_map, result)
+    measured = measure(start, problem, config) if config.analyse else None
+    if look is not None:
+        look(start, problem)
+    return Job(host.write(problem, start, deployed), source.dof_map, result, measured)
 
 
 def targets_of(
