@@ -30,6 +30,10 @@ class UnderNNCF:
         job = self._host.quantize(model, self._nncf.Dataset(items), config)
         return job.result, job.model
 
+    def job(self, model, items, config):
+        """Quantize a float model and return all that the job found."""
+        return self._host.quantize(model, self._nncf.Dataset(items), config)
+
     def run(self, model, items, config, *, callback):
         """Quantize a model and follow the finetune."""
         self._host.quantize(model, self._nncf.Dataset(items), config, callback=callback)
@@ -54,9 +58,12 @@ class UnderBrevitas:
 
     def __init__(self):
         from qft_plugin import brevitas
+        from qft_plugin.brevitas._host import Brevitas
         from qft_plugin.brevitas._save import weight_integers
+        from qft_plugin.job.run import run
 
         self._host, self._integers = brevitas, weight_integers
+        self._Brevitas, self._run = Brevitas, run
 
     def quantize(self, model, items, config):
         """Return a quantized model, folded."""
@@ -70,6 +77,10 @@ class UnderBrevitas:
             return None, quantized
         linked = four_bits(small_layer_share=0.01, train_cross_layer=config.train_cross_layer, finetune=config.finetune)
         return self._host.finetune(quantized, model, items, linked), quantized
+
+    def job(self, model, items, config):
+        """Quantize a float model and return all that the job found."""
+        return self._run(self._Brevitas(model, items, model, calibrates=True, swaps=True), config)
 
     def run(self, model, items, config, *, callback):
         """Quantize a model and follow the finetune."""

@@ -177,10 +177,13 @@ def rounding_errors(W: Tensor, axes: Axes, *, bits: int = 4) -> dict[str, float]
         L2 norm of the error over that of the weight, by `"per-tensor"`, `"per-channel"` and `"doubly per-channel"`.
     """
     high = largest_integer(bits)
-    S, T = doubly_scales(W, axes, bits=bits)
+    S_channel = weight_scale(W, axes, bits=bits, per_channel=True)
+    # Where an output reads one channel, as in a depthwise kernel, a scale of that channel says nothing new.
+    one = axes.channels(W)[0] == axes.groups
+    S, T = (S_channel, None) if one else doubly_scales(W, axes, bits=bits)
     steps = {
         "per-tensor": weight_scale(W, axes, bits=bits, per_channel=False),
-        "per-channel": axes.on_weight(weight_scale(W, axes, bits=bits, per_channel=True), None, W),
+        "per-channel": axes.on_weight(S_channel, None, W),
         "doubly per-channel": axes.on_weight(S, T, W),
     }
     size = W.norm().clamp(min=torch.finfo(W.dtype).tiny)
