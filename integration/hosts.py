@@ -8,6 +8,7 @@ import torch
 from conftest import four_bits
 
 from qft_plugin.graph.torch_model import tensors_in
+from qft_plugin.report.kept import report_of
 
 
 class UnderNNCF:
@@ -30,9 +31,9 @@ class UnderNNCF:
         job = self._host.quantize(model, self._nncf.Dataset(items), config)
         return job.result, job.model
 
-    def job(self, model, items, config):
-        """Quantize a float model and return all that the job found."""
-        return self._host.quantize(model, self._nncf.Dataset(items), config)
+    def report(self, model, items, config):
+        """Quantize a float model and return the report."""
+        return self._host.quantize(model, self._nncf.Dataset(items), config).report
 
     def run(self, model, items, config, *, callback):
         """Quantize a model and follow the finetune."""
@@ -58,12 +59,9 @@ class UnderBrevitas:
 
     def __init__(self):
         from qft_plugin import brevitas
-        from qft_plugin.brevitas._host import Brevitas
         from qft_plugin.brevitas._save import weight_integers
-        from qft_plugin.job.run import run
 
         self._host, self._integers = brevitas, weight_integers
-        self._Brevitas, self._run = Brevitas, run
 
     def quantize(self, model, items, config):
         """Return a quantized model, folded."""
@@ -78,9 +76,9 @@ class UnderBrevitas:
         linked = four_bits(small_layer_share=0.01, train_cross_layer=config.train_cross_layer, finetune=config.finetune)
         return self._host.finetune(quantized, model, items, linked), quantized
 
-    def job(self, model, items, config):
-        """Quantize a float model and return all that the job found."""
-        return self._run(self._Brevitas(model, items, model, calibrates=True, swaps=True), config)
+    def report(self, model, items, config):
+        """Quantize a float model and return the report."""
+        return report_of(self._host.quantize(model, items, config=config))
 
     def run(self, model, items, config, *, callback):
         """Quantize a model and follow the finetune."""

@@ -36,16 +36,16 @@ def parts_of(host, model, items, config, monkeypatch):
         return measure(start, problem, settings)
 
     monkeypatch.setattr(run, "measure", noted)
-    job = host.job(model, items, config)
+    report = host.report(model, items, config)
     (parts,) = found
-    return parts, job.measured
+    return parts, report
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_from_nothing_to_everything(name, host, monkeypatch):
     """Nothing quantized is the user's network, with a ReLU that a quantizer computes too; each layer has its errors."""
     model, items = nets.build(name), nets.items(name)
-    parts, measured = parts_of(host, model, items, four_bits(analyse=True), monkeypatch)
+    parts, report = parts_of(host, model, items, four_bits(analyse=True), monkeypatch)
     for call, _ in parts.batches(16):
         found = parts.run(parts.none(), call)
         with torch.no_grad():
@@ -55,8 +55,9 @@ def test_from_nothing_to_everything(name, host, monkeypatch):
         whole = parts.of(parts.reads, parts.quantized.activation_scales)
         for one, other in zip(parts.run(whole, call).tensors, parts.run(parts.quantized, call).tensors, strict=True):
             assert torch.equal(one, other)
-    assert set(measured.errors) == set(parts.reads)
-    for errors in measured.errors.values():
+    found = {layer.weight: layer.errors for layer in report.layers if layer.errors is not None}
+    assert set(found) == set(parts.reads)
+    for errors in found.values():
         assert 0 < errors.weight < 0.5
         assert errors.output_alone > 0
         assert errors.output_accumulated > 0
@@ -67,11 +68,11 @@ def test_from_nothing_to_everything(name, host, monkeypatch):
 def test_one_layer_alone_is_the_whole(host, monkeypatch):
     """Of a network with one layer, the layer alone has the loss of the network, and nothing has none."""
     model, items = OneLayer().eval(), [torch.randn(32, 12) for _ in range(6)]
-    parts, measured = parts_of(host, model, items, four_bits(analyse=True, finetune=None), monkeypatch)
-    (layer,), (errors,) = parts.layers, measured.errors.values()
+    parts, report = parts_of(host, model, items, four_bits(analyse=True, finetune=None), monkeypatch)
+    (layer,), errors = parts.layers, report.layers[0].errors
     for call, _ in parts.batches(24):
         assert torch.equal(parts.run(parts.only(layer), call).tensors[0], parts.run(parts.quantized, call).tensors[0])
-    assert measured.images == 24
+    assert report.analysed == 24
     assert errors.output_alone == errors.output_accumulated
     assert (errors.loss_without, errors.agreement_without) == (0, 1)
     assert errors.loss_only > 0
@@ -82,6 +83,6 @@ def test_less_bits_more_error(host):
     model, items = nets.build("residual"), nets.items("residual")
     bits = {"conv1.weight": 3}
     settings = four_bits(weight_bits=6, layer_bits=bits, analyse=True, compensate=False, finetune=few_steps())
-    errors = host.job(model, items, settings).measured.errors
+    errors = {layer.weight: layer.errors for layer in host.report(model, items, settings).layers}
     assert max(errors, key=lambda name: errors[name].weight) == "conv1.weight"
     assert max(errors, key=lambda name: errors[name].loss_only) == "conv1.weight"

@@ -73,6 +73,11 @@ class Source(Protocol):
         ...
 
     @property
+    def kept_in_float(self) -> Mapping[str, str]:
+        """Why the host has no quantizer for a weight, in a few words, by its name, where there is such a reason."""
+        ...
+
+    @property
     def kept(self) -> Mapping[str, Tensor]:
         """By name of a weight that is pruned, a tensor of its shape that is true where it is not 0 for good."""
         ...
@@ -192,6 +197,11 @@ class Start(Generic[PlacedT_co]):
 
 class Host(Protocol[SourceT, PlacedT]):
     """The methods of a host that a job calls, in this order; one host serves one job, of one model and one dataset."""
+
+    @property
+    def name(self) -> str:
+        """Name of the package of the framework."""
+        ...
 
     @property
     def model(self) -> nn.Module:

@@ -15,7 +15,6 @@ from qft_plugin.graph.torch_model import Call
 from qft_plugin.job.activation_ranges import BATCH
 from qft_plugin.job.host import Placed, Problem, Source, Start
 from qft_plugin.job.understand import laid_out
-from qft_plugin.training.finetune import EVALUATION_IMAGES
 from qft_plugin.training.loss import Loss, Prediction, distillation_loss
 from qft_plugin.training.solve import Solution, solve
 
@@ -107,9 +106,9 @@ class Parts:
         """Compare the predictions of two networks for one batch of so many images."""
         loss = Loss(self._problem.at.weights(len(expected.features)), self._cross_entropy)
         value = float(distillation_loss(found, expected, loss))
-        if found.logits is None or expected.logits is None:
+        if found.classes is None or expected.classes is None:
             return Difference(images, value * images, None)
-        return Difference(images, value * images, int((found.logits.argmax(1) == expected.logits.argmax(1)).sum()))
+        return Difference(images, value * images, int((found.classes == expected.classes).sum()))
 
     def batches(self, count: int) -> Iterator[tuple[Call, int]]:
         """Yield the first `count` of the images that networks are judged by in batches, with the size of each."""
@@ -181,14 +180,4 @@ def held_out(problem: Problem[Source]) -> tuple[int, int]:
     They are held out of training; where none are, or where other processes hold a part of them, the first ones.
     """
     inputs = problem.inputs
-    if inputs.own is None and inputs.trained_on < inputs.total:
-        return inputs.trained_on, inputs.total
-    return 0, min(len(inputs), EVALUATION_IMAGES)
-
-
-def whole_difference(parts: Parts, found: Solution) -> Difference:
-    """Compare a network with the float one on all images that networks are judged by."""
-    total = Difference()
-    for call, images in parts.batches(EVALUATION_IMAGES):
-        total += parts.difference(parts.run(found, call), parts.run(parts.none(), call), images=images)
-    return total
+    return inputs.judged_on if inputs.own is None else (0, len(inputs))

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from qft_plugin.report.table import one_line, summary
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerErrors:
@@ -167,6 +169,14 @@ class Report:
     def gained(self) -> bool:
         """Whether the finetune made the loss smaller; false without one."""
         return self.start_loss is not None and self.final_loss is not None and self.final_loss < self.start_loss
+
+    def __str__(self) -> str:
+        """Say what the job did and how good its result is, in about ten lines."""
+        return summary(self)
+
+    def __repr__(self) -> str:
+        """Say the same in one short line."""
+        return one_line(self)
 
     def to_json(self) -> str:
         """Write everything as JSON; `from_json` reads it."""

@@ -14,7 +14,7 @@ from torch.nn import functional
 from qft_plugin.config import QFTConfig
 from qft_plugin.job import layer_errors
 from qft_plugin.job.layer_errors import Measured, measure, with_errors
-from qft_plugin.job.parts import Parts, whole_difference
+from qft_plugin.job.parts import Parts
 from qft_plugin.report.data import Layer, Report
 from qft_plugin.training.integers import deployed_weights
 
@@ -48,7 +48,8 @@ def test_of_one_layer_alone_is_accumulated() -> None:
     start, problem = looked(model, items, config)
     found = measure(start, problem, config).errors["1.weight"]
     parts = Parts(start, problem, config)
-    whole = whole_difference(parts, parts.quantized)
+    ((call, count),) = parts.batches(64)
+    whole = parts.difference(parts.run(parts.quantized, call), parts.run(parts.none(), call), images=count)
     assert found.output_alone == found.output_accumulated
     assert 0 < found.loss_only == pytest.approx(whole.loss, rel=SAME)
     assert found.agreement_only == whole.agreement
@@ -129,8 +130,10 @@ def test_a_job_measures_where_it_is_asked_to() -> None:
     torch.manual_seed(0)
     model, items = network(), batches()
     plain, analysed = (quantized(model, items, settings(analyse=on)) for on in (False, True))
-    assert plain.measured is None
-    assert analysed.measured is not None
+    assert plain.report.analysed == 0
+    assert all(layer.errors is None for layer in plain.report.layers)
+    assert analysed.report.analysed == 64
+    assert all(layer.errors is not None and layer.figures is not None for layer in analysed.report.layers)
     x = torch.cat(items)
     assert torch.equal(plain.model(x), analysed.model(x))
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from qft_plugin.config import QFTConfig
 from qft_plugin.job import parts as module
 from qft_plugin.job.host import Problem, Start
-from qft_plugin.job.parts import Difference, Parts, held_out, whole_difference
+from qft_plugin.job.parts import Difference, Parts, held_out
 from qft_plugin.job.run import run_on
 from qft_plugin.job.understand import images
 from qft_plugin.training.loss import Prediction, normalised_l2
@@ -21,10 +21,8 @@ SAME = 1e-9
 
 def looked(model: nn.Module, items: list[Tensor], config: QFTConfig) -> tuple[Start[SmallPlaced], Problem[SmallSource]]:
     """Return the end of a job."""
-    found = []
-    host = SmallHost(model, items)
-    run_on(images(model, items, config), host, config=config, look=lambda *end: found.append(end))
-    return found[0]  # type: ignore[return-value]
+    ended = run_on(images(model, items, config), SmallHost(model, items), config=config)
+    return ended.start, ended.problem  # type: ignore[return-value]
 
 
 def parts_of(model: nn.Module, items: list[Tensor], config: QFTConfig) -> Parts:
@@ -123,15 +121,17 @@ def test_differences_add_up() -> None:
     assert (both + Difference(1, 0.0, None)).agreement is None
 
 
-def test_the_whole_difference_is_the_loss_of_the_finetune() -> None:
-    """On the same images, against the float network in place of the teacher, that kept half of the bits."""
+def test_a_difference_is_that_of_the_finetune() -> None:
+    """On the same images, the loss at the compared activation and the share of the same classes."""
     model, items, config = network(), batches(), settings()
     start, problem = looked(model, items, config)
-    parts = Parts(start, problem, config)
-    difference, x = whole_difference(parts, parts.quantized), torch.cat(items)
-    found, expected = start.student(solve(start.dof), problem.inputs.first(64)), model(x)
-    assert difference.images == 64
+    parts, total, x = Parts(start, problem, config), Difference(), torch.cat(items)
+    for call, count in parts.batches(64):
+        found, expected = parts.run(parts.quantized, call), parts.run(parts.none(), call)
+        total += parts.difference(found, expected, images=count)
+    found = start.student(solve(start.dof), problem.inputs.first(64))
     assert found.logits is not None
-    assert difference.agreement == float((found.logits.argmax(1) == expected.argmax(1)).double().mean())
+    assert total.images == 64
+    assert total.agreement == float((found.logits.argmax(1) == model(x).argmax(1)).double().mean())
     loss = normalised_l2(found.features[0], model[:4](x))  # type: ignore[index]
-    assert difference.loss == pytest.approx(float(loss.detach()), rel=1e-6)
+    assert total.loss == pytest.approx(float(loss.detach()), rel=1e-6)
