@@ -17,6 +17,7 @@ HOSTS = {"nncf", "brevitas", "openvino", "onnx", "qonnx", "onnxruntime"}
 FLOORS = [
     {"errors"},
     {"checks"},
+    {"hardware"},
     {"config"},
     {"tensors"},
     {"graph"},
@@ -30,6 +31,7 @@ FLOORS = [
 OUTSIDE = {
     "errors": set(),
     "checks": set(),
+    "hardware": set(),
     "config": set(),
     "deploy": {"torch", "numpy", *HOSTS} - {"nncf", "brevitas"},
 }

@@ -15,7 +15,7 @@ from qft_plugin.graph.torch_model import Call
 from qft_plugin.job.activation_ranges import BATCH
 from qft_plugin.job.host import Placed, Problem, Source, Start
 from qft_plugin.job.understand import laid_out
-from qft_plugin.training.loss import Loss, Prediction, distillation_loss
+from qft_plugin.training.loss import Loss, Prediction, class_divergence, distillation_loss
 from qft_plugin.training.solve import Solution, solve
 
 MOST_IMAGES: Final = 128
@@ -109,6 +109,16 @@ class Parts:
         if found.classes is None or expected.classes is None:
             return Difference(images, value * images, None)
         return Difference(images, value * images, int((found.classes == expected.classes).sum()))
+
+    def exchanged(self, solution: Solution, weight: str, W: Tensor) -> Solution:
+        """Return a network with another weight in one layer, real units, folded."""
+        return replace(solution, tensors={**solution.tensors, weight: W})
+
+    def cost(self, found: Prediction, expected: Prediction) -> float:
+        """Return the divergence of class probabilities, or the loss where there are none."""
+        if found.logits is not None and expected.logits is not None and expected.classes is not None:
+            return float(class_divergence(found.logits, expected.logits))
+        return self.difference(found, expected, images=1).loss
 
     def batches(self, count: int) -> Iterator[tuple[Call, int]]:
         """Yield the first `count` of the images that networks are judged by in batches, with the size of each."""
