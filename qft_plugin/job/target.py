@@ -26,6 +26,9 @@ MOST_JOBS: Final = 5
 """Jobs on the way to a target of accuracy, at most: with no layer raised, with the layers that the errors ask for, and
 three on the way between what was too little and what was enough."""
 
+FEW: Final = 4
+"""Images that a result may name otherwise than the float network; with fewer, one of them more or less decides."""
+
 CLOSE: Final = 0.02
 """Share of the bits that all layers take, below which two choices need no third one between them."""
 
@@ -268,11 +271,12 @@ def _agreement(jobs: _Jobs, wanted: float) -> _Aim:
             f"Found {wanted}. Use QFTConfig.evaluate and max_drop, or average_bits."
         )
     first, end = inputs.judged_on
-    one = 100 / (end - first)
-    if 0 < 100 - wanted < one:
+    others = (100 - wanted) / 100 * (end - first)
+    if 0 < others < FEW:
         jobs.warn(
             f"QFTConfig.target_agreement should be a share that the held-out images can show. Found {wanted} with "
-            f"{end - first} images, of which one is {one:.2g} percent: all of them have to agree. Pass more images."
+            f"{end - first} images, of which the result may name {others:.2g} otherwise: chance decides. Pass more "
+            "images; one of eight is held out."
         )
 
     def look(ended: Ended) -> tuple[float, str]:
