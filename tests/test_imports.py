@@ -33,6 +33,7 @@ OUTSIDE = {
     "checks": set(),
     "hardware": set(),
     "config": set(),
+    "report": {"torch", "numpy", "rich"},
     "deploy": {"torch", "numpy", *HOSTS} - {"nncf", "brevitas"},
 }
 """What a folder below the hosts may import beside the standard library; `torch` and `numpy` where nothing is said."""

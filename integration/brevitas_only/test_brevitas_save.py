@@ -29,8 +29,9 @@ from qft_plugin.brevitas import (
 )
 from qft_plugin.brevitas._save import watched, weight_integers
 from qft_plugin.deploy import qcdq, qonnx
+from qft_plugin.deploy.layers import precisions, runtime_ops
 from qft_plugin.deploy.onnx_view import in_onnx_runtime, in_openvino
-from qft_plugin.deploy.openvino import INT8, precisions
+from qft_plugin.deploy.openvino import INT8
 
 EXACT = 1e-5
 """Relative L2: float32 sums in another order; one activation that rounds the other way is at 1e-4 and more."""
@@ -107,7 +108,7 @@ def test_the_clips_keep_openvino_from_int8(folded, tmp_path):
 
 def ran_in_openvino(path, item):
     """Return the precisions that the convolutions of a file run in, and what it computes."""
-    convolutions, _ = precisions(openvino.Core().read_model(path))
+    convolutions, _ = precisions(runtime_ops(openvino.Core().read_model(path)), {})
     return set(convolutions.values()), in_openvino(path)([item], [])[0]
 
 

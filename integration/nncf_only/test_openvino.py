@@ -19,7 +19,8 @@ from nncf.torch.quantization.layers import SymmetricQuantizer
 
 import qft_plugin.nncf as host
 from qft_plugin import DeployabilityError, ParityError
-from qft_plugin.deploy.openvino import INT8, inspect_file, precisions, save, set_weight_storage
+from qft_plugin.deploy.layers import precisions, runtime_ops
+from qft_plugin.deploy.openvino import INT8, inspect_file, save, set_weight_storage
 from qft_plugin.graph.layer_graph import is_kernel
 from qft_plugin.nncf._save import watched, weight_integers
 from qft_plugin.nncf._write import without_compiler
@@ -259,7 +260,7 @@ def test_eight_bit_weights_are_not_touched(converted):
 def saved_plainly(model, path):
     """Save a converted model with OpenVINO's own function and return how it runs when it is read back."""
     openvino.save_model(model, path, compress_to_fp16=False)
-    return precisions(openvino.Core().read_model(path))[0]
+    return precisions(runtime_ops(openvino.Core().read_model(path)), {})[0]
 
 
 def test_plain_conversion_runs_in_int8(quantized, tmp_path):
@@ -267,7 +268,7 @@ def test_plain_conversion_runs_in_int8(quantized, tmp_path):
     q = quantized("residual")
     with torch.no_grad(), without_compiler():
         model = openvino.convert_model(q.job.model, example_input=q.items[0])
-    assert set(precisions(model)[0].values()) <= INT8
+    assert set(precisions(runtime_ops(model), {})[0].values()) <= INT8
     set_weight_storage(model, "i4")
     assert set(saved_plainly(model, tmp_path / "net.xml").values()) <= INT8
     assert constants(tmp_path / "net.xml")["i4"] == 5

@@ -16,6 +16,7 @@ from qft_plugin.deploy.images import keep_images
 from qft_plugin.graph.torch_model import accepts
 from qft_plugin.job.host import Problem, Start
 from qft_plugin.job.start import initialize, start
+from qft_plugin.report.progress import phase
 from qft_plugin.training.data import Inputs, as_call
 from qft_plugin.training.integers import DeployedWeight, deployed_weights
 from qft_plugin.training.loss import Network
@@ -74,13 +75,14 @@ class Brevitas:
             problem = replace(problem, source=problem.source.again())
         factors = shared_factors(problem.source.linked)
         assert factors is not None
-        return start(
-            replace(self, calibrates=False),
-            problem,
-            replace(config, activation_range="host"),
-            log_c=factors.log_c.detach().clone(),
-            compensate=False,
-        )
+        with phase("taking over the start"):
+            return start(
+                replace(self, calibrates=False),
+                problem,
+                replace(config, activation_range="host"),
+                log_c=factors.log_c.detach().clone(),
+                compensate=False,
+            )
 
     def place(self, source: Source, tensors: Mapping[str, Tensor], inputs: Inputs) -> Placed:
         """Describe the quantizers that the model has."""

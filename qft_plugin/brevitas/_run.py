@@ -16,6 +16,7 @@ from qft_plugin.graph.channel_affine import Rescaled
 from qft_plugin.graph.torch_model import check_finite, check_model
 from qft_plugin.job.run import Callback, run
 from qft_plugin.job.target import run_to_target
+from qft_plugin.report.display import shown
 from qft_plugin.training.distributed import joined
 from qft_plugin.training.finetune import FinetuneResult
 
@@ -35,7 +36,7 @@ BY_QUANTIZERS_OF_HARDWARE: Final = ("rescale", "doubly_per_channel", "activation
 """Settings that a model says itself by the quantizers that it has."""
 
 
-def initialize(model: nn.Module, data: Iterable[Any], config: QFTConfig | None = None) -> None:
+def initialize(model: nn.Module, data: Iterable[Any], config: QFTConfig | None = None, *, verbose: bool = True) -> None:
     """Choose where a finetune of a linked model starts, in place: ranges, MMSE scales, equalization, compensation.
 
     A model that is not linked is linked first.
@@ -44,9 +45,10 @@ def initialize(model: nn.Module, data: Iterable[Any], config: QFTConfig | None =
         model: layers of `brevitas.nn` with quantizers of this package.
         data: batches of unlabeled inputs: tensors, tuples of tensors, or dicts of tensors.
         config: the settings; bit widths and granularity are those of the model's quantizers.
+        verbose: show the phases on stderr while they run, and the report at the end.
     """
     config = _config(config, model)
-    with torch.inference_mode(False), torch.no_grad(), joined(model):
+    with torch.inference_mode(False), torch.no_grad(), joined(model) as world, shown(verbose and world.is_first):
         check_version()
         check(model)
         run(Brevitas(model, data, None, calibrates=True), config)
@@ -59,6 +61,7 @@ def finetune(
     config: QFTConfig | None = None,
     *,
     callback: Callback | None = None,
+    verbose: bool = True,
 ) -> FinetuneResult:
     """Train all degrees of freedom of a linked model against its float teacher, in place.
 
@@ -72,6 +75,7 @@ def finetune(
         data: batches of unlabeled inputs: tensors, tuples of tensors, or dicts of tensors.
         config: the settings; `config.finetune` should not be `None`.
         callback: called with a `qft_plugin.brevitas.Step` after each step.
+        verbose: show the phases on stderr while they run, and the report at the end.
 
     Returns:
         How it went: the losses before, on the way, and at the end.
@@ -85,7 +89,7 @@ def finetune(
             "QFTConfig.finetune should be a FinetuneConfig. Found None. Call initialize for a start alone."
         )
     check_model(teacher)
-    with torch.inference_mode(False), torch.enable_grad(), joined(model):
+    with torch.inference_mode(False), torch.enable_grad(), joined(model) as world, shown(verbose and world.is_first):
         check_version()
         check(model)
         result = run(Brevitas(model, data, teacher, calibrates=False), config, callback=callback).result
@@ -100,6 +104,7 @@ def quantize(
     config: QFTConfig | None = None,
     *,
     callback: Callback | None = None,
+    verbose: bool = True,
 ) -> nn.Module:
     """Turn a float model into a finetuned, linked Brevitas model: preprocess, swap, link, initialize, finetune.
 
@@ -118,6 +123,7 @@ def quantize(
         example_input: one input to trace the model with; `None` takes the first images.
         config: the settings.
         callback: called with a `qft_plugin.brevitas.Step` after each step.
+        verbose: show the phases on stderr while they run, and the report at the end.
 
     Returns:
         A linked model; `fold` makes it an ordinary one.
@@ -130,7 +136,7 @@ def quantize(
     config = config or QFTConfig()
     check_version()
     check_model(model)
-    with torch.inference_mode(False), torch.enable_grad(), joined(model):
+    with torch.inference_mode(False), torch.enable_grad(), joined(model) as world, shown(verbose and world.is_first):
         if made_in_inference_mode(model):
             model = copy.deepcopy(model)  # a copy that is made here is an ordinary one
         check_finite(dict(model.named_parameters()))

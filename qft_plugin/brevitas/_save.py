@@ -21,6 +21,8 @@ from qft_plugin.deploy.images import call_of, calls_of, kept_images
 from qft_plugin.deploy.watched import Grid, Quantizer, Watched
 from qft_plugin.errors import DeployabilityError
 from qft_plugin.graph.torch_model import Call, evaluating, in_float32, tensors_in
+from qft_plugin.report.display import shown
+from qft_plugin.report.progress import phase
 from qft_plugin.training.distributed import once
 
 OPSET: Final = 14
@@ -29,7 +31,12 @@ OPSET: Final = 14
 
 @once
 def save_qonnx(
-    model: nn.Module, path: str | os.PathLike[str], example_input: Any, *, check: bool = True
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_input: Any,
+    *,
+    check: bool = True,
+    verbose: bool = True,
 ) -> qonnx.QONNXReport:
     """Save a Brevitas model as QONNX, and prove by QONNX' own executor that the file computes the same.
 
@@ -40,6 +47,7 @@ def save_qonnx(
         path: of the file, `*.onnx`.
         example_input: one input, as for the model; the file is for its shape.
         check: prove constants and layers before the file takes its place (docs/proof.md).
+        verbose: show the phases on stderr while they run.
 
     Raises:
         DeployabilityError: the path cannot be written, or torch or QONNX cannot export or run the model.
@@ -49,7 +57,7 @@ def save_qonnx(
     import onnx
     from brevitas.export import export_qonnx
 
-    with _exported(export_qonnx, model, path, example_input, check=check, free_batch=False) as made:
+    with shown(verbose), _exported(export_qonnx, model, path, example_input, check=check, free_batch=False) as made:
         file = onnx.load(made.draft)
         qonnx.widen_bias_constants(file)
         onnx.save(file, made.draft)
@@ -65,6 +73,7 @@ def save_qcdq(
     *,
     check: bool = True,
     images: Iterable[Any] | None = None,
+    verbose: bool = True,
 ) -> qcdq.QCDQReport:
     """Save a Brevitas model as QCDQ in standard ONNX, and prove that ONNX Runtime and OpenVINO compute the same.
 
@@ -79,6 +88,7 @@ def save_qcdq(
         check: prove constants and layers before the file takes its place (docs/proof.md).
         images: batches of other inputs to prove it with, each as for the model; `None` takes the first images that the
             model was quantized with.
+        verbose: show the phases on stderr while they run.
 
     Raises:
         DeployabilityError: the scale of a weight differs by input channel, which QCDQ cannot express (it names the
@@ -95,7 +105,7 @@ def save_qcdq(
             f"the weights of {', '.join(doubly)}. Call qft_plugin.brevitas.fold first; a doubly per-channel quantizer "
             "can be saved as QONNX only."
         )
-    with _exported(export_onnx_qcdq, model, path, example_input, check=check, free_batch=True) as made:
+    with shown(verbose), _exported(export_onnx_qcdq, model, path, example_input, check=check, free_batch=True) as made:
         file = onnx.load(made.draft)
         qcdq.strip_weight_clips(file)
         qcdq.shift_after_concatenations(file)
@@ -135,9 +145,9 @@ def _exported(
     with evaluating(model), torch.no_grad(), _attention_in_parts(), without_dropout(), draft_of(target) as draft:
         axes = {f"input_{i}": {0: "batch"} for i in range(len(inputs))} if free_batch else None
         # The exporter of torch 2.9 and later keeps weights in float and refuses quantized biases.
-        with refused(
-            "torch.onnx should export the model.",
-            "Replace the operation that it names.",
+        with (
+            phase("converting"),
+            refused("torch.onnx should export the model.", "Replace the operation that it names."),
         ):
             export(
                 _Exportable(copy.deepcopy(model), tuple(kwargs)),

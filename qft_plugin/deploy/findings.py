@@ -45,7 +45,7 @@ class Findings:
     Attributes:
         problems: the differences, in words.
         quantizers: numbers of the file's quantizers that were found.
-        products: numbers of the file's products that were found.
+        products: numbers of the file's products that were found, each with the name of its weight.
         weights: names of the weights whose integers were found.
         silent: names of the weights that multiplied nothing but zeros.
         absent: the layers that were not found in the file, by name of the weight.
@@ -57,7 +57,7 @@ class Findings:
 
     problems: list[str] = field(default_factory=list)
     quantizers: set[int] = field(default_factory=set)
-    products: set[int] = field(default_factory=set)
+    products: dict[int, str] = field(default_factory=dict)
     weights: set[str] = field(default_factory=set)
     silent: set[str] = field(default_factory=set)
     absent: dict[str, Missing] = field(default_factory=dict)

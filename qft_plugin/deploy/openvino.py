@@ -9,19 +9,20 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from qft_plugin.deploy.files import checked_path, draft_of
-from qft_plugin.deploy.ir_view import F32, IRFile, constant_integers
+from qft_plugin.deploy.ir_view import IRFile, constant_integers
+from qft_plugin.deploy.layers import FileLayer, file_layers, precisions, runtime_ops
 from qft_plugin.deploy.normalisation import keep_epsilon
 from qft_plugin.deploy.openvino_defects import bias_shared_products, widen_reductions
 from qft_plugin.deploy.proof import Proof, Proved, prove
 from qft_plugin.deploy.watched import Watched
 from qft_plugin.errors import DeployabilityError
 from qft_plugin.graph.torch_model import Call
+from qft_plugin.report.progress import phase
 
 Storage = Literal["i4", "i4_plain", "i8"]
 STORAGES: Final = ("i4", "i4_plain", "i8")
 
 INT8: Final = frozenset(["i8", "u8"])
-COUNTED: Final = frozenset(["Convolution", "GroupConvolution", "Deconvolution"])
 
 
 class RunInInt8:
@@ -43,8 +44,10 @@ class OpenVINOReport(Proved, RunInInt8):
         path: the XML file.
         bytes: size of both files together.
         proof: its proof, and how it differs from torch; empty where it was not checked.
-        convolutions: runtime precision (`"i8"`, `"u8"`, `"f32"`, ...) of every convolution by its runtime name.
+        convolutions: runtime precision (`"i8"`, `"u8"`, `"f32"`, ...) of every convolution by name of the module, or
+            where it is not known, by its runtime name.
         linear: likewise of every fully connected layer.
+        layers: all convolutions and linear layers of the file in its order, with what they take in it.
     """
 
     path: Path
@@ -52,6 +55,7 @@ class OpenVINOReport(Proved, RunInInt8):
     proof: Proof
     convolutions: Mapping[str, str]
     linear: Mapping[str, str]
+    layers: tuple[FileLayer, ...] = ()
 
 
 def set_weight_storage(model: Any, storage: Storage) -> None:
@@ -115,7 +119,8 @@ def save(
     keep_epsilon(model)
     with draft_of(target) as draft:
         # Half-precision constants would round the scales, and the integers would mean something else.
-        openvino.save_model(model, draft, compress_to_fp16=False)
+        with phase("writing"):
+            openvino.save_model(model, draft, compress_to_fp16=False)
         report = inspect_file(draft, watched=watched, example=example, images=images)
         os.replace(draft.with_suffix(".bin"), target.with_suffix(".bin"))
         os.replace(draft, target)
@@ -137,34 +142,13 @@ def inspect_file(path: Path, *, watched: Watched | None, example: Call, images: 
     import openvino
 
     model = openvino.Core().read_model(path)
-    proof = Proof() if watched is None else prove(watched, IRFile(model, free_batch=True), example, images)[0]
+    proof = Proof()
+    if watched is not None:
+        with phase("proof"):
+            proof = prove(watched, IRFile(model, free_batch=True), example, images)[0]
     size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
-    convolutions, linear = precisions(model)
-    return OpenVINOReport(path, size, proof, convolutions, linear)
-
-
-def precisions(model: Any) -> tuple[dict[str, str], dict[str, str]]:
-    """Compile an `openvino.Model` for the CPU and read back the precision that each layer runs in.
-
-    Args:
-        model: an `openvino.Model`.
-
-    Returns:
-        The runtime precision of every convolution, and of every fully connected layer, by its runtime name.
-    """
-    import openvino
-
-    compiled = openvino.Core().compile_model(model, "CPU", dict(F32))
-    convolutions, linear = {}, {}
-    for op in compiled.get_runtime_model().get_ops():
-        info = op.get_rt_info()
-        layer = _text(info, "layerType")
-        if layer in COUNTED:
-            convolutions[op.get_friendly_name()] = _text(info, "runtimePrecision")
-        elif layer in ("FullyConnected", "MatMul"):
-            linear[op.get_friendly_name()] = _text(info, "runtimePrecision")
-    return convolutions, linear
-
-
-def _text(info: Any, key: str) -> str:
-    return str(info[key].astype(str)) if key in info else ""
+    with phase("looking at precisions"):
+        ops = runtime_ops(model)
+    return OpenVINOReport(
+        path, size, proof, *precisions(ops, proof.layers), layers=file_layers(model, ops, proof.layers)
+    )

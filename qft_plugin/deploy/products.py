@@ -49,7 +49,7 @@ def compare_product(file: File, computed: Stretches, p: Product, findings: Findi
         problem = f"Layer {p.weight}: should be in the file as a product with its integers. Found none."
         findings.absent[p.weight] = Missing(expected, problem, len(findings.problems))
         return
-    findings.products.add(number)
+    findings.products[number] = p.weight
     findings.weights.add(p.weight)
     difference = problems[number]
     if difference is not None:

@@ -18,8 +18,8 @@ import copy
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -74,6 +74,7 @@ class Proof:
         roundings: the quantizers of which the runtime rounds values that are on no tie, worst first.
         from_torch: how the file in its runtime differs from torch.
         torch_from_itself: how torch in float64 differs from torch in float32.
+        layers: name of the torch weight of each product of the file that was found, by its name in the file.
     """
 
     weights: int = 0
@@ -83,6 +84,7 @@ class Proof:
     roundings: tuple[Rounding, ...] = ()
     from_torch: Difference = Difference()
     torch_from_itself: Difference = Difference()
+    layers: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Say in one short line what was proved."""
@@ -189,6 +191,7 @@ def prove(
                 roundings=_unexplained(roundings),
                 from_torch=difference(plain, [outputs[id(t.call)] for t in whole]),
                 torch_from_itself=itself,
+                layers={file.products[number].name: name for number, name in sorted(every.products.items())},
             )
         )
     return tuple(proofs)

@@ -7,12 +7,14 @@ from typing import Any, Final
 
 import numpy as np
 
+from qft_plugin.deploy.layers import FileLayer, file_layers, precisions, runtime_ops
 from qft_plugin.deploy.onnx_view import ONNXFile, constants_of, in_onnx_runtime, in_openvino
-from qft_plugin.deploy.openvino import RunInInt8, precisions
+from qft_plugin.deploy.openvino import RunInInt8
 from qft_plugin.deploy.proof import Proof, Proved, prove
 from qft_plugin.deploy.watched import Watched
 from qft_plugin.errors import ParityError
 from qft_plugin.graph.torch_model import Call
+from qft_plugin.report.progress import phase
 
 BETWEEN: Final = frozenset(["Relu", "MaxPool", "Identity", "Reshape", "Flatten", "Transpose", "Slice", "Split", "Clip"])
 """Operations that may stand between a concatenation and its quantizer."""
@@ -27,8 +29,10 @@ class QCDQReport(Proved, RunInInt8):
         bytes: its size.
         proof: its proof in ONNX Runtime, without its optimizations; empty where it was not checked.
         openvino: likewise in OpenVINO.
-        convolutions: OpenVINO's runtime precision (`"i8"`, `"u8"`, `"f32"`, ...) of every convolution by its name.
+        convolutions: OpenVINO's runtime precision (`"i8"`, `"u8"`, `"f32"`, ...) of every convolution by name of the
+            module, or where it is not known, by its runtime name.
         linear: likewise of every fully connected layer.
+        layers: all convolutions and linear layers of the file in its order, with what they take in it.
     """
 
     path: Path
@@ -37,6 +41,7 @@ class QCDQReport(Proved, RunInInt8):
     openvino: Proof
     convolutions: Mapping[str, str]
     linear: Mapping[str, str]
+    layers: tuple[FileLayer, ...] = ()
 
     @property
     def openvino_error(self) -> float:
@@ -160,6 +165,16 @@ def inspect_file(path: Path, *, watched: Watched | None, example: Call, images: 
             ONNXFile(model, runtime=runtime, free_batch=True, run=run)
             for runtime, run in (("ONNX Runtime", in_onnx_runtime(model)), ("OpenVINO", in_openvino(path)))
         ]
-        proof, in_openvino_proof = prove(watched, files[0], example, images, others=files[1:])
-    convolutions, linear = precisions(openvino.Core().read_model(path))
-    return QCDQReport(path, path.stat().st_size, proof, in_openvino_proof, convolutions, linear)
+        with phase("proof"):
+            proof, in_openvino_proof = prove(watched, files[0], example, images, others=files[1:])
+    with phase("looking at precisions"):
+        read = openvino.Core().read_model(path)
+        ops = runtime_ops(read)
+    return QCDQReport(
+        path,
+        path.stat().st_size,
+        proof,
+        in_openvino_proof,
+        *precisions(ops, proof.layers),
+        layers=file_layers(read, ops, proof.layers),
+    )

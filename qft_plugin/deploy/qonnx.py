@@ -15,6 +15,7 @@ from qft_plugin.deploy.onnx_view import ONNXFile, constants_of
 from qft_plugin.deploy.proof import Proof, Proved, prove
 from qft_plugin.deploy.watched import Watched
 from qft_plugin.graph.torch_model import Call
+from qft_plugin.report.progress import phase
 
 EXECUTOR: Final = "QONNX' executor"
 
@@ -101,7 +102,8 @@ def inspect_file(path: Path, *, watched: Watched | None, example: Call) -> QONNX
     proof = Proof()
     if watched is not None:
         file = ONNXFile(model.model, runtime=EXECUTOR, free_batch=False, run=in_executor(model))
-        (proof,) = prove(watched, file, example)
+        with phase("proof"):
+            (proof,) = prove(watched, file, example)
     return QONNXReport(path, path.stat().st_size, dict(widths), proof)
 
 

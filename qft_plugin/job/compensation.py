@@ -15,6 +15,7 @@ from qft_plugin.job.activation_ranges import BATCH
 from qft_plugin.job.gptq_inputs import can_compensate, input_rows, rows_wanted
 from qft_plugin.job.health import Ranges
 from qft_plugin.job.host import Problem, Source, Student
+from qft_plugin.report.progress import phase
 from qft_plugin.tensors.gptq import Compensation, Moved, moments_of, parts_of
 from qft_plugin.tensors.grid import largest_integer, to_integer
 from qft_plugin.training.data import Inputs
@@ -89,17 +90,20 @@ def compensated(
     calls = [*inputs.batches(size, at_most=count if at_once else _seen(inputs))]
     floating = _Floating(kernels, len(calls))
     try:
-        for call in calls:
-            ranges.run(student, tensors, call, _watchers(kernels, floating.note))
-        if at_once:
+        with phase("compensation", total=len(kernels)) as advance:
+            for call in calls:
+                ranges.run(student, tensors, call, _watchers(kernels, floating.note))
+            if at_once:
 
-            def quantized(kernel: _Kernel, x: Tensor) -> None:
-                _choose(kernel, kernel.rows(x), floating.taken(kernel), live, found)
+                def quantized(kernel: _Kernel, x: Tensor) -> None:
+                    _choose(kernel, kernel.rows(x), floating.taken(kernel), live, found)
+                    advance()
 
-            student.trace(replace(solution, tensors=live), calls[0], _watchers(kernels, quantized))
-        else:
-            for kernel in kernels:
-                _choose(kernel, floating.taken(kernel), None, live, found)
+                student.trace(replace(solution, tensors=live), calls[0], _watchers(kernels, quantized))
+            else:
+                for kernel in kernels:
+                    _choose(kernel, floating.taken(kernel), None, live, found)
+                    advance()
     finally:
         floating.discard()
     return found

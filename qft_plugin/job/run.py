@@ -21,7 +21,7 @@ from qft_plugin.job.report import About, agreement_of, report_of_job
 from qft_plugin.job.understand import images, understand
 from qft_plugin.report.data import Report
 from qft_plugin.report.kept import keep_report
-from qft_plugin.report.progress import following, phase
+from qft_plugin.report.progress import Advance, Progress, following, phase
 from qft_plugin.tensors.partial_gradients import PartialBackward
 from qft_plugin.training.blocks import split
 from qft_plugin.training.data import Inputs
@@ -30,7 +30,7 @@ from qft_plugin.training.dof import Dof, parameter_groups
 from qft_plugin.training.efqat import PartialTraining, release
 from qft_plugin.training.finetune import FinetuneResult, Goal, finetune
 from qft_plugin.training.integers import DeployedWeight, accumulator_bits, deployed_weights
-from qft_plugin.training.loss import Loss, Prediction
+from qft_plugin.training.loss import Loss, Network, Prediction
 from qft_plugin.training.phases import Options, Phase, Step
 from qft_plugin.training.solve import solve
 from qft_plugin.training.student import copies_for_gradients
@@ -81,10 +81,10 @@ def run(host: Host[SourceT, PlacedT], config: QFTConfig, *, callback: Callback |
         config: the settings.
         callback: called after each finetuning step.
     """
-    with following():
+    with following() as progress:
         with phase("images"):
             inputs = images(host.model, host.items(), config, head_items=host.head_items)
-        return told(run_on(inputs, host, config=config, callback=callback).job)
+        return finished(run_on(inputs, host, config=config, callback=callback).job, progress)
 
 
 @dataclass(frozen=True)
@@ -143,10 +143,11 @@ def analysed(start: Start[Placed], problem: Problem[Source], config: QFTConfig) 
         return measure(start, problem, config)
 
 
-def told(job: Job) -> Job:
+def finished(job: Job, progress: Progress) -> Job:
     """Keep the report of a job with its model, and tell the user of it."""
     keep_report(job.model, job.report)
     logger.info("%s", job.report)
+    progress.say(str(job.report))
     return job
 
 
@@ -164,6 +165,13 @@ def targets_of(
     teacher = None if settings is None else host.teacher(problem)
     if settings is None or teacher is None:
         return None
+    with phase("teacher", total=len(problem.inputs.share)) as advance:
+        return _targets(teacher, problem, settings, advance)
+
+
+def _targets(
+    teacher: Network, problem: Problem[Source], settings: FinetuneConfig, advance: Advance
+) -> Targets | Recomputed:
     random = is_random(teacher, problem.inputs)
     if random or images_meet(teacher, problem.inputs):
         warn(
@@ -184,7 +192,14 @@ def targets_of(
         _check_logits(settings, first.logits)
         return Recomputed(teacher, problem.inputs.share, len(first.features), settings.cross_entropy > 0)
     size = max(settings.batch_size, TEACHER_BATCH)
-    targets = teacher_predictions(teacher, problem.inputs.share, batch_size=size, memory_limit=settings.memory_limit)
+    share = problem.inputs.share
+
+    def counted(call: Call) -> Prediction:
+        prediction = teacher(call)
+        advance(len(next(iter([*call[0], *call[1].values()]))))
+        return prediction
+
+    targets = teacher_predictions(counted, share, batch_size=size, memory_limit=settings.memory_limit)
     check_squares(targets, problem.at.weights(len(targets.features)), problem.inputs)
     _check_logits(settings, targets.logits)
     return replace(targets, logits=targets.logits if settings.cross_entropy else None)
@@ -223,13 +238,20 @@ def train(
         check_start(start, problem)
     if settings is None or targets is None:
         return None
-    try:
-        result = _finetuned(start, problem, targets, settings, callback)
-    except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):
-            raise
-        # `a += 1` after a layer has read `a` is nothing wrong where nothing trains. The first step has found it.
-        result = _finetuned(start, problem, targets, settings, callback, copies=True)
+    with phase("finetune") as advance:
+
+        def told(step: Step) -> None:
+            advance(note=f"loss {step.loss:.4g}", total=step.total)
+            if callback is not None:
+                callback(step)
+
+        try:
+            result = _finetuned(start, problem, targets, settings, told)
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            # `a += 1` after a layer has read `a` is nothing wrong where nothing trains. The first step has found it.
+            result = _finetuned(start, problem, targets, settings, told, copies=True)
     _warn_of_loss(result, settings)
     return result
 

@@ -31,6 +31,7 @@ from qft_plugin.job.compensation import compensated
 from qft_plugin.job.health import Ranges, warn_of_images, warn_of_ranges
 from qft_plugin.job.host import Host, Placed, PlacedT, Problem, Source, SourceT, Start, Student
 from qft_plugin.job.understand import laid_out
+from qft_plugin.report.progress import phase
 from qft_plugin.tensors.mmse import doubly_scales, nearest_factor, weight_scale
 from qft_plugin.training.activation_scales import Ties, shared_grids, tied_grids
 from qft_plugin.training.data import Inputs
@@ -59,12 +60,15 @@ def initialize(host: Host[SourceT, PlacedT], problem: Problem[SourceT], config: 
         problem: the result of `understand`.
         config: the settings.
     """
-    log_c = _equalization(problem, config)
+    with phase("equalization"):
+        log_c = _equalization(problem, config)
     ranges = Ranges()
     begin = start(host, problem, config, log_c=log_c, compensate=config.compensate, ranges=ranges)
-    _look(begin, problem, ranges)
+    with phase("looking at activations"):
+        _look(begin, problem, ranges)
     if config.bias_correction:
-        _correct_biases(begin, problem)
+        with phase("bias correction"):
+            _correct_biases(begin, problem)
     return begin
 
 
@@ -89,12 +93,13 @@ def start(
     """
     source, dof_map, inputs = problem.source, problem.source.dof_map, problem.inputs
     tensors = {name: source.tensors[name] for name in names_of(dof_map.layers)}
-    placed = host.place(source, fold_network(dof_map, log_c, tensors), inputs)
-    if source.weight_bits is None:
-        placed = placed.with_placement(_with_bits(source.graph, placed.placement, dof_map, config))
-    _warn_of_computed_weights(source.graph)
     compiled = config.finetune is not None and config.finetune.compile
-    student = host.student(problem, placed, _unfolds(dof_map, problem.at, log_c), compiled=compiled)
+    with phase("calibration"):
+        placed = host.place(source, fold_network(dof_map, log_c, tensors), inputs)
+        if source.weight_bits is None:
+            placed = placed.with_placement(_with_bits(source.graph, placed.placement, dof_map, config))
+        _warn_of_computed_weights(source.graph)
+        student = host.student(problem, placed, _unfolds(dof_map, problem.at, log_c), compiled=compiled)
     groups, loose = addends(source.graph, placed.placement)
     kind, tied = config.hardware.elementwise_rescale, config.hardware.ties_addends
     if tied and loose:
@@ -104,9 +109,11 @@ def start(
             stacklevel=2,
         )
     shared = _shared(source.graph, placed.placement, dof_map, config)
-    grids = _activation_grids(student, placed, inputs, config)
+    with phase("ranges of activations"):
+        grids = _activation_grids(student, placed, inputs, config)
     grids = tied_grids(shared_grids(grids, shared), merged([*shared, *groups], list(grids)), kind)
-    weights = _weight_grids(source, placed, config, grids, shared)
+    with phase("scales of weights"):
+        weights = _weight_grids(source, placed, config, grids, shared)
 
     def dof_of(values: Mapping[str, Tensor], by_weight: Mapping[str, WeightGrid]) -> Dof:
         return Dof(

@@ -16,7 +16,7 @@ from qft_plugin.graph.torch_model import evaluating, tensors_in
 from qft_plugin.job.host import Host, PlacedT, SourceT
 from qft_plugin.job.layer_errors import with_errors
 from qft_plugin.job.raising import WIDE, Analysis, Candidate, analyse, between, enough, extra_of, within
-from qft_plugin.job.run import Callback, Ended, Job, analysed, run, run_on, told
+from qft_plugin.job.run import Callback, Ended, Job, analysed, finished, run, run_on
 from qft_plugin.job.understand import images, understand
 from qft_plugin.report.progress import following, phase
 from qft_plugin.training.data import Inputs
@@ -66,7 +66,8 @@ def run_to_target(host: Host[SourceT, PlacedT], config: QFTConfig, *, callback: 
         report = replace(report, layers=tuple(layers), warnings=(*report.warnings, *jobs.warnings))
         if config.analyse:
             report = with_errors(report, analysed(best.ended.start, best.ended.problem, plain))
-        return told(replace(best.ended.job, report=replace(report, seconds=dict(progress.seconds))))
+        report = replace(report, seconds=dict(progress.seconds))
+        return finished(replace(best.ended.job, report=report), progress)
 
 
 def _setting(config: QFTConfig) -> str:

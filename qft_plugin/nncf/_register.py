@@ -1,18 +1,16 @@
 """`nncf.quantize` with one more argument: `algorithm`."""
 
-import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import nncf
 import nncf.quantization
 import nncf.quantization.quantize_model
 import torch
-from nncf.common.logging.track_progress import track
 from nncf.quantization.advanced_parameters import (
     AdvancedBiasCorrectionParameters,
     AdvancedQuantizationParameters,
@@ -29,6 +27,7 @@ from qft_plugin.nncf._host import NNCF
 from qft_plugin.nncf._read import check_model
 from qft_plugin.nncf._request import Request
 from qft_plugin.nncf._version import check_version
+from qft_plugin.report.display import shown
 from qft_plugin.training.distributed import joined
 from qft_plugin.training.phases import Step
 
@@ -41,6 +40,7 @@ DOCUMENTATION: Final = """
         weights, biases and all scales without labels and returns a model with 4-bit weights; `mode` should be `None`
         then, and bias correction and overflow fix, whose work the finetune does, should be left at their defaults.
     :param callback: called with a `qft_plugin.nncf.Step` after each step of that finetune.
+    :param verbose: show its phases on stderr while they run, and its report at the end.
 """
 
 
@@ -61,17 +61,25 @@ def unregister() -> None:
 def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def quantize(
-        model: Any, calibration_dataset: Any, *, algorithm: Any = None, callback: Any = None, **host: Any
+        model: Any,
+        calibration_dataset: Any,
+        *,
+        algorithm: Any = None,
+        callback: Any = None,
+        verbose: bool = True,
+        **host: Any,
     ) -> Any:
         if algorithm is None:
             if callback is not None:
                 raise ConfigError('callback should come with algorithm="qft". Found no algorithm.')
             return original(model, calibration_dataset, **host)
-        return _quantize(original, model, calibration_dataset, algorithm, callback, host).model
+        asked = _Asked(algorithm, callback, verbose)
+        return _quantize(original, model, calibration_dataset, asked, host).model
 
     signature = inspect.signature(original)
     extra = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ("algorithm", "callback")
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        for name, default in (("algorithm", None), ("callback", None), ("verbose", True))
     ]
     quantize.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*signature.parameters.values(), *extra]
@@ -82,24 +90,39 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
     return quantize
 
 
-def quantize(model: nn.Module, calibration_dataset: Any, config: QFTConfig | None = None, **host: Any) -> Job:
+@dataclass(frozen=True)
+class _Asked:
+    """The arguments that are this package's own: see `quantize`."""
+
+    algorithm: Any
+    callback: Callable[[Step], None] | None
+    verbose: bool
+
+
+def quantize(
+    model: nn.Module,
+    calibration_dataset: Any,
+    config: QFTConfig | None = None,
+    *,
+    verbose: bool = True,
+    **host: Any,
+) -> Job:
     """Do what `nncf.quantize(..., algorithm=config)` does, and return the DoF map and the losses with the model.
 
     Args:
         model: float torch model; it is never changed.
         calibration_dataset: `nncf.Dataset` of unlabeled inputs.
         config: the settings; `None` for the defaults.
+        verbose: show the phases on stderr while they run, and the report at the end.
         **host: the other arguments of `nncf.quantize`, and `callback`.
     """
     original = getattr(nncf.quantize, MARK, nncf.quantize)
-    callback = host.pop("callback", None)
-    return _quantize(original, model, calibration_dataset, config or QFTConfig(), callback, host)
+    asked = _Asked(config or QFTConfig(), host.pop("callback", None), verbose)
+    return _quantize(original, model, calibration_dataset, asked, host)
 
 
-def _quantize(
-    original: Callable[..., Any], model: Any, dataset: Any, algorithm: Any, callback: Any, host: dict[str, Any]
-) -> Job:
-    config = _with_range(_config(algorithm), host.get("advanced_parameters"))
+def _quantize(original: Callable[..., Any], model: Any, dataset: Any, asked: _Asked, host: dict[str, Any]) -> Job:
+    config = _with_range(_config(asked.algorithm), host.get("advanced_parameters"))
     settings = _host_settings(original, host, config)
     own_items = config.activation_range == "host" or "subset_size" in settings
     request = Request(original, dataset, settings, config.hardware, own_items=own_items)
@@ -108,13 +131,13 @@ def _quantize(
         torch.inference_mode(False),
         torch.enable_grad(),
         joined(model) as world,
-        _progress(config, callback, shown=world.is_first) as report,
+        shown(asked.verbose and world.is_first),
     ):
         check_version()
         check_model(model)
         # One process keeps all images anyway; NNCF says then what is wrong with its setting.
         head_items = request.calibration_items if request.own_items and world.size > 1 else 0
-        return run_to_target(NNCF(model, request, head_items), config, callback=report)
+        return run_to_target(NNCF(model, request, head_items), config, callback=asked.callback)
 
 
 def _config(algorithm: Any) -> QFTConfig:
@@ -188,29 +211,3 @@ def _host_settings(original: Callable[..., Any], host: dict[str, Any], config: Q
     advanced.overflow_fix = OverflowFix.DISABLE
     advanced.disable_bias_correction = True
     return {**host, "advanced_parameters": advanced}
-
-
-@contextlib.contextmanager
-def _progress(
-    config: QFTConfig, callback: Callable[[Step], None] | None, *, shown: bool
-) -> Iterator[Callable[[Step], None] | None]:
-    """Show the finetune in NNCF's own progress bar."""
-    if config.finetune is None or not shown:
-        yield callback
-        return
-    bar: Any = None
-    try:
-
-        def report(step: Step) -> None:
-            nonlocal bar
-            if bar is None:
-                bar = track(total=step.total, description="Quantized finetuning")
-                bar.__enter__()
-            bar.progress.advance(bar.task)
-            if callback is not None:
-                callback(step)
-
-        yield report
-    finally:
-        if bar is not None:
-            bar.__exit__(None, None, None)

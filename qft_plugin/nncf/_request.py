@@ -1,11 +1,13 @@
 """The user's request to NNCF: the dataset, and how NNCF places and calibrates its own quantizers."""
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import nncf
+from nncf.common.logging.track_progress import track
 from torch import nn
 
 from qft_plugin.config import HardwareSpec
@@ -69,8 +71,25 @@ class Request:
             # Every item costs memory: NNCF keeps small statistics of each, which glibc puts between large free blocks.
             count, size = min(len(inputs), RANGE_IMAGES), inputs.at_once(BATCH)
             replay = _Again(inputs, [min(size, count - start) for start in range(0, count, size)], min(size, count))
-        quantized: nn.Module = self.original(model, nncf.Dataset(replay), **self.settings)
+        with _without_bars():
+            quantized: nn.Module = self.original(model, nncf.Dataset(replay), **self.settings)
         return quantized
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Leave NNCF's own progress bars out, which would be drawn over the line of the phase that runs."""
+    original = track.__init__
+
+    def quiet(bars: Any, *args: Any, **kwargs: Any) -> None:
+        original(bars, *args, **kwargs)
+        bars.progress.disable = True
+
+    track.__init__ = quiet
+    try:
+        yield
+    finally:
+        track.__init__ = original
 
 
 class _Again:

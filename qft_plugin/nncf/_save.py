@@ -19,6 +19,8 @@ from qft_plugin.graph.torch_model import evaluating, in_float32
 from qft_plugin.nncf._convert import converted
 from qft_plugin.nncf._read import HOOKS_ATTRIBUTE
 from qft_plugin.nncf._write import without_compiler
+from qft_plugin.report.display import shown
+from qft_plugin.report.progress import phase
 from qft_plugin.training.distributed import once
 
 
@@ -31,6 +33,7 @@ def save_openvino(
     weights: Storage = "i4",
     check: bool = True,
     images: Iterable[Any] | None = None,
+    verbose: bool = True,
 ) -> OpenVINOReport:
     """Save a quantized model as OpenVINO IR, and prove that the file computes the same.
 
@@ -44,6 +47,7 @@ def save_openvino(
         check: prove constants and layers of the written file before it takes its place (docs/proof.md).
         images: batches of other inputs to prove it with, each as for the model; `None` takes the first images that the
             model was quantized with.
+        verbose: show the phases on stderr while they run.
 
     Returns:
         Sizes, differences, and the precision that each layer runs in on this CPU.
@@ -58,8 +62,9 @@ def save_openvino(
             "Quantize it first; a float model is converted with openvino.convert_model."
         )
     model, example_input = in_float32(model, example_input)
-    with evaluating(model), torch.no_grad(), without_compiler(), without_dropout():
-        ir = converted(model, example_input)
+    with shown(verbose), evaluating(model), torch.no_grad(), without_compiler(), without_dropout():
+        with phase("converting"):
+            ir = converted(model, example_input)
         example = call_of(model, example_input)
         others = kept_images(model) if images is None else calls_of(model, images)
         return save(

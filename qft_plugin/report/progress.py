@@ -4,44 +4,79 @@ import contextlib
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Protocol
+
+
+def now() -> float:
+    """Return the time of a clock that only goes on, seconds."""
+    return time.perf_counter()
+
+
+@dataclass
+class Running:
+    """The phase that runs, or has just ended.
+
+    Attributes:
+        name: what it does.
+        total: how many units of work it has; `None` where that is not known.
+        done: how many of them are done.
+        note: a few words beside it, such as a loss.
+        begun: when it began, by `now`.
+    """
+
+    name: str
+    total: int | None
+    done: int = 0
+    note: str = ""
+    begun: float = field(default_factory=now)
+
+    @property
+    def seconds(self) -> float:
+        """For how long it has run."""
+        return now() - self.begun
+
+    @property
+    def seconds_left(self) -> float | None:
+        """How long it will still run at this pace; `None` where that is not known."""
+        if not self.done or self.total is None:
+            return None
+        return self.seconds / self.done * max(self.total - self.done, 0)
 
 
 class Display(Protocol):
     """Shows phases to a user; each method is called in the thread that works."""
 
-    def begin(self, name: str, total: int | None, /) -> None:
-        """Show that a phase begins.
+    def begin(self, phase: Running, /) -> None:
+        """Show that a phase begins."""
+
+    def advance(self, phase: Running, /) -> None:
+        """Show how far it is."""
+
+    def end(self, phase: Running, seconds: float, /, *, failed: bool) -> None:
+        """Show that it has ended.
 
         Args:
-            name: of the phase.
-            total: how many units of work it has; `None` where that is not known.
-        """
-
-    def advance(self, done: int, note: str, /) -> None:
-        """Show how many units of the phase are done, and a few words beside them."""
-
-    def end(self, name: str, seconds: float, note: str, /) -> None:
-        """Show that the phase has ended.
-
-        Args:
-            name: of the phase.
+            phase: the phase.
             seconds: that it took.
-            note: the last words that `advance` was given.
+            failed: an exception ended it.
         """
 
     def say(self, text: str, /) -> None:
         """Show lines that stay."""
 
-    def close(self) -> None:
-        """Leave the terminal as it was; a phase that is still running has failed."""
-
 
 class Advance(Protocol):
     """Reports that a part of a phase is done."""
 
-    def __call__(self, units: int = 1, /, note: str = "") -> None:
-        """Add units of work that are done, with a few words to show beside them."""
+    def __call__(self, units: int = 1, /, *, note: str = "", total: int | None = None) -> None:
+        """Add units of work that are done.
+
+        Args:
+            units: how many.
+            note: a few words to show beside them.
+            total: how many units the phase has, where that was not known before.
+        """
 
 
 class Progress:
@@ -68,25 +103,26 @@ class Progress:
         if self._inside:
             yield _nothing
             return
-        display, done, words, begun = self._display, 0, "", time.perf_counter()
+        display, running, failed = self._display, Running(name, total), True
 
-        def advance(units: int = 1, /, note: str = "") -> None:
-            nonlocal done, words
-            done, words = done + units, note
+        def advance(units: int = 1, /, *, note: str = "", total: int | None = None) -> None:
+            running.done, running.note = running.done + units, note
+            running.total = running.total if total is None else total
             if display is not None:
-                display.advance(done, note)
+                display.advance(running)
 
         self._inside = True
         if display is not None:
-            display.begin(name, total)
+            display.begin(running)
         try:
             yield advance
+            failed = False
         finally:
             self._inside = False
-        seconds = time.perf_counter() - begun
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-        if display is not None:
-            display.end(name, seconds, words)
+            seconds = running.seconds
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+            if display is not None:
+                display.end(running, seconds, failed=failed)
 
     def say(self, text: str) -> None:
         """Show lines that stay, where anything is shown."""
@@ -94,7 +130,7 @@ class Progress:
             self._display.say(text)
 
 
-def _nothing(units: int = 1, /, note: str = "") -> None:
+def _nothing(units: int = 1, /, *, note: str = "", total: int | None = None) -> None:
     """Report to nobody."""
 
 

@@ -4,6 +4,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final
 
+BRIEF: Final = 0.05
+"""Seconds below which a phase is left out."""
+
 LISTED: Final = 5
 """How many of the layers that stayed in floating point are named."""
 
@@ -23,8 +26,8 @@ def summary(report: Any) -> str:
         rows += [("" if number else "decisions", line) for number, line in enumerate(report.decisions)]
     rows.append(("warnings", str(len(report.warnings)) if report.warnings else "none"))
     if report.seconds:
-        phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.seconds.items())
-        rows.append(("seconds", f"{sum(report.seconds.values()):.1f}: {phases}"))
+        phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.seconds.items() if seconds >= BRIEF)
+        rows.append(("seconds", ": ".join(filter(None, [f"{sum(report.seconds.values()):.1f}", phases]))))
     if report.peak_memory:
         rows.append(("peak memory", f"{report.peak_memory / 2**30:.2f} GiB"))
     width = max(len(name) for name, _ in rows)
