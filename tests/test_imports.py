@@ -17,6 +17,7 @@ HOSTS = {"nncf", "brevitas", "openvino", "onnx", "qonnx", "onnxruntime"}
 FLOORS = [
     {"errors"},
     {"checks", "packages"},
+    {"hardware"},
     {"config"},
     {"config_file"},
     {"onnx_import"},
@@ -35,6 +36,7 @@ OUTSIDE = {
     "errors": set(),
     "checks": set(),
     "packages": set(),
+    "hardware": set(),
     "config": set(),
     "config_file": {"tomli", "tomli_w"},
     "onnx_import": {"torch", "numpy", "onnx", "onnxruntime"},

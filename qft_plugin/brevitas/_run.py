@@ -17,6 +17,7 @@ from qft_plugin.errors import ConfigError
 from qft_plugin.graph.channel_affine import Rescaled
 from qft_plugin.graph.torch_model import check_finite, check_model
 from qft_plugin.job.run import Callback, run
+from qft_plugin.job.target import run_to_target
 from qft_plugin.report.display import shown
 from qft_plugin.training.distributed import joined
 from qft_plugin.training.finetune import FinetuneResult
@@ -30,6 +31,10 @@ BY_QUANTIZERS: Final = (
     "layer_bits",
     "layer_activation_bits",
     "bounded",
+    "average_bits",
+    "target_agreement",
+    "evaluate",
+    "max_drop",
 )
 BY_QUANTIZERS_OF_HARDWARE: Final = ("rescale", "doubly_per_channel", "activation_bits")
 """Settings that a model says itself by the quantizers that it has."""
@@ -145,7 +150,7 @@ def quantize(
             model = copy.deepcopy(model)  # a copy that is made here is an ordinary one
         check_finite(dict(model.named_parameters()))
         host = Brevitas(model, data, model, calibrates=True, swaps=True, example_input=example_input)
-        return run(host, config, callback=callback).model
+        return run_to_target(host, config, callback=callback).model
 
 
 def _say_if_not_linked(function: str, model: nn.Module) -> None:

@@ -21,7 +21,8 @@ from torch import nn
 
 from qft_plugin.config import QFTConfig
 from qft_plugin.errors import ConfigError, HostError
-from qft_plugin.job.run import Job, run
+from qft_plugin.job.run import Job
+from qft_plugin.job.target import run_to_target
 from qft_plugin.nncf._host import NNCF
 from qft_plugin.nncf._read import check_model
 from qft_plugin.nncf._request import Request
@@ -138,7 +139,7 @@ def _quantize(original: Callable[..., Any], model: Any, dataset: Any, asked: _As
         check_model(model)
         # One process keeps all images anyway; NNCF says then what is wrong with its setting.
         head_items = request.calibration_items if request.own_items and world.size > 1 else 0
-        return run(NNCF(model, request, head_items), config, callback=asked.callback)
+        return run_to_target(NNCF(model, request, head_items), config, callback=asked.callback)
 
 
 def checked_request(
