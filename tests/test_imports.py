@@ -31,6 +31,7 @@ OUTSIDE = {
     "errors": set(),
     "checks": set(),
     "config": set(),
+    "report": {"torch", "numpy", "jinja2"},
     "deploy": {"torch", "numpy", *HOSTS} - {"nncf", "brevitas"},
 }
 """What a folder below the hosts may import beside the standard library; `torch` and `numpy` where nothing is said."""
