@@ -231,8 +231,9 @@ def test_the_page_is_complete_without_scripts(opened):
 
 
 def test_the_page_can_be_printed(opened):
-    """On paper nothing is cut off by a box that would scroll, and there are no controls."""
-    page = opened()
+    """On A4 nothing is cut off at a side or by a box that would scroll, and there are no controls."""
+    page = opened(viewport={"width": 718, "height": 1000})  # 210 mm less the margins, in pixels of 1/96 inch
     page.emulate_media(media="print")
     assert not page.locator("#filter").is_visible()
     assert page.evaluate("getComputedStyle(document.querySelector('.scroll.tall')).overflow") == "visible"
+    assert page.evaluate("document.documentElement.scrollWidth") == 718

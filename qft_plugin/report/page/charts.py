@@ -276,7 +276,7 @@ def all_integers(layers: Sequence[Layer]) -> list[Figure]:
         if total == 0:
             continue
         shares = [c / total for c in counts]
-        x, y = Axis(low - 1, low + length, 52, 440), axis_over([100 * s for s in shares], 168, 12, zero=True)
+        x, y = Axis(low - 1, low + length, 44, 330), axis_over([100 * s for s in shares], 168, 12, zero=True)
         wide = max(1.2, 0.7 * (x(1) - x(0)))
         zero = shares[-low] if 0 <= -low < length else 0.0
         ends = (shares[0] + shares[-1]) if length > 1 else 0.0
@@ -285,25 +285,25 @@ def all_integers(layers: Sequence[Layer]) -> list[Figure]:
         parts = [
             frame(x, y, x_ticks=integer_ticks(low, length), most=4),
             bars(columns_drawn, "fill a"),
-            text(246, 200, "integer", "m"),
+            text(187, 200, "integer", "m"),
             text(4, 8, "%"),
         ]
         few = "1 layer" if len(columns) == 1 else f"{len(columns)} layers"
         drawn.append(
             Figure(
                 title=f"Integers of the {bits}-bit weights",
-                svg=picture(450, 206, parts, alternative=f"Of {total:,} weights {said}.", kind="small"),
+                svg=picture(340, 206, parts, alternative=f"Of {total:,} weights {said}.", kind="small"),
                 caption=f"{total:,} weights in {few}; {said}.",
             )
         )
     return drawn
 
 
-def integer_ticks(low: int, length: int, *, step: int = 1) -> list[tuple[float, str]]:
-    """List the integers that stand below an axis of a grid: multiples of `step` of a small one, else the ends and 0."""
+def integer_ticks(low: int, length: int) -> list[tuple[float, str]]:
+    """List the integers that stand below an axis of a grid: even ones of a small one, else the ends and 0."""
     high = low + length - 1
     every = (
-        [n for n in range(low, high + 1) if n % step == 0]
+        [n for n in range(low, high + 1) if n % 2 == 0]
         if length <= 16
         else sorted({low, 0, high} if low < 0 < high else {low, high})
     )

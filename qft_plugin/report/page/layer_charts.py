@@ -47,7 +47,7 @@ def _histogram(layer: Layer, figures: LayerFigures) -> Figure | None:
     parts = [
         columns(tops, BOTTOM, max(1.0, 0.7 * (x(1) - x(0))), "column a"),
         f'<path class="line b" d="M16 {BOTTOM}{steps}V{BOTTOM}"/><path class="axis" d="M16 {BOTTOM}H{WIDTH - 16}"/>',
-        *(text(x(v), BOTTOM + 15, words, "m") for v, words in integer_ticks(low, len(after), step=2)),
+        *(text(x(v), BOTTOM + 15, words, "m") for v, words in integer_ticks(low, len(after))),
     ]
     zero = after[-low] / sum(after) if low <= 0 <= high else 0.0
     ends = (after[0] + after[-1]) / sum(after)

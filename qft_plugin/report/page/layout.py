@@ -5,6 +5,7 @@ each of them, which all edges from the same box share. Places are ordered by the
 and then moved as near to their neighbours as their widths allow, by least squares.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -55,7 +56,9 @@ def layout(inputs: Sequence[Sequence[int]], widths: Sequence[float]) -> Layout:
             below[upper].append(place)
     _order(rows, above, below)
     wide = {p: widths[p[0]] if row[p[0]] == p[1] else LANE for p in above}
-    x = _coordinates(rows, above, below, wide=wide, boxes=frozenset(enumerate(row)))
+    readers = Counter(k for reads in inputs for k in set(reads))
+    forks = {k: (k, r) for k, r in enumerate(row) if readers[k] > 1}
+    x = _coordinates(rows, above, below, wide=wide, boxes=frozenset(enumerate(row)), forks=forks)
     left = min((x[p] - wide[p] / 2 for p in x), default=0.0)
     right = max((x[p] + wide[p] / 2 for p in x), default=0.0)
     edges = tuple((upper, place) for place, uppers in above.items() for upper in uppers)
@@ -102,10 +105,16 @@ def _coordinates(
     *,
     wide: dict[Place, float],
     boxes: frozenset[Place],
+    forks: dict[int, Place],
 ) -> dict[Place, float]:
     x: dict[Place, float] = {}
 
     def wish(place: Place, neighbours: Sequence[Place]) -> float:
+        # Where an edge around other boxes ends, a block ends: it comes back to where it began, so that no block moves
+        # the next one aside.
+        began = [forks[k] for k, r in neighbours if (k, r) not in boxes and k in forks]
+        if place in boxes and began:
+            return x.get(min(began), x.get(place, 0.0))
         # What only passes by does not pull a box out of line.
         strong = [q for q in neighbours if q in boxes] or neighbours
         return _mean([x[q] for q in strong if q in x], x.get(place, 0.0))

@@ -62,6 +62,22 @@ def test_a_residual_block_stays_in_line() -> None:
     assert placed.x[0, 1] > xs[0] + 50
 
 
+def test_lopsided_blocks_do_not_drift() -> None:
+    """Each block of attention ends where it began, however much its inside leans to one side."""
+    inputs: list[list[int]] = [[]]
+    ends = [0]
+    for _ in range(20):
+        x = ends[-1]
+        n = len(inputs)
+        # q, k and v; a product of two of them, one with the third, and the addition.
+        inputs += [[x], [x], [x], [n, n + 1], [n + 3, n + 2], [n + 4, x]]
+        ends.append(n + 5)
+    placed = layout(inputs, [100.0] * len(inputs))
+    xs = [placed.x[k, placed.row[k]] for k in ends]
+    assert xs == pytest.approx([xs[0]] * len(xs), abs=1.0)
+    assert placed.width < 500
+
+
 def test_branches_are_side_by_side() -> None:
     """Boxes that read the same stand in one row, their reader below the middle."""
     placed = layout(INCEPTION, [100.0] * 6)
