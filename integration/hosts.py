@@ -8,6 +8,7 @@ import torch
 from conftest import four_bits
 
 from qft_plugin.graph.torch_model import tensors_in
+from qft_plugin.report.kept import report_of
 
 
 class UnderNNCF:
@@ -29,6 +30,10 @@ class UnderNNCF:
         """Return the result of a finetune and the model."""
         job = self._host.quantize(model, self._nncf.Dataset(items), config)
         return job.result, job.model
+
+    def report(self, model, items, config):
+        """Quantize a float model and return the report."""
+        return self._host.quantize(model, self._nncf.Dataset(items), config).report
 
     def run(self, model, items, config, *, callback):
         """Quantize a model and follow the finetune."""
@@ -70,6 +75,10 @@ class UnderBrevitas:
             return None, quantized
         linked = four_bits(small_layer_share=0.01, train_cross_layer=config.train_cross_layer, finetune=config.finetune)
         return self._host.finetune(quantized, model, items, linked), quantized
+
+    def report(self, model, items, config):
+        """Quantize a float model and return the report."""
+        return report_of(self._host.quantize(model, items, config=config))
 
     def run(self, model, items, config, *, callback):
         """Quantize a model and follow the finetune."""

@@ -14,6 +14,7 @@ from qft_plugin.errors import (
     QFTError,
     QFTWarning,
 )
+from qft_plugin.report.data import Report
 
 __version__ = "0.1.0"
 
@@ -30,4 +31,5 @@ __all__ = [
     "QFTConfig",
     "QFTError",
     "QFTWarning",
+    "Report",
 ]

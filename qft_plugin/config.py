@@ -257,6 +257,7 @@ class QFTConfig:
             channels are not 0, at each position of a kernel.
         hardware: constraints of the target.
         finetune: the distillation; `None` returns the initialization (calibration, PPQ, equalization) untrained.
+        analyse: measure at the end what quantization does to each layer, and by it to the network.
     """
 
     weight_bits: int = 4
@@ -275,6 +276,7 @@ class QFTConfig:
     sparsity: Sparsity = None
     hardware: HardwareSpec = field(default_factory=HardwareSpec)
     finetune: FinetuneConfig | None = field(default_factory=FinetuneConfig)
+    analyse: bool = False
 
     def __post_init__(self) -> None:
         check_instance(self, "hardware", HardwareSpec)
@@ -297,7 +299,7 @@ class QFTConfig:
                     raise ConfigError(
                         f"QFTConfig.{name} should map names to {least} to 8 bits. Found {pattern!r}: {bits!r}."
                     )
-        for name in ("equalize", "compensate", "bias_correction", "train_cross_layer", "train_scales"):
+        for name in ("equalize", "compensate", "bias_correction", "train_cross_layer", "train_scales", "analyse"):
             check_flag(self, name)
         if self.layer_activation_bits and self.hardware.activation_bits is None:
             raise ConfigError(

@@ -1,4 +1,9 @@
-"""The exceptions and the warning that a caller of the library may want to catch."""
+"""The exceptions and the warning that a caller of the library may want to catch, and how a warning is given."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 
 class QFTError(Exception):
@@ -34,3 +39,30 @@ class ParityError(QFTError):
 
 class QFTWarning(UserWarning):
     """Something was not done as asked, or is likely not what the user wants, but the result is still valid."""
+
+
+_collected: ContextVar[list[str] | None] = ContextVar("qft_plugin_warnings", default=None)
+
+
+def warn(message: str, *, stacklevel: int = 1) -> None:
+    """Emit a `QFTWarning`, and add it to the list of the job that runs, whatever filters make of it.
+
+    Args:
+        message: what was found, what it should be, and what to do.
+        stacklevel: as of `warnings.warn`: 1 is the line that calls this function.
+    """
+    found = _collected.get()
+    if found is not None:
+        found.append(message)
+    warnings.warn(message, QFTWarning, stacklevel=stacklevel + 1)
+
+
+@contextlib.contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """Collect the messages of all warnings of this library that this thread gives inside the block, in order."""
+    found: list[str] = []
+    token = _collected.set(found)
+    try:
+        yield found
+    finally:
+        _collected.reset(token)

@@ -46,6 +46,7 @@ class SmallSource:
     tensors: Mapping[str, Tensor]
     dof_map: DofMap
     kept: Mapping[str, Tensor] = field(default_factory=dict)
+    kept_in_float: Mapping[str, str] = field(default_factory=dict)
     weight_bits: None = None
     addend_factors: frozenset[str] = frozenset()
 
@@ -112,6 +113,7 @@ class SmallHost:
     model: nn.Module
     batches: Sequence[Tensor]
     head_items: int = 0
+    name: str = "small"
 
     def items(self) -> Iterable[Any]:
         return self.batches

@@ -24,6 +24,7 @@ from qft_plugin.brevitas._run import finetune, initialize, quantize  # noqa: E40
 from qft_plugin.brevitas._save import save_qcdq, save_qonnx  # noqa: E402
 from qft_plugin.brevitas._write import fold  # noqa: E402
 from qft_plugin.graph.channel_affine import Rescaled  # noqa: E402
+from qft_plugin.report.kept import report_of  # noqa: E402
 from qft_plugin.training.phases import Step  # noqa: E402
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "initialize",
     "link",
     "quantize",
+    "report_of",
     "save_qcdq",
     "save_qonnx",
 ]

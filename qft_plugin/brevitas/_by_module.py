@@ -8,7 +8,7 @@ from qft_plugin.brevitas._layers import QUANTIZED, RANGE_BATCH, RANGE_IMAGES, ac
 from qft_plugin.config import QFTConfig
 from qft_plugin.errors import ModelError
 from qft_plugin.graph.batch_norms import merge_norms
-from qft_plugin.graph.layer_graph import Const, LayerGraph, Op
+from qft_plugin.graph.layer_graph import Const, LayerGraph, Op, module_of, reads
 from qft_plugin.graph.operations import ADDS, LAYERS
 from qft_plugin.graph.record import record
 from qft_plugin.graph.torch_model import Call
@@ -70,11 +70,6 @@ def called_layers(model: nn.Module, graph: LayerGraph) -> dict[str, tuple[str, .
     return {name: tuple(dict.fromkeys(read)) for name, read in found.items() if name not in shared}
 
 
-def module_of(op: Op) -> str:
-    """Return the name of the module in whose forward an operation stands."""
-    return op.name.rsplit("/", 2)[0].replace("/", ".") if op.name.count("/") > 1 else ""
-
-
 def _is_its_own(model: nn.Module, name: str, op: Op) -> bool:
     """Whether an operation is the call of a module that can be swapped."""
     weight = op.argument(1, "weight")
@@ -85,13 +80,6 @@ def _is_its_own(model: nn.Module, name: str, op: Op) -> bool:
     except AttributeError:
         return False
     return type(module) in QUANTIZED and weight.name == f"{name}.weight"
-
-
-def reads(op: Op, weight: str) -> bool:
-    """Whether an operation reads a parameter."""
-    values = [*op.args, *(op.kwargs or {}).values()]
-    values += [v for value in values if isinstance(value, (list, tuple)) for v in value]
-    return any(isinstance(v, Const) and v.name == weight for v in values)
 
 
 def _input_quantizers(

@@ -34,6 +34,7 @@ class Brevitas:
         swaps: `model` is a float one, whose layers become Brevitas' own in a copy; else it is changed itself.
         example_input: one input to trace a float model with; `None` takes the first images.
         head_items: see `Host`.
+        name: likewise.
     """
 
     model: nn.Module
@@ -43,6 +44,7 @@ class Brevitas:
     swaps: bool = False
     example_input: Any = None
     head_items: int = 0
+    name: str = "brevitas"
 
     def items(self) -> Iterable[Any]:
         """Return the batches."""

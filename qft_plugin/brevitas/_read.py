@@ -14,7 +14,8 @@ from qft_plugin.graph.batch_norms import merge_norms
 from qft_plugin.graph.channel_affine import Rescaled, free_channels
 from qft_plugin.graph.channel_clip import free_bounds
 from qft_plugin.graph.folding import names_of
-from qft_plugin.graph.layer_graph import DofMap, LayerGraph
+from qft_plugin.graph.layer_graph import Const, DofMap, LayerGraph, module_of, reads
+from qft_plugin.graph.operations import LAYERS
 from qft_plugin.graph.record import record
 from qft_plugin.graph.torch_model import SAME, Call, check_finite, check_model, first_outputs, largest_change
 from qft_plugin.job.understand import proven_map
@@ -53,6 +54,23 @@ class Source:
     addend_factors: frozenset[str]
     dof_map: DofMap
     kept: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def kept_in_float(self) -> Mapping[str, str]:
+        """Why layers whose weight is a parameter have no quantizer, by name of the weight."""
+        found = {}
+        for op in self.graph.ops:
+            weight = op.argument(1, "weight")
+            if op.function not in LAYERS or not isinstance(weight, Const) or weight.name in self.weights:
+                continue
+            others = [o for o in self.graph.ops if reads(o, weight.name) and module_of(o) != module_of(op)]
+            if others:
+                found[weight.name] = f"its weight is used elsewhere too, by {others[0].name}"
+            elif weight.name == f"{module_of(op)}.weight":
+                found[weight.name] = "its module has no weight quantizer of this package"
+            else:
+                found[weight.name] = f"{op.function} is called as a function"
+        return found
 
     def again(self) -> "Source":
         """Return the description of the model as it is after degrees of freedom were written into it."""

@@ -10,7 +10,7 @@ import brevitas.nn as qnn
 import torch
 from torch import Tensor, fx, nn
 
-from qft_plugin.brevitas._by_module import called_layers, module_of, reads, swap_modules
+from qft_plugin.brevitas._by_module import called_layers, swap_modules
 from qft_plugin.brevitas._layers import RANGE_BATCH, RANGE_IMAGES, activation_quantizer, quantize_layers
 from qft_plugin.brevitas._plain import make_plain
 from qft_plugin.brevitas._read import check_repeatable
@@ -21,7 +21,7 @@ from qft_plugin.graph.batch_norms import merge_norms
 from qft_plugin.graph.channel_affine import Rescaled, free_axes
 from qft_plugin.graph.channel_clip import replace_by_relu
 from qft_plugin.graph.dof_map import map_dof
-from qft_plugin.graph.layer_graph import Const, Layer, LayerGraph, Op
+from qft_plugin.graph.layer_graph import Const, Layer, LayerGraph, Op, module_of, reads
 from qft_plugin.graph.operations import GRID_MODULES, KEEPS_GRID, LAYERS, TRACED_ADDS
 from qft_plugin.graph.record import function_name, record
 from qft_plugin.graph.torch_model import SAME, Call, first_outputs, largest_change, tensors_in

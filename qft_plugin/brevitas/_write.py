@@ -31,6 +31,7 @@ from qft_plugin.graph.folding import fold_network, names_of
 from qft_plugin.graph.layer_graph import PINNED, DofMap
 from qft_plugin.graph.torch_model import replace_modules, tensor_of
 from qft_plugin.job.host import Start
+from qft_plugin.report.kept import hand_report_on
 from qft_plugin.training.integers import DeployedWeight, folded_tensors
 from qft_plugin.training.rounding import moved_to
 from qft_plugin.training.solve import rescale_factor
@@ -157,6 +158,7 @@ def fold(model: nn.Module, *, bias_bits: int | None = None) -> nn.Module:
             if scaling is not None:
                 setattr(module, attribute, _fixed_activation(module, proxy, scaling, proxies))
     hand_images_on(model, folded)  # a copy of an fx module has lost them
+    hand_report_on(model, folded)
     return folded.eval()  # new quantizers start in train mode
 
 

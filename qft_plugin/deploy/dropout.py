@@ -1,14 +1,13 @@
 """Dropout that a forward calls in eval mode too, which no exporter of a file keeps."""
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from typing import Any, Final
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from qft_plugin.errors import QFTWarning
+from qft_plugin.errors import warn
 from qft_plugin.graph.record import function_name
 
 ACTIVE_BY_DEFAULT: Final = {
@@ -25,11 +24,10 @@ def without_dropout() -> Iterator[None]:
     with mode:
         yield
     if mode.active:
-        warnings.warn(
+        warn(
             "The model should compute the same in eval mode each time. Found a dropout that is active in eval mode, "
             "called with training=True. The file leaves it out. Call functional.dropout(x, p, self.training), or "
             "nn.Dropout, if it is for training only.",
-            QFTWarning,
             stacklevel=3,
         )
 

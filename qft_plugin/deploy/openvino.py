@@ -35,7 +35,7 @@ class RunInInt8:
         return sum(precision in INT8 for precision in self.convolutions.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OpenVINOReport(Proved, RunInInt8):
     """Contents of a saved IR, and how it runs on this machine's CPU.
 

@@ -18,9 +18,9 @@ import copy
 import itertools
 import logging
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -31,13 +31,16 @@ from qft_plugin.deploy.findings import forget_unused, merged
 from qft_plugin.deploy.roundings import FAR, Rounding, compare_roundings, run_in
 from qft_plugin.deploy.stretches import Values, compare_stretches
 from qft_plugin.deploy.watched import Watched, positional
-from qft_plugin.errors import ParityError, QFTWarning
+from qft_plugin.errors import ParityError, warn
 from qft_plugin.graph.torch_model import Call
 
 logger = logging.getLogger("qft_plugin")
 
 UNEXPLAINED: Final = 1e-3
 """Share of a quantizer's values that may differ without a tie: ties in front of a fused addition move a few."""
+
+LONGEST_NAME: Final = 60
+"""Characters of a file's name in a line."""
 
 LISTED: Final = 5
 """How many differences a message lists."""
@@ -81,6 +84,11 @@ class Proof:
     from_torch: Difference = Difference()
     torch_from_itself: Difference = Difference()
 
+    def __repr__(self) -> str:
+        """Say in one short line what was proved."""
+        found = f"{self.weights} weights, {self.quantizers} quantizers, {self.from_torch.relative:.3g} from torch"
+        return f"Proof({found if self.weights or self.quantizers else 'nothing was checked'})"
+
     def __str__(self) -> str:
         """Say in one sentence how far the file is from torch."""
         return (
@@ -92,7 +100,15 @@ class Proof:
 class Proved:
     """The part of a report that comes from the proof of the file."""
 
+    path: Path
+    bytes: int
     proof: Proof
+
+    def __repr__(self) -> str:
+        """Say in one short line what the file is."""
+        name = self.path.name
+        short = name if len(name) <= LONGEST_NAME else f"...{name[-LONGEST_NAME:]}"
+        return f"{type(self).__name__}({short}, {self.bytes / 2**20:.2f} MiB, {self.proof!r})"
 
     @property
     def weights(self) -> int:
@@ -231,11 +247,10 @@ def _taken(watched: Watched, file: File, call: Call, path: Sequence[str]) -> _Ta
     try:
         found = run_in(file, call).outputs
     except Exception as error:  # each runtime has errors of its own
-        warnings.warn(
+        warn(
             f"The file should run for any number of images. Found that it does not for inputs of shape {shapes}, as "
             f"the model does: {str(error).splitlines()[-1]}. The forward probably computes with the number of images "
             "as a Python number. The file is right for the shape of the example.",
-            QFTWarning,
             stacklevel=2,
         )
         return None
@@ -269,11 +284,10 @@ def _judge(roundings: Sequence[Rounding], runtime: str) -> None:
     found = _unexplained(roundings)
     if found:
         places = "; ".join(f"{r.place} ({100 * r.unexplained_share:.2g} % of the values)" for r in found[:LISTED])
-        warnings.warn(
+        warn(
             f"{runtime} should round where the model rounds. Found values that differ by a step or more although the "
             f"model's are on no tie: {places}. The constants of the file are right; this runtime leaves out or adds a "
             "rounding next to these layers. Look at the agreement of the file with the float network.",
-            QFTWarning,
             stacklevel=3,
         )
 

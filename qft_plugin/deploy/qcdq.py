@@ -18,7 +18,7 @@ BETWEEN: Final = frozenset(["Relu", "MaxPool", "Identity", "Reshape", "Flatten",
 """Operations that may stand between a concatenation and its quantizer."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QCDQReport(Proved, RunInInt8):
     """Contents of a QCDQ file, and how it runs on this machine's CPU.
 

@@ -19,7 +19,7 @@ from qft_plugin.graph.torch_model import Call
 EXECUTOR: Final = "QONNX' executor"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QONNXReport(Proved):
     """Contents of a QONNX file.
 

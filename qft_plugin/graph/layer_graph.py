@@ -78,6 +78,10 @@ class LayerGraph:
     outputs: tuple[str, ...]
     vectors: tuple[tuple[str, ...], ...] = ()
 
+    def __repr__(self) -> str:
+        """Say in one short line what it is."""
+        return f"LayerGraph({len(self.ops)} operations, {len(self.inputs)} inputs, {len(self.outputs)} outputs)"
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -118,6 +122,18 @@ class Layer:
     def is_kernel(self) -> bool:
         """Whether it multiplies its input by a weight: a convolution or linear layer."""
         return is_kernel(self.kind)
+
+
+def module_of(op: Op) -> str:
+    """Return the name of the module in whose forward an operation stands."""
+    return op.name.rsplit("/", 2)[0].replace("/", ".") if op.name.count("/") > 1 else ""
+
+
+def reads(op: Op, weight: str) -> bool:
+    """Whether an operation reads a parameter."""
+    values = [*op.args, *(op.kwargs or {}).values()]
+    values += [v for value in values if isinstance(value, (list, tuple)) for v in value]
+    return any(isinstance(v, Const) and v.name == weight for v in values)
 
 
 def is_kernel(kind: str) -> bool:
@@ -234,6 +250,10 @@ class DofMap:
             {name: replace(v, index=torch.zeros_like(v.index)) for name, v in self.vectors.items()},
             self.channel_axes,
         )
+
+    def __repr__(self) -> str:
+        """Say in one short line what it is; `str` is the whole table."""
+        return f"DofMap({len(self.layers)} layers, {len(self.edges)} edges, {self.size} free variables)"
 
     def __str__(self) -> str:
         """Print the map as a table; each edge that is not free names the reason."""

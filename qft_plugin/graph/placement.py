@@ -28,6 +28,11 @@ class ActivationGrid:
     zero_point: int = 0
     shifts: bool = False
 
+    @property
+    def bits(self) -> int:
+        """Its bit width."""
+        return (self.high - self.low).bit_length()
+
     def with_bits(self, bits: int) -> "ActivationGrid":
         """Return the grid of another bit width over the same range."""
         low, high = self.low, self.high
@@ -90,12 +95,23 @@ def quantizers_before(
         different ones. `None` stands for values that are not quantized.
     """
     calls = range(len(layer.calls)) if call is None else [call]
-    found = [_quantizers_of(graph, placement, layer.calls[i], 0, layer.inputs[i]) for i in calls]
+    found = [quantizers_of(graph, placement, layer.calls[i], 0, layer.inputs[i]) for i in calls]
     return tuple(dict.fromkeys(name for names in found for name in names))
 
 
-def _quantizers_of(graph: LayerGraph, placement: Placement, op: str, index: int, tensor: str) -> tuple[str | None, ...]:
-    """List the quantizers of input `index` of an operation, looking back through operations that keep the grid."""
+def quantizers_of(graph: LayerGraph, placement: Placement, op: str, index: int, tensor: str) -> tuple[str | None, ...]:
+    """List the quantizers of input `index` of an operation, looking back through operations that keep the grid.
+
+    Args:
+        graph: the network.
+        placement: its quantizers.
+        op: name of the operation.
+        index: which of its activation inputs.
+        tensor: name of the activation that it is.
+
+    Returns:
+        As `quantizers_before`.
+    """
     makers = {name: made_by for made_by in graph.ops for name in made_by.outputs}
     found: dict[str | None, None] = {}
     ahead, known = [(op, index, tensor)], {(op, index)}
@@ -215,7 +231,7 @@ def addends(graph: LayerGraph, placement: Placement) -> tuple[tuple[tuple[str, .
     for op in graph.ops:
         if op.function not in ADDS or len(op.inputs) < 2:
             continue
-        found = [_quantizers_of(graph, placement, op.name, i, name) for i, name in enumerate(op.inputs)]
+        found = [quantizers_of(graph, placement, op.name, i, name) for i, name in enumerate(op.inputs)]
         groups.append({name for names in found for name in names if name is not None})
         # A tensor that is added to itself needs no tie.
         whole = {tensor for tensor, names in zip(op.inputs, found, strict=True) if None not in names}

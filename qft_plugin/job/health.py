@@ -1,14 +1,13 @@
 """Warnings about images and activations: constant ones, ones that dominate, and where a NaN begins."""
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from qft_plugin.errors import DataError, ModelError, QFTError, QFTWarning
+from qft_plugin.errors import DataError, ModelError, QFTError, warn
 from qft_plugin.graph.layer_graph import LayerGraph
 from qft_plugin.graph.placement import Placement
 from qft_plugin.graph.torch_model import Call
@@ -163,21 +162,19 @@ def warn_of_ranges(
         values = set(constant.values())
         only = next(iter(values)) if len(values) == 1 else None
         value = "one value in each image" if only is None else f"{only + 0.0:.4g} everywhere"  # -0 is 0
-        warnings.warn(
+        warn(
             f"An activation should vary over an image. Found {value} in all of the first {ranges.images} images in "
             f"{_listed([_words(graph, placement, name) for name in constant])}: a range that is chosen on these will "
             "not fit others. Look at the images and their preprocessing; where the network is made so, keep this "
             "activation in float.",
-            QFTWarning,
             stacklevel=2,
         )
     for image, names in _confirmed(ranges, student, tensors, inputs).items():
         ratio = max(names.values())
-        warnings.warn(
+        warn(
             f"{inputs.item_of(image)} should be like the others. Found {ratio:.3g} times the largest value of any "
             f"other of the first {ranges.images} images in {_listed([_words(graph, placement, n) for n in names])}. A "
             "range that holds it leaves few steps for the others. Look at this image and leave it out if it is broken.",
-            QFTWarning,
             stacklevel=2,
         )
 
@@ -227,10 +224,9 @@ def warn_of_images(inputs: Inputs) -> None:
     tensors = [*inputs.args, *inputs.kwargs.values()]
     count = len(inputs)
     if count > 1 and all(bool((t[1:2] == t[:1]).all()) and bool((t == t[:1]).all()) for t in tensors):
-        warnings.warn(
+        warn(
             f"Dataset: images should differ. Found {count} times the same one, which says nothing about others. Look "
             "at how they are read.",
-            QFTWarning,
             stacklevel=2,
         )
 
@@ -276,11 +272,10 @@ def warn_of_targets(targets: Targets, weights: Sequence[float], inputs: Inputs) 
         found = dominant(world.total(peaks))
         if found is not None:
             image, ratio = found
-            warnings.warn(
+            warn(
                 f"{inputs.item_of(image)} should be like the others. Found {ratio:.3g} times the largest value of any "
                 "other where the networks are compared: in its batches the finetune trains for this one. Look at this "
                 "image and leave it out if it is broken.",
-                QFTWarning,
                 stacklevel=2,
             )
 

@@ -73,6 +73,11 @@ class Source(Protocol):
         ...
 
     @property
+    def kept_in_float(self) -> Mapping[str, str]:
+        """Why the host has no quantizer for a weight, in a few words, by its name, where there is such a reason."""
+        ...
+
+    @property
     def kept(self) -> Mapping[str, Tensor]:
         """By name of a weight that is pruned, a tensor of its shape that is true where it is not 0 for good."""
         ...
@@ -106,7 +111,8 @@ class Student(Protocol):
         """Run with quantized activations, with gradients to everything in `solution`; called in every step.
 
         Args:
-            solution: the tensors of `Placed.tensors` by name (weights quantized already), and all scales.
+            solution: the tensors of `Placed.tensors` by name (weights quantized already), and all scales; a quantizer
+                that it has no scale for passes values on (`training.student.set_grids` sees to that).
             call: the batch.
 
         Returns:
@@ -191,6 +197,11 @@ class Start(Generic[PlacedT_co]):
 
 class Host(Protocol[SourceT, PlacedT]):
     """The methods of a host that a job calls, in this order; one host serves one job, of one model and one dataset."""
+
+    @property
+    def name(self) -> str:
+        """Name of the package of the framework."""
+        ...
 
     @property
     def model(self) -> nn.Module:

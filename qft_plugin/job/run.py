@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-import warnings
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
@@ -11,14 +11,20 @@ import torch
 from torch import nn
 
 from qft_plugin.config import FinetuneConfig, QFTConfig
-from qft_plugin.errors import ConfigError, QFTError, QFTWarning
+from qft_plugin.errors import ConfigError, QFTError, collected_warnings, warn
 from qft_plugin.graph.layer_graph import DofMap
 from qft_plugin.graph.torch_model import Call
 from qft_plugin.job.health import check_squares, is_finite, not_finite, warn_of_targets
 from qft_plugin.job.host import Host, Placed, PlacedT, Problem, Source, SourceT, Start
+from qft_plugin.job.layer_errors import Measured, measure, with_errors
+from qft_plugin.job.report import About, agreement_of, report_of_job
 from qft_plugin.job.understand import images, understand
+from qft_plugin.report.data import Report
+from qft_plugin.report.kept import keep_report
+from qft_plugin.report.progress import following, phase
 from qft_plugin.tensors.partial_gradients import PartialBackward
 from qft_plugin.training.blocks import split
+from qft_plugin.training.data import Inputs
 from qft_plugin.training.distributed import agreed
 from qft_plugin.training.dof import Dof, parameter_groups
 from qft_plugin.training.efqat import PartialTraining, release
@@ -29,6 +35,8 @@ from qft_plugin.training.phases import Options, Phase, Step
 from qft_plugin.training.solve import solve
 from qft_plugin.training.student import copies_for_gradients
 from qft_plugin.training.teacher import Recomputed, Targets, images_meet, is_random, teacher_predictions
+
+logger = logging.getLogger("qft_plugin")
 
 Callback = Callable[[Step], None]
 
@@ -50,11 +58,17 @@ class Job:
         model: the quantized model, the host's own kind.
         dof_map: which per-channel scales were shared, free, or pinned.
         result: how the finetune went; `None` where none was asked for.
+        report: what the job did, and how good its result is; the model keeps it too.
     """
 
     model: nn.Module
     dof_map: DofMap
     result: FinetuneResult | None
+    report: Report
+
+    def __repr__(self) -> str:
+        """Say in one short line what it is."""
+        return f"Job({self.report!r})"
 
 
 def run(host: Host[SourceT, PlacedT], config: QFTConfig, *, callback: Callback | None = None) -> Job:
@@ -67,17 +81,73 @@ def run(host: Host[SourceT, PlacedT], config: QFTConfig, *, callback: Callback |
         config: the settings.
         callback: called after each finetuning step.
     """
-    inputs = images(host.model, host.items(), config, head_items=host.head_items)
-    with agreed(inputs.world):
-        source = host.read(inputs, config)
-        problem = understand(source, inputs, config)
-        targets = targets_of(host, problem, config)
-        start = host.initialize(problem, config)
-    result = train(start, problem, targets, config, callback=callback)
-    deployed = deployed_weights(start.dof)
-    if targets is not None or config.finetune is None:  # else a job that trains will say so
-        check_accumulators(start.dof, deployed)
-    return Job(host.write(problem, start, deployed), source.dof_map, result)
+    with following():
+        with phase("images"):
+            inputs = images(host.model, host.items(), config, head_items=host.head_items)
+        return told(run_on(inputs, host, config=config, callback=callback).job)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job that is done, while all that it was made with is still at hand.
+
+    Attributes:
+        job: its result.
+        start: holds the degrees of freedom at the end.
+        problem: the network and the images.
+    """
+
+    job: Job
+    start: Start[Placed]
+    problem: Problem[Source]
+
+
+def run_on(
+    inputs: Inputs, host: Host[SourceT, PlacedT], *, config: QFTConfig, callback: Callback | None = None
+) -> Ended:
+    """Quantize a model on images that were read: all of a job but its first step, and but telling of it.
+
+    Args:
+        inputs: the images.
+        host: has the user's model and the quantizers.
+        config: the settings.
+        callback: called after each finetuning step.
+    """
+    with collected_warnings() as warned, following() as progress:
+        with agreed(inputs.world):
+            with phase("reading the model"):
+                problem = understand(host.read(inputs, config), inputs, config)
+            targets = targets_of(host, problem, config)
+            start = host.initialize(problem, config)
+        result = train(start, problem, targets, config, callback=callback)
+        deployed = deployed_weights(start.dof)
+        if targets is not None or config.finetune is None:  # else a job that trains will say so
+            check_accumulators(start.dof, deployed)
+        agreement = None
+        if result is None:
+            with phase("comparing"), agreed(inputs.world):
+                agreement = agreement_of(start, problem)
+        name = type(host.model).__name__
+        measured = analysed(start, problem, config) if config.analyse else None
+        with phase("writing"):
+            model = host.write(problem, start, deployed)
+        about = About(host.name, name, agreement, warned, progress.seconds)
+        report = report_of_job(problem, start, deployed, config, result, about)
+        report = report if measured is None else with_errors(report, measured)
+        return Ended(Job(model, problem.source.dof_map, result, report), start, problem)
+
+
+def analysed(start: Start[Placed], problem: Problem[Source], config: QFTConfig) -> Measured:
+    """Measure the errors of the layers, as a phase of the job."""
+    with phase("measuring layers"), agreed(problem.inputs.world):
+        return measure(start, problem, config)
+
+
+def told(job: Job) -> Job:
+    """Keep the report of a job with its model, and tell the user of it."""
+    keep_report(job.model, job.report)
+    logger.info("%s", job.report)
+    return job
 
 
 def targets_of(
@@ -96,7 +166,7 @@ def targets_of(
         return None
     random = is_random(teacher, problem.inputs)
     if random or images_meet(teacher, problem.inputs):
-        warnings.warn(
+        warn(
             (
                 "The model should compute the same for the same images. Found that it does not: in eval mode something "
                 "random is still active, such as functional.dropout without training=self.training, and the "
@@ -108,7 +178,6 @@ def targets_of(
                 "it does, so the teacher runs again in every step. Where the first axis is not that of the images (of "
                 "sequences in front of batches, for example), put it first."
             ),
-            QFTWarning,
             stacklevel=2,
         )
         first = teacher(problem.inputs.first())
@@ -185,12 +254,11 @@ def _warn_of_loss(result: FinetuneResult, settings: FinetuneConfig) -> None:
     p = settings.cross_entropy
     limit = (1 - p) * USELESS + p * USELESS_DIVERGENCE
     if result.final_loss > limit:
-        warnings.warn(
+        warn(
             f"Finetune: the loss should end below {limit:.2g}. Found {result.final_loss:.3g} (of the float network: 0, "
             "of activations that are all 0: 1), with which a classifier names another class than the float network on "
             "a quarter to all of the images. Use more bits (weight_bits, layer_bits, HardwareSpec.bias_bits, "
             "activation_bits), less sparsity, or feed more images (FinetuneConfig.images_fed).",
-            QFTWarning,
             stacklevel=3,
         )
 
@@ -207,11 +275,10 @@ def check_accumulators(dof: Dof, deployed: Mapping[str, DeployedWeight]) -> None
         return
     wide = {name: bits for name, bits in accumulator_bits(dof, deployed).items() if bits > width}
     if wide:
-        warnings.warn(
+        warn(
             f"An accumulator of {width} bits should hold every sum. Found inputs that would overflow it: "
             f"{', '.join(f'{name} needs {bits}' for name, bits in wide.items())}. Use fewer bits for its weights "
             "(QFTConfig.layer_bits) or for its input (layer_activation_bits).",
-            QFTWarning,
             stacklevel=3,
         )
 

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qft_plugin.config import QFTConfig
-from qft_plugin.errors import ModelError, QFTWarning
+from qft_plugin.errors import ModelError, warn
 from qft_plugin.graph.comparison import Comparison
 from qft_plugin.graph.equalize import equalize
 from qft_plugin.graph.folding import fold_network, names_of
@@ -99,10 +98,9 @@ def start(
     groups, loose = addends(source.graph, placed.placement)
     kind, tied = config.hardware.elementwise_rescale, config.hardware.ties_addends
     if tied and loose:
-        warnings.warn(
+        warn(
             f"elementwise_rescale={kind!r} should tie all inputs of an addition. Found an input that is not quantized "
             f"in {', '.join(loose)}; these are added in float. Quantize all addends.",
-            QFTWarning,
             stacklevel=2,
         )
     shared = _shared(source.graph, placed.placement, dof_map, config)
@@ -133,13 +131,12 @@ def _warn_of_computed_weights(graph: LayerGraph) -> None:
     layers = [op for op in graph.ops if op.function.partition(" ")[0] in LAYERS]
     computed = [op.name for op in layers if not _is_held(op.argument(1, "weight"))]
     if computed:
-        warnings.warn(
+        warn(
             f"The weights of layers should be parameters. Found {len(computed)} of {len(layers)} layers whose weights "
             "the forward computes, as weight standardization and parametrizations do, or whose tensors the host cannot "
             f"follow: {', '.join(computed)}. They stay in floating point. Give each of them the weight that it "
             "computes as a plain parameter first (torch.nn.utils.parametrize.remove_parametrizations does that for "
             "parametrizations).",
-            QFTWarning,
             stacklevel=2,
         )
 
@@ -209,10 +206,9 @@ def _with_bits(graph: LayerGraph, placement: Placement, dof_map: DofMap, config:
         if None in names and wanted[layer.weight] != default:
             floating.append(layer.weight)
     if floating:
-        warnings.warn(
+        warn(
             "QFTConfig.layer_activation_bits should be of layers whose whole input is quantized. Found "
             f"{', '.join(floating)}, which read other values too. Look at the quantizers of the host.",
-            QFTWarning,
             stacklevel=2,
         )
     grids = {name: grid.with_bits(found.get(name, default)) for name, grid in placement.activations.items()}
@@ -242,11 +238,10 @@ def _shared(graph: LayerGraph, placement: Placement, dof_map: DofMap, config: QF
             "rescale_factor": None if hardware.rescale_factor == "float" else hardware.rescale_factor,
         }
         asked = ", ".join(f"{name}={value!r}" for name, value in settings.items() if value is not None)
-        warnings.warn(
+        warn(
             f"HardwareSpec({asked}) should hold for every quantized layer, whose accumulator then needs one scale. "
             f"Found layers without: {'; '.join(problems)}. Their biases and rescale factors stay in float, and their "
             "accumulators are not looked at. Quantize all that they read.",
-            QFTWarning,
             stacklevel=3,
         )
     return shared

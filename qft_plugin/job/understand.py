@@ -1,7 +1,6 @@
 """What a job works on: the images, the degrees of freedom of a network, and where it is compared."""
 
 import logging
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qft_plugin.config import FinetuneConfig, QFTConfig
-from qft_plugin.errors import ConfigError, QFTWarning
+from qft_plugin.errors import ConfigError, warn
 from qft_plugin.graph.comparison import Comparison, comparison
 from qft_plugin.graph.dof_map import map_dof
 from qft_plugin.graph.folding import fold_network, names_of
@@ -133,10 +132,9 @@ def proven_map(model: nn.Module, graph: LayerGraph, tensors: Mapping[str, Tensor
         found = list(tensors_in(Functional(model)(folded, args, kwargs)))
     if largest_change(expected, found) <= SAME:
         return dof_map
-    warnings.warn(
+    warn(
         "The model computes something else when the scales of its channels change, so no cross-layer factor is "
         "used. This costs accuracy, but the result is valid. Please report the model.",
-        QFTWarning,
         stacklevel=2,
     )
     return dof_map.all_pinned("the model is not invariant to rescaled channels")

@@ -13,6 +13,7 @@ from qft_plugin.graph.channel_clip import replace_by_relu  # noqa: E402
 from qft_plugin.nncf._register import quantize, register, unregister  # noqa: E402
 from qft_plugin.nncf._save import save_openvino  # noqa: E402
 from qft_plugin.nncf._write import widened, without_compiler  # noqa: E402
+from qft_plugin.report.kept import report_of  # noqa: E402
 from qft_plugin.training.phases import Step  # noqa: E402
 
 register()
@@ -23,6 +24,7 @@ __all__ = [
     "quantize",
     "register",
     "replace_by_relu",
+    "report_of",
     "save_openvino",
     "set_weight_storage",
     "unregister",

@@ -21,7 +21,7 @@ from nncf.torch.function_hook.hook_storage import decode_hook_name
 from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 
-from qft_plugin.errors import DeployabilityError, QFTWarning
+from qft_plugin.errors import DeployabilityError, warn
 from qft_plugin.graph.operations import OPERATORS, READS_SIZES
 from qft_plugin.graph.record import function_name
 from qft_plugin.graph.torch_model import tensors_in, traceable
@@ -177,12 +177,11 @@ class _Runs:
     def warn(self) -> None:
         """Pass on the warnings of the tracer about the user's own code."""
         if self._places:
-            warnings.warn(
+            warn(
                 "The file should compute what the model computes for every input. Found decisions, or numbers taken "
                 f"out of tensors, in the forward: {', '.join(self._places)}. The file holds what they were for "
                 "example_input. If they depend on the images or on their number, use torch.where or operations on "
                 "tensors there; otherwise compare file and model on other inputs.",
-                QFTWarning,
                 stacklevel=3,
             )
 

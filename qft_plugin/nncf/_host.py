@@ -29,11 +29,13 @@ class NNCF:
         model: the user's model.
         request: the user's request to NNCF.
         head_items: how many of the first items every one of several processes keeps, at least.
+        name: see `Host`.
     """
 
     model: nn.Module
     request: Request
     head_items: int
+    name: str = "nncf"
 
     def items(self) -> Iterable[Any]:
         """Iterate over the model's inputs."""

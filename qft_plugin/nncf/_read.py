@@ -4,7 +4,7 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -76,6 +76,8 @@ class Source:
     dof_map: DofMap
     weight_bits: None = None
     """The settings choose them."""
+    kept_in_float: Mapping[str, str] = field(default_factory=dict)
+    """NNCF has a quantizer for every weight, unless the user's settings keep it out."""
 
     @property
     def addend_factors(self) -> frozenset[str]:

@@ -10,12 +10,21 @@ from typing import Any
 from qft_plugin.report.page.saved import SavedFile
 from qft_plugin.report.page.write import save_page
 from qft_plugin.report.record import Layer, LayerErrors, LayerFigures, Node, Record
+from qft_plugin.report.table import one_line, summary
 
 __all__ = ["Layer", "LayerErrors", "LayerFigures", "Node", "Report"]
 
 
 class Report(Record):
     """What a job did, and how good its result is; its attributes are those of `Record`."""
+
+    def __str__(self) -> str:
+        """Say what the job did and how good its result is, in about ten lines."""
+        return summary(self)
+
+    def __repr__(self) -> str:
+        """Say the same in one short line."""
+        return one_line(self)
 
     def to_json(self) -> str:
         """Write everything as JSON; `from_json` reads it."""

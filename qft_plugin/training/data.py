@@ -21,6 +21,9 @@ HELD_OUT_SHARE: Final = 8
 
 MOST_HELD_OUT: Final = 512
 
+JUDGED: Final = 512
+"""Where no image is held out, the state to return is chosen by the loss on this many of the finetuning images."""
+
 LEAST_IMAGES: Final = 128
 """With fewer images all are trained on, and choose the state as well: sixteen of them say little."""
 
@@ -70,6 +73,14 @@ class Inputs:
         """How many of all images, the first ones, are trained on."""
         total = self.total
         return total if total < LEAST_IMAGES else total - min(MOST_HELD_OUT, total // HELD_OUT_SHARE)
+
+    @property
+    def judged_on(self) -> tuple[int, int]:
+        """The first of all images that a state is judged by, and the one after the last: those that are held out.
+
+        Where none is held out, these are the first `JUDGED` finetuning images.
+        """
+        return (self.trained_on, self.total) if self.trained_on < self.total else (0, min(self.total, JUDGED))
 
     @property
     def share(self) -> "Inputs":

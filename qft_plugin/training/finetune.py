@@ -4,7 +4,6 @@ import contextlib
 import copy
 import logging
 import math
-import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qft_plugin.config import FinetuneConfig
-from qft_plugin.errors import ModelError, QFTWarning
+from qft_plugin.errors import ModelError, warn
 from qft_plugin.training.data import Inputs
 from qft_plugin.training.distributed import World, agreed
 from qft_plugin.training.loss import Loss, Network, distillation_loss, whole_of
@@ -22,9 +21,6 @@ from qft_plugin.training.phases import PLAIN, Batch, Options, Phase, Step, Train
 from qft_plugin.training.teacher import Recomputed, Targets
 
 logger = logging.getLogger("qft_plugin")
-
-EVALUATION_IMAGES: Final = 512
-"""Where no image is held out, the state to return is chosen by the loss on this many of the finetuning images."""
 
 ENOUGH_STEPS: Final = 200
 """From so many steps on a finetune that gains nothing is worth a warning. A start of compensated weights is so good
@@ -56,11 +52,14 @@ class FinetuneResult:
 
     Attributes:
         start_loss: loss before the first step, over the images that were held out of training, or where there are
-            none, `EVALUATION_IMAGES` finetuning images.
+            none, the first `data.JUDGED` finetuning images.
         final_loss: loss of the state that was kept, over the same images; never larger.
         held_out: how many images were held out.
         steps: steps taken.
         losses: the loss of each step's batch, that of its phase.
+        start_agreement: share of the images of `start_loss`, 0 to 1, on which the student named the class of the
+            teacher before the first step; `None` where the networks name no classes.
+        agreement: likewise of the state that was kept.
     """
 
     start_loss: float
@@ -68,6 +67,12 @@ class FinetuneResult:
     held_out: int
     steps: int
     losses: tuple[float, ...]
+    start_agreement: float | None = None
+    agreement: float | None = None
+
+    def __repr__(self) -> str:
+        """Say in one short line how it went."""
+        return f"FinetuneResult(loss {self.start_loss:.4g} -> {self.final_loss:.4g} in {self.steps} steps)"
 
 
 def finetune(
@@ -105,7 +110,7 @@ def finetune(
     order = orders(goal.inputs.trained_on, batch_size, strata=strata_of(batch_size, world.size), seed=config.seed)
     batches = _batches(goal, order, batch_size, at=lambda step: options.schedule(step / total))
 
-    def evaluate() -> float:
+    def evaluate() -> Judged:
         options.schedule(1.0)
         if options.partial is not None:
             options.partial.settle()
@@ -113,7 +118,7 @@ def finetune(
 
     world.share_state(state)
     best = _Best(state, evaluate)
-    start_loss = best.loss
+    start, start_loss = best.judged, best.judged.loss
     _check_start(start_loss, options)
     logger.info("finetune: %d steps of %d images, loss %.5f at the start", total, batch_size, start_loss)
     training = Training(
@@ -133,9 +138,9 @@ def finetune(
     options.schedule(1.0)
     state.load_state_dict(best.state)
     world.share_state(state)
-    logger.info("finetune: loss %.5f after %d steps", best.loss, len(losses))
-    held_out = goal.inputs.total - goal.inputs.trained_on
-    return FinetuneResult(start_loss, best.loss, held_out, len(losses), tuple(losses))
+    logger.info("finetune: loss %.5f after %d steps", best.judged.loss, len(losses))
+    held_out, end = goal.inputs.total - goal.inputs.trained_on, best.judged
+    return FinetuneResult(start_loss, end.loss, held_out, len(losses), tuple(losses), start.agreement, end.agreement)
 
 
 def _batch_size(inputs: Inputs, config: FinetuneConfig) -> int:
@@ -154,41 +159,72 @@ def _batches(goal: Goal, order: Iterator[Tensor], batch_size: int, *, at: Callab
         yield Batch(inputs.share.batch(rows), wanted, whole_of(wanted, images=batch_size, world=world))
 
 
+@dataclass(frozen=True)
+class Judged:
+    """How good a state is.
+
+    Attributes:
+        loss: the mean loss.
+        agreement: share of images, 0 to 1, on which the student names the class of the teacher; `None` without classes.
+    """
+
+    loss: float
+    agreement: float | None
+
+
 @torch.no_grad()
-def _evaluate(student: Network, goal: Goal, *, batch_size: int) -> float:
-    """Return the mean loss of the images that are held out of training, or where there are none, of the first ones."""
+def _evaluate(student: Network, goal: Goal, *, batch_size: int) -> Judged:
+    """Judge a state by the images that are held out of training, or where there are none, by the first ones."""
     inputs, world, share = goal.inputs, goal.inputs.world, goal.inputs.share
-    first, end = inputs.trained_on, inputs.total
-    if first == end:
-        first, end = 0, min(end, EVALUATION_IMAGES)
+    first, end = inputs.judged_on
     size = max(batch_size, share.at_once(64)) if inputs.largest is None else inputs.largest * world.size
-    total = 0.0
+    total, agreement = 0.0, Agreement()
     for start in range(first, end, size):
         stop = min(start + size, end)
         part = world.row_range(start, stop)
         wanted = goal.targets.rows(part, inputs.device)
         whole = whole_of(wanted, images=stop - start, world=world)
         if part.start < part.stop:  # a last batch may have no image of this process
-            loss = distillation_loss(student(share.batch(part)), wanted, goal.loss, whole=whole)
-            total += float(loss) * (stop - start)
-    return world.total_of(total) / (end - first)
+            found = student(share.batch(part))
+            total += float(distillation_loss(found, wanted, goal.loss, whole=whole)) * (stop - start)
+            agreement.add(found.classes, wanted.classes)
+    return Judged(world.total_of(total) / (end - first), agreement.of_all(world))
+
+
+class Agreement:
+    """On how many images two networks name the same class."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._same, self._images = 0, 0
+
+    def add(self, one: Tensor | None, other: Tensor | None) -> None:
+        """Add the classes that two networks name for the same images, each `[images]`; `None` for no classes."""
+        if one is not None and other is not None and one.shape == other.shape:
+            self._same += int((one == other).sum())
+            self._images += len(one)
+
+    def of_all(self, world: World) -> float | None:
+        """Return the share over the images of all processes, 0 to 1; `None` where no class was named."""
+        same, images = world.total_of(self._same), world.total_of(self._images)
+        return same / images if images else None
 
 
 class _Best:
     """The best state so far."""
 
-    def __init__(self, state: nn.Module, evaluate: Callable[[], float]) -> None:
+    def __init__(self, state: nn.Module, evaluate: Callable[[], Judged]) -> None:
         self._evaluate, self._module = evaluate, state
-        self.loss = evaluate()
+        self.judged = evaluate()
         self.later: list[float] = []
         self.state = copy.deepcopy(state.state_dict())
 
     def look(self) -> None:
         """Keep the state as it is now if it is better."""
         now = self._evaluate()
-        self.later.append(now)
-        if now < self.loss:
-            self.loss, self.state = now, copy.deepcopy(self._module.state_dict())
+        self.later.append(now.loss)
+        if now.loss < self.judged.loss:
+            self.judged, self.state = now, copy.deepcopy(self._module.state_dict())
 
 
 def _check_start(loss: float, options: Options) -> None:
@@ -209,10 +245,9 @@ def _follow(
         for number, (found, rate) in enumerate(steps, start=1):
             losses.append(found)
             if not math.isfinite(found):
-                warnings.warn(
+                warn(
                     f"Finetune: the loss became {found} in step {number} of {total}; the best state before is kept. "
                     "Lower FinetuneConfig.learning_rate or scale_learning_rate.",
-                    QFTWarning,
                     stacklevel=3,
                 )
                 break
@@ -224,16 +259,15 @@ def _follow(
 
 def _warn_of_no_gain(start_loss: float, best: _Best, losses: Sequence[float], config: FinetuneConfig) -> None:
     """Warn where the start is returned after a training that should have changed it."""
-    if best.loss < start_loss or not best.later or not math.isfinite(losses[-1]):
+    if best.judged.loss < start_loss or not best.later or not math.isfinite(losses[-1]):
         return  # where a loss is not finite, that was said
     factor, more = RUINED
     ruined = not any(later <= factor * start_loss + more for later in best.later)
     if ruined or len(losses) >= ENOUGH_STEPS:
-        warnings.warn(
+        warn(
             f"Finetune: training should lower the loss. Found {start_loss:.3g} at the start and "
             f"{min(best.later):.3g} after {len(losses)} steps: the start is returned. Lower "
             f"FinetuneConfig.learning_rate ({config.learning_rate:g}) and scale_learning_rate "
             f"({config.scale_learning_rate:g}), or return the start at once with finetune=None.",
-            QFTWarning,
             stacklevel=3,
         )

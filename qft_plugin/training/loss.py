@@ -18,21 +18,33 @@ class Prediction:
     Attributes:
         features: the activations that teacher and student are compared at, real units.
         logits: the network's output where it is a single tensor, for the cross entropy.
+        kept_classes: the classes of logits that were not kept, `[images]`.
     """
 
     features: tuple[Tensor, ...]
     logits: Tensor | None
+    kept_classes: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All that is compared: the features, and the logits where there are any."""
         return (*self.features, *(() if self.logits is None else (self.logits,)))
 
+    @property
+    def classes(self) -> Tensor | None:
+        """The class that the network names for each image, `[images]`; `None` where it names none."""
+        return self.kept_classes if self.logits is None else classes_of(self.logits)
+
     def to(self, dtype: torch.dtype) -> "Prediction":
         """Return the same in another precision."""
         return Prediction(
             tuple(t.to(dtype) for t in self.features), None if self.logits is None else self.logits.to(dtype)
         )
+
+
+def classes_of(logits: Tensor) -> Tensor | None:
+    """Return the class of each image, `[images]`; `None` where the logits are not `[images, classes]`."""
+    return logits.argmax(1) if logits.dim() == 2 and logits.shape[1] > 1 else None
 
 
 class Network(Protocol):

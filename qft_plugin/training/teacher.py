@@ -22,10 +22,12 @@ class Targets:
     Attributes:
         features: the activations that are compared.
         logits: the network's output, where the loss has a use for it.
+        classes: the class that it names for each image, `[images]`, on the CPU; `None` where it names none.
     """
 
     features: tuple[Kept, ...]
     logits: Kept | None
+    classes: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -35,7 +37,9 @@ class Targets:
     def rows(self, index: Tensor | slice, device: torch.device) -> Prediction:
         """Return the teacher's predictions for some images, on a device."""
         logits = None if self.logits is None else self.logits.rows(index, device)
-        return Prediction(tuple(kept.rows(index, device) for kept in self.features), logits)
+        classes = None if self.classes is None else self.classes[index if isinstance(index, slice) else index.cpu()]
+        features = tuple(kept.rows(index, device) for kept in self.features)
+        return Prediction(features, logits, None if classes is None else classes.to(device))
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Recomputed:
     def rows(self, index: Tensor | slice, _: torch.device) -> Prediction:
         """Return the teacher's predictions for some images, on the device of the inputs."""
         prediction = self.teacher(self.inputs.batch(index))
-        return prediction if self.with_logits else Prediction(prediction.features, None)
+        return prediction if self.with_logits else Prediction(prediction.features, None, prediction.classes)
 
 
 @torch.no_grad()
@@ -78,12 +82,15 @@ def teacher_predictions(teacher: Network, inputs: Inputs, *, batch_size: int, me
         ModelError: the float network gives NaN or infinity.
     """
     rows: list[KeptRows] = []
+    classes: list[Tensor] = []
     has_logits = False
     try:
         for number, call in enumerate(inputs.batches(inputs.at_once(batch_size))):
             prediction = teacher(call)
             outputs = prediction.tensors
             has_logits = prediction.logits is not None
+            if prediction.classes is not None:
+                classes.append(prediction.classes.cpu())
             if not rows:
                 count = len(prediction.features)
                 rows = [KeptRows(t, memory_limit // len(outputs), halve=n < count) for n, t in enumerate(outputs)]
@@ -99,7 +106,8 @@ def teacher_predictions(teacher: Network, inputs: Inputs, *, batch_size: int, me
         for row in rows:
             row.discard()
         raise
-    return Targets(tuple(kept[:-1] if has_logits else kept), kept[-1] if has_logits else None)
+    named = torch.cat(classes) if classes else None
+    return Targets(tuple(kept[:-1] if has_logits else kept), kept[-1] if has_logits else None, named)
 
 
 @torch.no_grad()

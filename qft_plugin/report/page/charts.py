@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from qft_plugin.report.page.numbers import TIMES, known, number, percent, short
@@ -127,12 +127,16 @@ def _over_layers(count: int) -> tuple[float, Axis]:
     return width, Axis(0.5, count + 0.5, LEFT, width - RIGHT)
 
 
+def _finite(points: Iterable[tuple[int, float | None]]) -> list[tuple[int, float]]:
+    return [(n, v) for n, v in points if v is not None and math.isfinite(v)]
+
+
 def where_accuracy_is_lost(layers: Sequence[Layer]) -> Figure | None:
     """Draw the loss by each layer alone, and below it how the error grows from layer to layer."""
     measured = [(n, layer.errors) for n, layer in enumerate(layers, 1) if layer.errors is not None]
-    costs = [(n, e.loss_only) for n, e in measured if math.isfinite(e.loss_only)]
-    grown = [(n, e.output_accumulated) for n, e in measured if math.isfinite(e.output_accumulated)]
-    alone = [(n, e.output_alone) for n, e in measured if math.isfinite(e.output_alone)]
+    costs = _finite((n, e.loss_only) for n, e in measured)
+    grown = _finite((n, e.output_accumulated) for n, e in measured)
+    alone = _finite((n, e.output_alone) for n, e in measured)
     if not costs or not grown:
         return None
     width, x = _over_layers(len(layers))
