@@ -26,6 +26,9 @@ LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 FACTORS: Final = (1.001, 1.002, 1.005, 1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 30, 100, 1000)
 
+STILL: Final = 1.0005
+"""A scale that moved by less stayed where it was."""
+
 SHAPES: Final = (
     ("per-tensor", "mark square b"),
     ("per-channel", "mark round a"),
@@ -51,20 +54,21 @@ def loss_curve(losses: Sequence[float], start: float | None, final: float | None
     log = min(values) > 0 and max(values) / min(values) > LOG_FROM
     right = WIDTH - 96
     x, y = Axis(0, len(losses), LEFT, right), axis_over(values, 258, 14, zero=not log, log=log)
-    window = max(1, len(steps) // 16)
-    edge = window // 6  # where next to nothing is averaged
-    mean = _running_mean([v for _, v in steps], window)
-    smooth = [(x(n), y(v)) for (n, _), v in zip(steps, mean, strict=True)]
-    parts = [
-        frame(x, y),
-        path([(x(n), y(v)) for n, v in _thinned(steps)], "line raw"),
-        path(smooth[edge : len(smooth) - edge : max(1, len(smooth) // POINTS)], "line a thick"),
-        text((LEFT + right) / 2, 292, "step", "m"),
-    ]
+    drawn = [("line raw", "loss of each batch", path([(x(n), y(v)) for n, v in _thinned(steps)], "line raw"))]
+    window = len(steps) // 16
+    if window > 1:  # of a few steps each one can be seen
+        mean = zip(steps, _running_mean([v for _, v in steps], window), strict=True)
+        smooth = [(x(n), y(v)) for (n, _), v in mean]
+        edge = window // 6  # where next to nothing is averaged
+        line = path(smooth[edge : len(smooth) - edge : max(1, len(smooth) // POINTS)], "line a thick")
+        drawn.append(("line a thick", "running mean", line))
     if start is not None and math.isfinite(start):
-        parts += [marks([(x.start, y(start))], "mark square b"), text(LEFT + 9, y(start) - 7, number(start), "halo")]
+        mark = marks([(x.start, y(start))], "mark square b") + text(LEFT + 9, y(start) - 7, number(start), "halo")
+        drawn.append(("mark square b", "start", mark))
     if final is not None and math.isfinite(final):
-        parts += [marks([(x.end, y(final))], "mark round c"), text(right + 9, y(final) + 4, number(final), "halo")]
+        mark = marks([(x.end, y(final))], "mark round c") + text(right + 9, y(final) + 4, number(final), "halo")
+        drawn.append(("mark round c", "result", mark))
+    parts = [frame(x, y), *(mark for _, _, mark in drawn), text((LEFT + right) / 2, 292, "step", "m")]
     return Figure(
         title="Loss of the finetune",
         svg=picture(
@@ -76,12 +80,7 @@ def loss_curve(losses: Sequence[float], start: float | None, final: float | None
         ),
         caption="Each step's loss is that of its own batch. Start and result are compared on the same images."
         + (" The vertical axis is logarithmic." if log else ""),
-        keys=(
-            ("line raw", "loss of each batch"),
-            ("line a thick", "running mean"),
-            ("mark square b", "start"),
-            ("mark round c", "result"),
-        ),
+        keys=tuple((kind, words) for kind, words, _ in drawn),
     )
 
 
@@ -226,11 +225,12 @@ def moves_of(layer: Layer) -> list[float]:
 
 
 def scale_moves(layers: Sequence[Layer]) -> Figure | None:
-    """Draw how far the steps of every weight moved: all, the middle half, and the median."""
+    """Draw how far the steps of every weight moved: all, the middle half, and the median; `None` if none moved."""
     moved = {n: moves for n, layer in enumerate(layers, 1) if (moves := moves_of(layer))}
-    if not moved:
+    most = max((max(m[-1], 1 / m[0]) for m in moved.values()), default=1.0)
+    if most < STILL:
         return None
-    most = max(1.002, *(max(m[-1], 1 / m[0]) for m in moved.values())) * 1.05
+    most *= 1.05
     width, x = _over_layers(len(layers))
     y = Axis(1 / most, most, 238, 14, True)
     ticks = [(1.0, f"{TIMES}1")]

@@ -3,7 +3,7 @@
 import math
 from typing import Final
 
-from qft_plugin.report.page.charts import LOG_FROM, SHAPES, integer_ticks, moves_of, steps_of
+from qft_plugin.report.page.charts import LOG_FROM, SHAPES, STILL, integer_ticks, moves_of, steps_of
 from qft_plugin.report.page.numbers import TIMES, number, percent
 from qft_plugin.report.page.svg import Axis, Figure, axis_over, bars, columns, frame, picture, px, text
 from qft_plugin.report.record import Layer, LayerFigures
@@ -86,7 +86,8 @@ def _scales(layer: Layer, figures: LayerFigures) -> Figure | None:
         text((54 + WIDTH) / 2, BOTTOM + 16, f"{len(pairs)} channels, sorted", "m"),
     ]
     least, middle, most = (number(moves[k]) for k in (0, len(moves) // 2, -1))
-    said = f"moved by {TIMES}{least} to {TIMES}{most}, median {TIMES}{middle}"
+    still = max(moves[-1], 1 / moves[0]) < STILL
+    said = "did not move" if still else f"moved by {TIMES}{least} to {TIMES}{most}, median {TIMES}{middle}"
     return Figure(
         title="Scales",
         svg=picture(WIDTH, HEIGHT, parts, alternative=f"Scales of {layer.name}", kind="small"),

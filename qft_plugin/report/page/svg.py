@@ -57,7 +57,7 @@ class Axis:
             return _round_values(self.low, self.high, most)
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         skip = math.ceil(len(powers) / most)
-        for factors in ((1, 2, 5), (1, 3), (1,)):
+        for factors in ((1, 2, 5), (1, 3), (1,)) if skip == 1 else ((1,),):
             found = [f * 10.0**p for p in powers if p % skip == 0 for f in factors]
             inside = [v for v in found if self.low * 0.999 <= v <= self.high * 1.001]
             if 1 < len(inside) <= most:
