@@ -95,7 +95,7 @@ def _running_mean(values: Sequence[float], window: int) -> list[float]:
 
 def _thinned(steps: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """Keep the lowest and the highest of every few steps, so that noise looks as it is."""
-    few = math.ceil(2 * len(steps) / (2 * POINTS))
+    few = math.ceil(len(steps) / POINTS)
     if few <= 2:
         return list(steps)
     kept = []
@@ -142,8 +142,8 @@ def where_accuracy_is_lost(layers: Sequence[Layer]) -> Figure | None:
     y = axis_over([v for _, v in costs], 210, 34, zero=True)
     z = axis_over([v for _, v in grown + alone], 424, 264, zero=True)
     numbers = layer_numbers(len(layers))
-    wide = max(2.0, 0.62 * (x(2) - x(1)))
-    marked = {n + 1 for n in worst_layers(layers)}
+    wide = min(60.0, max(2.0, 0.62 * (x(2) - x(1))))
+    marked = {n + 1 for n in worst_layers(layers)} & {n for n, _ in costs}
     columns = {n: (x(n) - wide / 2, y(v), wide, y.start - y(v)) for n, v in costs}
     parts = [
         text(LEFT, 20, "loss of the network where only this layer is quantized", "strong"),

@@ -71,4 +71,7 @@ def error_cells(layer: Layer) -> list[Cell]:
 
 
 def _key(value: float | None) -> str:
-    return "" if value is None or math.isnan(value) else f"{value:.4g}"
+    """Write a number as JavaScript reads it."""
+    if value is None or math.isnan(value):
+        return ""
+    return "Infinity" if value == math.inf else f"{value:.4g}"

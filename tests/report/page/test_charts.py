@@ -113,6 +113,9 @@ def test_layers_without_errors_are_left_out() -> None:
     root = drawn(charts.where_accuracy_is_lost([odd, none, *LAYERS[2:]]))
     assert of_class(root, "mark round c").count("M") == len(LAYERS) - 2
     assert 0 not in charts.worst_layers([odd, none])
+    endless = dataclasses.replace(first, errors=dataclasses.replace(first.errors, loss_only=math.inf))
+    assert charts.worst_layers([*LAYERS, endless])[0] == len(LAYERS)
+    assert of_class(drawn(charts.where_accuracy_is_lost([*LAYERS, endless])), "fill b").count("M") == charts.WORST - 1
     assert charts.where_accuracy_is_lost([none]) is None
     assert charts.worst_layers([none]) == []
 

@@ -215,11 +215,18 @@ def test_what_is_not_known_is_a_dash() -> None:
     first = FULL.layers[0]
     assert first.errors is not None
     odd = dataclasses.replace(
-        first.errors, weight=math.nan, loss_only=math.nan, agreement_only=None, agreement_without=math.nan, clipped=None
+        first.errors,
+        loss_without=math.inf,
+        weight=math.nan,
+        loss_only=math.nan,
+        agreement_only=None,
+        agreement_without=math.nan,
+        clipped=None,
     )
     layers = (dataclasses.replace(first, errors=odd), *FULL.layers[1:])
     text = page(dataclasses.replace(FULL, layers=layers, agreement=None, start_agreement=math.nan, final_loss=math.nan))
     assert text.count(f'data-v="">{DASH}</td>') == 5
+    assert text.count('data-v="Infinity">∞</td>') == 1
     assert "nan" not in re.sub(r"<style>.*?</style>|<script>.*?</script>", "", text, flags=re.DOTALL).lower()
 
 
