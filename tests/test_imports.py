@@ -41,7 +41,7 @@ OUTSIDE = {
     "config_file": {"tomli", "tomli_w"},
     "onnx_import": {"torch", "numpy", "onnx", "onnxruntime"},
     "cli": {"torch", "numpy", "typer", "rich", "PIL", "nncf"},
-    "report": {"torch", "numpy", "rich"},
+    "report": {"torch", "numpy", "rich", "jinja2"},
     "deploy": {"torch", "numpy", *HOSTS} - {"nncf", "brevitas"},
 }
 """What a folder may import beside the standard library; `torch` and `numpy` where nothing is said. Hosts are free."""

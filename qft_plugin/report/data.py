@@ -1,10 +1,14 @@
-"""The report of a job: what it records, and as JSON."""
+"""The report of a job: what it records, as JSON and as a page."""
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from qft_plugin.report.page.saved import SavedFile
+from qft_plugin.report.page.write import save_page
 from qft_plugin.report.record import Layer, LayerErrors, LayerFigures, Node, Record
 from qft_plugin.report.table import one_line, summary
 
@@ -35,6 +39,30 @@ class Report(Record):
         for name in ("compared_at", "losses", "warnings", "decisions"):
             data[name] = tuple(data[name])
         return cls(**data)
+
+    def save_html(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        file: SavedFile | Sequence[SavedFile] | None = None,
+        latency: Mapping[str, float] | None = None,
+    ) -> Path:
+        """Write the report as one HTML file, which opens offline; it is written whole or not at all.
+
+        Args:
+            path: of the file, `*.html`; one that is there is replaced.
+            file: what `save_openvino`, `save_qcdq` or `save_qonnx` returned, or a list of these.
+            latency: milliseconds for one image, by what was timed, `{"QFT 4-bit": 1.2, "float": 3.0}`;
+                `deploy.latency.measure_latency` times a file.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            ConfigError: the path cannot be written, a file is something else, or a latency is no time.
+            HostError: jinja2 is not installed.
+        """
+        return save_page(self, path, file=file, latency=latency)
 
 
 def _layer(data: Mapping[str, Any]) -> Layer:

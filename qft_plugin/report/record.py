@@ -12,8 +12,9 @@ class LayerErrors:
 
     Attributes:
         weight: relative error of the weight.
-        output_alone: relative error of the output where the layer alone is quantized (its weight and its input).
-        output_accumulated: relative error of the output in the quantized network.
+        output_alone: relative error of the output where the layer alone is quantized (its weight and its input);
+            `None` for a layer that computes the weight that it runs with.
+        output_accumulated: relative error of the output in the quantized network; likewise.
         loss_only: loss of the network where this layer alone is quantized.
         loss_without: loss of the network where all layers but this one are quantized.
         agreement_only: share of images, 0 to 1, on which the network names the class of the float network where this
@@ -24,8 +25,8 @@ class LayerErrors:
     """
 
     weight: float
-    output_alone: float
-    output_accumulated: float
+    output_alone: float | None
+    output_accumulated: float | None
     loss_only: float
     loss_without: float
     agreement_only: float | None
