@@ -16,10 +16,10 @@ from qft_plugin import DataError, HostError, ModelError, ParityError, QFTWarning
 onnx = pytest.importorskip("onnx", reason="onnx is not installed here")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed here")
 
-from onnx_files import exported, model_of, node, small_network, value, whole, written  # noqa: E402
+from onnx_files import exported, model_of, node, small_network, value, whole, written
 
-from qft_plugin.onnx_import import layers  # noqa: E402
-from qft_plugin.onnx_import.file import relative, run  # noqa: E402
+from qft_plugin.onnx_import import layers
+from qft_plugin.onnx_import.file import relative, run
 
 pytestmark = pytest.mark.wide
 
@@ -238,6 +238,25 @@ def test_copies_and_pickles_compute_the_same(tmp_path):
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(x), model(x))
         assert other.fc.weight is not model.fc.weight
+
+
+def test_the_parts_of_a_split_are_told_apart(tmp_path):
+    """Each goes where the file says; and rows of images are joined with tokens and taken apart again."""
+    proto = model_of(
+        [
+            node("Split", "x", outputs=("a", "b"), axis=3),
+            node("Sub", "b", "a", outputs=("d",)),
+            node("Transpose", "d", outputs=("t",), perm=[2, 0, 1, 3]),
+            node("Shape", "t", outputs=("s",)),
+            node("Reshape", "t", "rows", outputs=("r",)),
+            node("Gemm", "r", "w", outputs=("g",)),
+            node("Reshape", "g", "s", outputs=("u",)),
+            node("Transpose", "u", perm=[1, 2, 3, 0]),
+        ],
+        constants={"rows": whole(-1, 12), "w": value(12, 12)},
+    )
+    model = from_onnx(written(tmp_path, proto))
+    assert same(model, proto, images()) < CLOSE
 
 
 def test_one_weight_stays_one(tmp_path):
