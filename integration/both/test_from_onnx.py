@@ -16,10 +16,10 @@ from qft_plugin import DataError, HostError, ModelError, ParityError, QFTWarning
 onnx = pytest.importorskip("onnx", reason="onnx is not installed here")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed here")
 
-from onnx_files import exported, model_of, node, small_network, value, whole, written
+from onnx_files import exported, model_of, node, small_network, value, whole, written  # noqa: E402
 
-from qft_plugin.onnx_import import layers
-from qft_plugin.onnx_import.file import relative, run
+from qft_plugin.onnx_import import layers  # noqa: E402
+from qft_plugin.onnx_import.file import relative, run  # noqa: E402
 
 pytestmark = pytest.mark.wide
 

@@ -249,7 +249,7 @@ def _path(raw: Any, module: nn.Module, built: Built) -> str:
     layer = next(module.parameters(), None) is not None  # one ReLU6 for all activations would tie their scales
     if layer and key in built.reused:
         return built.reused[key]
-    named = next((n.removesuffix(".weight") for n in weights if re.fullmatch(r"\w+(\.\w+)*\.weight", n)), "")
+    named = next((n.removesuffix(".weight") for n in weights if re.fullmatch(r"[\w-]+(\.[\w-]+)*\.weight", n)), "")
     taken = {*built.modules, *(folder for path in built.modules for folder in _folders(path))}
     for path in (named, _scope(raw.name) if layer else ""):
         clear = path and path not in taken and not {*_folders(path)} & {*built.modules}
@@ -271,7 +271,7 @@ def _scope(name: str) -> str:
             path.pop()
         path.append(part)
     found = ".".join(path)
-    return found if re.fullmatch(r"\w+(\.\w+)*", found) else ""
+    return found if re.fullmatch(r"[\w-]+(\.[\w-]+)*", found) else ""
 
 
 def _folders(path: str) -> list[str]:
