@@ -110,7 +110,20 @@ ONE_NODE = {
     ),
     "shuffled": (node("DepthToSpace", "x", blocksize=1, mode="CRD"), {}, nn.PixelShuffle),
 }
-NEWER = {
+OTHER_OPSETS = {
+    "clip by attributes": (node("Clip", "x", min=0.0, max=6.0), {}, nn.ReLU6, 7),
+    "clip without a lower bound": (node("Clip", "x", max=0.5), {}, None, 7),
+    "pad by attributes": (node("Pad", "x", pads=[0, 0, 1, 0, 0, 0, 0, 2], value=0.5), {}, None, 9),
+    "squeeze by attributes": (node("Squeeze", "x", axes=[-1]), {}, None, 11),
+    "unsqueeze by attributes": (node("Unsqueeze", "x", axes=[1, 3]), {}, None, 11),
+    "slice by attributes": (node("Slice", "x", starts=[1], ends=[3], axes=[2]), {}, None, 9),
+    "sum by attributes": (node("ReduceSum", "x", axes=[1], keepdims=1), {}, None, 11),
+    "split by attributes": (node("Split", "x", outputs=("y", "z"), axis=1, split=[1, 2]), {}, None, 11),
+    "dropout": (node("Dropout", "x", ratio=0.5), {}, None, 10),
+    "norm": (node("BatchNormalization", "x", "s", "b", "m", "v"), NORM, nn.BatchNorm2d, 7),
+    "upsample": (node("Upsample", "x", "f", mode="nearest"), {"f": np.array([1, 1, 2, 2], np.float32)}, None, 9),
+    "softmax over the last axis": (node("Softmax", "x", axis=3), {}, nn.Softmax, 11),
+    "gemm": (node("Gemm", "r", "w", "c"), {"w": value(8, 4), "c": value(4)}, nn.Linear, 9),
     "mean": (node("ReduceMean", "x", "a"), {"a": whole(2, 3)}, nn.AdaptiveAvgPool2d, 20),
     "gelu": (node("Gelu", "x", approximate="tanh"), {}, nn.GELU, 20),
     "mish": (node("Mish", "x"), {}, nn.Mish, 18),
@@ -122,7 +135,7 @@ NEWER = {
     ),
     "split": (node("Split", "x", outputs=("y", "z", "u"), axis=1, num_outputs=3), {}, None, 18),
 }
-"""What later opsets say otherwise, with the opset."""
+"""What earlier and later opsets say otherwise, with the opset."""
 
 
 def images(count=5, *shape, seed=7):
@@ -150,13 +163,15 @@ def test_an_operation_computes_the_same(tmp_path, name):
     assert kinds == ([] if kind is None else [kind])
 
 
-@pytest.mark.parametrize("name", NEWER)
-def test_a_newer_operation_computes_the_same(tmp_path, name):
-    """Likewise of later versions of the operators."""
-    one, constants, kind, opset = NEWER[name]
-    proto = model_of([one], constants=constants, opset=opset)
+@pytest.mark.parametrize("name", OTHER_OPSETS)
+def test_an_operation_of_another_opset_computes_the_same(tmp_path, name):
+    """Likewise of earlier and later versions of the operators."""
+    one, constants, kind, opset = OTHER_OPSETS[name]
+    inputs = {"squeeze by attributes": {"x": ("n", 3, 8, 1)}, "gemm": {"r": ("n", 8)}}.get(name)
+    proto = model_of([one], inputs=inputs, constants=constants, opset=opset)
     model = from_onnx(written(tmp_path, proto))
-    assert same(model, proto, images()) < CLOSE
+    shape = [d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim][1:]
+    assert same(model, proto, images(5, *shape)) < CLOSE
     assert [type(m) for m in model.modules()][1:] == ([] if kind is None else [kind])
 
 
@@ -257,6 +272,30 @@ def test_the_parts_of_a_split_are_told_apart(tmp_path):
     )
     model = from_onnx(written(tmp_path, proto))
     assert same(model, proto, images()) < CLOSE
+
+
+def test_names_that_a_module_has_itself_are_given_way_to(tmp_path):
+    """Of layers and of inputs; a second output that nobody reads is left out."""
+    proto = model_of(
+        [
+            node("Conv", "self", "forward.weight", outputs=("a",)),
+            node("Conv", "a", "source.weight", outputs=("b",)),
+            node("Conv", "b", "training", outputs=("c",)),
+            node("Dropout", "c", outputs=("y", "mask")),
+        ],
+        inputs={"self": ("n", 3, 8, 8)},
+        constants={name: value(3, 3, 1, 1, seed=len(name)) for name in ("forward.weight", "source.weight", "training")},
+    )
+    model = from_onnx(written(tmp_path, proto))
+    assert same(model, proto, images()) < CLOSE
+    assert len(list(model.parameters())) == 3
+
+
+def test_a_second_output_that_is_read_is_refused(tmp_path):
+    """With the node that makes it."""
+    nodes = [node("MaxPool", "x", outputs=("p", "i"), kernel_shape=[2, 2]), node("Cast", "i", to=1)]
+    with pytest.raises(ModelError, match=r"MaxPool .MaxPool_p: more than its first output is read"):
+        from_onnx(written(tmp_path, model_of(nodes)))
 
 
 def test_one_weight_stays_one(tmp_path):

@@ -97,6 +97,7 @@ def quantize(
         if chosen is Host.brevitas and storage is not Storage.i4:
             wrong_use("--storage is of .xml files. Leave it out.")
         settings = _settings(config, images, images_fed, seed, weight_bits, per_tensor=per_tensor)
+        _check_images(images, data, settings)
         prepare = _preparation(size, resize, mean, std, scale=scale, grey=grey)
         with hushed(quiet):
             loaded(chosen)
@@ -137,6 +138,7 @@ def inspect(
             if path is not None:
                 check_writable(path, suffix)
         settings = _settings(config, images, None, None, None, per_tensor=False)
+        _check_images(images, data, settings)
         prepare = _preparation(size, resize, mean, std, scale=scale, grey=grey)
         with hushed(quiet):
             look = function_of(host, "inspect")
@@ -190,6 +192,11 @@ def doctor(
 def _check_sources(model: str, data: str) -> None:
     check_model_name(model)
     check_data_name(data)
+
+
+def _check_images(images: int | None, data: str, settings: QFTConfig) -> None:
+    if images is not None and settings.finetune is None and not Path(data).is_dir():
+        wrong_use("--images should come with a folder, or with a finetune, which stops reading there. Leave it out.")
 
 
 def _settings(

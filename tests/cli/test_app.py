@@ -242,6 +242,8 @@ def test_settings_that_are_wrong_are_named_with_their_file(host: HostStandIn) ->
     common = ("quantize", f"{NET}:make", "--data", "images", "--out", "net.onnx", "--config", "start.json")
     assert "finetune should be set for --images-fed and --seed" in qft(*common, "--seed", 1).output
     assert qft(*common, "--images", 2).exit_code == 0
+    from_function = ("--data", f"{NET}:batches", "--images", 2)
+    assert qft("quantize", f"{NET}:make", "--out", "net.onnx", "--config", "start.json", *from_function).exit_code == 2
 
 
 def test_a_host_that_is_not_installed_is_refused_first() -> None:
