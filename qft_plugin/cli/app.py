@@ -9,9 +9,9 @@ from typing import Annotated, Any, Final
 import typer
 
 from qft_plugin.cli import doctor as health
-from qft_plugin.cli.hosts import Format, Host, Storage, function_of, host_for, loaded
+from qft_plugin.cli.hosts import Format, Host, Storage, function_of, host_for, inspected, loaded
 from qft_plugin.cli.images import Preparation
-from qft_plugin.cli.quantize import Order, quantize_to_file, save_page
+from qft_plugin.cli.quantize import Order, quantize_to_file
 from qft_plugin.cli.saying import FAILED, check_writable, hushed, said, write_whole, wrong_use
 from qft_plugin.cli.sources import batches_of, check_data_name, check_model_name, model_of
 from qft_plugin.config import QFTConfig
@@ -141,13 +141,13 @@ def inspect(
         _check_images(images, data, settings)
         prepare = _preparation(size, resize, mean, std, scale=scale, grey=grey)
         with hushed(quiet):
-            look = function_of(host, "inspect")
+            function_of(host, "inspect")
             batches, first = batches_of(data, prepare, batch_size=batch, images=images)
-            found = look(model_of(model, first)[0], batches, config=settings)
+            found = inspected(host, model_of(model, first)[0], batches, settings)
             if json_report is not None:
                 write_whole(json_report, found.to_json())
             if html is not None:
-                save_page(found, html)
+                found.save_html(html)
         if not quiet:
             typer.echo(str(found))
 
@@ -169,7 +169,7 @@ def report(
                 f"{source} should be a report that `qft quantize --json` wrote. Found {type(error).__name__}: {error}. "
                 "Look at the name of the file."
             ) from error
-        save_page(made, html)
+        made.save_html(html)
 
 
 @app.command(epilog=EPILOG)

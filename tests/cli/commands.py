@@ -46,9 +46,10 @@ class Said:
         """Return the text as JSON."""
         return f'"{self.text}"'
 
-    def save_html(self, path: Path) -> None:
-        """Write the text."""
-        Path(path).write_text(f"<p>{self.text}</p>", encoding="utf-8")
+    def save_html(self, path: Path, *, file: Any = None) -> None:
+        """Write the text, and how large the file is that it is about."""
+        size = "" if file is None else f" of {file.bytes} bytes"
+        Path(path).write_text(f"<p>{self.text}{size}</p>", encoding="utf-8")
 
 
 class HostStandIn(SimpleNamespace):

@@ -113,7 +113,7 @@ def test_reports_are_written_where_the_host_makes_them(host: HostStandIn, monkey
     assert done.exit_code == 0, done.output
     assert "report of Net" in done.output
     assert json.loads(Path("r.json").read_text()) == "report of Net"
-    assert Path("r.html").read_text() == "<p>report of Net</p>"
+    assert Path("r.html").read_text() == "<p>report of Net of 1 bytes</p>"
 
 
 def test_inspect_shows_what_the_host_finds(host: HostStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
