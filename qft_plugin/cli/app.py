@@ -163,7 +163,7 @@ def report(
         check_writable(html, ".html")
         _check_pages()
         try:
-            made = Report.from_json(source.read_text(encoding="utf-8"))
+            made: Any = Report.from_json(source.read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{source} should be a report that `qft quantize --json` wrote. Found {type(error).__name__}: {error}. "
