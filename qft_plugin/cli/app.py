@@ -9,9 +9,9 @@ from typing import Annotated, Any, Final
 import typer
 
 from qft_plugin.cli import doctor as health
-from qft_plugin.cli.hosts import Format, Host, Storage, function_of, host_for, loaded
+from qft_plugin.cli.hosts import Format, Host, Storage, function_of, host_for, inspected, loaded
 from qft_plugin.cli.images import Preparation
-from qft_plugin.cli.quantize import Order, quantize_to_file, save_page
+from qft_plugin.cli.quantize import Order, quantize_to_file
 from qft_plugin.cli.saying import FAILED, check_writable, hushed, said, write_whole, wrong_use
 from qft_plugin.cli.sources import batches_of, check_data_name, check_model_name, model_of
 from qft_plugin.config import QFTConfig
@@ -97,6 +97,7 @@ def quantize(
         if chosen is Host.brevitas and storage is not Storage.i4:
             wrong_use("--storage is of .xml files. Leave it out.")
         settings = _settings(config, images, images_fed, seed, weight_bits, per_tensor=per_tensor)
+        _check_images(images, data, settings)
         prepare = _preparation(size, resize, mean, std, scale=scale, grey=grey)
         with hushed(quiet):
             loaded(chosen)
@@ -137,15 +138,16 @@ def inspect(
             if path is not None:
                 check_writable(path, suffix)
         settings = _settings(config, images, None, None, None, per_tensor=False)
+        _check_images(images, data, settings)
         prepare = _preparation(size, resize, mean, std, scale=scale, grey=grey)
         with hushed(quiet):
-            look = function_of(host, "inspect")
+            function_of(host, "inspect")
             batches, first = batches_of(data, prepare, batch_size=batch, images=images)
-            found = look(model_of(model, first)[0], batches, config=settings)
+            found = inspected(host, model_of(model, first)[0], batches, settings)
             if json_report is not None:
                 write_whole(json_report, found.to_json())
             if html is not None:
-                save_page(found, html)
+                found.save_html(html)
         if not quiet:
             typer.echo(str(found))
 
@@ -161,13 +163,13 @@ def report(
         check_writable(html, ".html")
         _check_pages()
         try:
-            made = Report.from_json(source.read_text(encoding="utf-8"))
+            made: Any = Report.from_json(source.read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{source} should be a report that `qft quantize --json` wrote. Found {type(error).__name__}: {error}. "
                 "Look at the name of the file."
             ) from error
-        save_page(made, html)
+        made.save_html(html)
 
 
 @app.command(epilog=EPILOG)
@@ -190,6 +192,11 @@ def doctor(
 def _check_sources(model: str, data: str) -> None:
     check_model_name(model)
     check_data_name(data)
+
+
+def _check_images(images: int | None, data: str, settings: QFTConfig) -> None:
+    if images is not None and settings.finetune is None and not Path(data).is_dir():
+        wrong_use("--images should come with a folder, or with a finetune, which stops reading there. Leave it out.")
 
 
 def _settings(

@@ -85,14 +85,35 @@ def quantized(
         config: the settings.
         callback: called after each step.
     """
-    if host is Host.nncf:
-        import nncf
-
-        job = loaded(host).quantize(model, nncf.Dataset(batches), config, callback=callback)
-        made: nn.Module = job.model
-    else:
-        made = loaded(host).quantize(model, batches, config=config, callback=callback)
+    done = loaded(host).quantize(model, _dataset(host, batches), config=config, callback=callback)
+    made: nn.Module = done.model if host is Host.nncf else done
     return made
+
+
+def inspected(host: Host, model: nn.Module, batches: Iterable[Any], config: QFTConfig) -> Any:
+    """Look at what a job would do.
+
+    Args:
+        host: which host would do it.
+        model: the float network.
+        batches: of its inputs.
+        config: the settings.
+
+    Returns:
+        The inspection of that host.
+
+    Raises:
+        HostError: this version has none.
+    """
+    return function_of(host, "inspect")(model, _dataset(host, batches), config=config)
+
+
+def _dataset(host: Host, batches: Iterable[Any]) -> Any:
+    if host is not Host.nncf:
+        return batches
+    import nncf
+
+    return nncf.Dataset(batches)
 
 
 def saved(host: Host, model: nn.Module, out: Path, example: Any, *, form: Format, storage: Storage) -> Any:

@@ -1,7 +1,6 @@
 """`qft quantize`: from a network and images to a file."""
 
 import contextlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from qft_plugin.cli.hosts import Format, Host, Storage, described, function_of, 
 from qft_plugin.cli.saying import progress_shown, write_whole
 from qft_plugin.cli.sources import model_of
 from qft_plugin.config import QFTConfig
-from qft_plugin.deploy.files import draft_of
 from qft_plugin.training.phases import Step
 
 
@@ -65,20 +63,8 @@ def quantize_to_file(order: Order, name: str, batches: Iterable[Any], first: Any
         if order.data is not None:
             write_whole(order.data, of_job.to_json() + "\n")
         if order.page is not None:
-            save_page(of_job, order.page)
+            of_job.save_html(order.page, file=report)  # which shows what is in the file, too
     return described(order.host, made, report)
-
-
-def save_page(report: Any, path: Path) -> None:
-    """Write a report as a page, whole or not at all.
-
-    Args:
-        report: has `save_html(path)`.
-        path: of the page.
-    """
-    with draft_of(path.absolute()) as draft:
-        report.save_html(draft)
-        os.replace(draft, path)
 
 
 @contextlib.contextmanager

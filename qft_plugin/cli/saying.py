@@ -44,7 +44,7 @@ def said(*, debug: bool) -> Iterator[None]:
             warnings.showwarning = lambda message, *_, **__: typer.echo(f"Warning: {_one_line(str(message))}", err=True)
             yield
     except KeyboardInterrupt:
-        typer.echo("Interrupted. Nothing was written.", err=True)
+        typer.echo("Interrupted. No file was left half written.", err=True)
         raise typer.Exit(INTERRUPTED) from None
     except (typer.Exit, typer.Abort):
         raise

@@ -21,6 +21,13 @@ GATED: Final = {"Sigmoid": nn.SiLU, "HardSigmoid": nn.Hardswish}
 """What x * f(x) is in torch; exporters write both operations."""
 
 
+RESERVED: Final = frozenset(dir(ONNXModel("", (), ())))
+"""Attributes that a module has itself."""
+
+WORDS: Final = frozenset([*keyword.kwlist, "self", "torch", "functional", "operator"])
+"""What a variable of the text cannot be called."""
+
+
 @dataclass
 class Built:
     """The text that is being written.
@@ -186,7 +193,10 @@ def _add(reader: _Reader, raw: Any, built: Built) -> None:
     if make is None or raw.domain not in OWN_DOMAINS:
         raise Unsupported("torch has no counterpart here")
     node = reader.node(raw)
-    result, ends = make(node), list(node.outputs)
+    others = [] if node.kind == "Split" else node.outputs[1:]
+    if any(reader.readers[name] or name in reader.outputs for name in others):
+        raise Unsupported("more than its first output is read")
+    result, ends = make(node), list(node.outputs[: len(node.outputs) - len(others)])
     after = reader.only_reader(ends[0])
     if after is not None and (joined := _joined(reader, node, result, after)) is not None:
         result, ends = joined, list(after.output)
@@ -249,15 +259,15 @@ def _path(raw: Any, module: nn.Module, built: Built) -> str:
     layer = next(module.parameters(), None) is not None  # one ReLU6 for all activations would tie their scales
     if layer and key in built.reused:
         return built.reused[key]
-    named = next((n.removesuffix(".weight") for n in weights if re.fullmatch(r"\w+(\.\w+)*\.weight", n)), "")
+    named = next((n.removesuffix(".weight") for n in weights if re.fullmatch(r"[\w-]+(\.[\w-]+)*\.weight", n)), "")
     taken = {*built.modules, *(folder for path in built.modules for folder in _folders(path))}
     for path in (named, _scope(raw.name) if layer else ""):
         clear = path and path not in taken and not {*_folders(path)} & {*built.modules}
-        if clear and not any(hasattr(nn.Module, part) for part in path.split(".")):
+        if clear and not RESERVED & {*path.split(".")}:
             break
     else:
         path = re.sub(r"\W+", "_", raw.name).strip("_") or f"{raw.op_type.lower()}_{len(built.modules)}"
-        path = _unused(f"{path}_" if hasattr(nn.Module, path) else path, taken)
+        path = _unused(f"{path}_" if path in RESERVED else path, taken)
     built.modules[path] = module
     built.reused[key] = path
     return path
@@ -271,7 +281,7 @@ def _scope(name: str) -> str:
             path.pop()
         path.append(part)
     found = ".".join(path)
-    return found if re.fullmatch(r"\w+(\.\w+)*", found) else ""
+    return found if re.fullmatch(r"[\w-]+(\.[\w-]+)*", found) else ""
 
 
 def _folders(path: str) -> list[str]:
@@ -288,6 +298,4 @@ def _unused(name: str, taken: set[str]) -> str:
 
 def _free(name: str, variables: Mapping[str, str]) -> str:
     name = name or "x"
-    return _unused(
-        f"{name}_" if keyword.iskeyword(name) or name in ("self", "torch") else name, set(variables.values())
-    )
+    return _unused(f"{name}_" if name in WORDS else name, set(variables.values()))

@@ -84,16 +84,17 @@ def read(path: str | os.PathLike[str]) -> Any:
         raise ModelError(f"{path}: should be an ONNX file. Found none. Look at the name.")
     try:
         model = onnx.load(path)
-        onnx.checker.check_model(model)
         from onnx.inliner import inline_local_functions
 
         model = inline_local_functions(model)
-    except Exception as error:  # protobuf, the checker and missing weight files raise kinds of their own
+    except Exception as error:  # protobuf and missing files of weights raise kinds of their own
         said = str(error).strip().splitlines()[:1] or [""]
         raise ModelError(
             f"{path}: should be an ONNX file with all of its weights. Found {type(error).__name__}: {said[0]}. "
             "Export the model again, and keep files of weights beside it."
         ) from error
+    if not model.graph.node:
+        raise ModelError(f"{path}: should be an ONNX file with operations. Found none. Export the model again.")
     quantized = sorted({node.op_type for node in model.graph.node if node.op_type in QUANTIZED})
     if quantized:
         raise ModelError(

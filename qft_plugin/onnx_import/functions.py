@@ -92,7 +92,8 @@ def _gather(node: Node) -> Made:
 
 def _reshape(node: Node) -> Made:
     shape = node.shape
-    if len(shape) == 2 and shape[0] == -1 and node.rank > 2:
+    same_images = node.shapes[0][:1] == node.results[0][0][:1]
+    if len(shape) == 2 and node.rank > 2 and same_images:
         return Made("torch.flatten({0}, 1)")  # for the hosts, which know it
     return Made(f"{{0}}.reshape({tuple(shape)})")
 

@@ -79,7 +79,14 @@ def from_onnx(path: str | os.PathLike[str], example_input: Any = None) -> ONNXMo
 
 def _prove(made: ONNXModel, traced: Traced, images: Mapping[str, Array], what: str) -> None:
     expected = run(traced.model, images)
-    found = _outputs(made, images)
+    try:
+        found = _outputs(made, images)
+    except Exception as error:
+        raise ParityError(
+            f"The torch module should run where ONNX Runtime runs. Found that on {what} it raises "
+            f"{type(error).__name__}: {error}. Quantize the torch model that the file was exported from, and please "
+            "report the file."
+        ) from error
     errors = {n: relative(f, e) for n, f, e in zip(made.output_names, found, expected, strict=True)}
     if max(errors.values()) < CLOSE:
         return
