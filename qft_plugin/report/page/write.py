@@ -37,7 +37,7 @@ def save_page(
         HostError: jinja2 is not installed.
     """
     target = Path(path)
-    if target.suffix not in (".html", ".htm") or not target.parent.is_dir():
+    if target.suffix != ".html" or not target.parent.is_dir():
         raise ConfigError(
             f"save_html: path should be a .html file in an existing folder. Found {os.fspath(path)!r}. "
             "Make the folder, or change the name."
