@@ -1,6 +1,5 @@
 """The page: what is in it, and how it becomes a file."""
 
-import contextlib
 import math
 import os
 import tempfile
@@ -38,25 +37,17 @@ def save_page(
         HostError: jinja2 is not installed.
     """
     target = Path(path)
-    if target.suffix not in (".html", ".htm") or not target.parent.is_dir():
+    if target.suffix != ".html" or not target.parent.is_dir():
         raise ConfigError(
             f"save_html: path should be a .html file in an existing folder. Found {os.fspath(path)!r}. "
             "Make the folder, or change the name."
         )
     content = page(report, file=file, latency=latency)
-    descriptor, draft = tempfile.mkstemp(dir=target.parent, prefix=".qft_", suffix=".html")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(content)
-        # Files of `mkstemp` are readable by their owner alone; a page is for others too, as far as the user lets them.
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(draft).chmod(0o666 & ~mask)
+    # A folder beside it is on the same disk, so that the file can be moved to its place at once.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".qft_") as folder:
+        draft = Path(folder) / target.name
+        draft.write_text(content, encoding="utf-8", newline="\n")
         os.replace(draft, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(draft)
-        raise
     return target
 
 
