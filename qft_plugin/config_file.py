@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar, get_args, get_type_hints
 
 from qft_plugin.config import QFTConfig
 from qft_plugin.errors import ConfigError
+from qft_plugin.packages import missing
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -22,7 +23,6 @@ SUFFIXES: Final = (".toml", ".json")
 NONE: Final = "none"
 """Where `None` is not the default it must be written, and TOML has no null: `finetune = "none"`."""
 
-INSTALL: Final = "pip install 'qft_plugin[cli]'"
 
 ConfigT = TypeVar("ConfigT")
 
@@ -181,9 +181,7 @@ def _from_toml(text: str) -> dict[str, Any]:
     try:
         import tomli
     except ImportError:
-        raise ConfigError(
-            f"tomli should be installed to read TOML on Python 3.10. Found none. Run: {INSTALL}"
-        ) from None
+        raise missing("To read TOML on Python 3.10, tomli", extra="cli") from None
     data: dict[str, Any] = tomli.loads(text)
     return data
 
@@ -192,8 +190,6 @@ def _to_toml(data: dict[str, Any]) -> str:
     try:
         import tomli_w
     except ImportError:
-        raise ConfigError(
-            f"tomli-w should be installed to write TOML. Found none. Run: {INSTALL}, or write .json."
-        ) from None
+        raise missing("To write TOML and not JSON, tomli-w", extra="cli") from None
     text: str = tomli_w.dumps(data)
     return text

@@ -1,6 +1,5 @@
 """The commands of `qft`, and their arguments."""
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,8 @@ from qft_plugin.cli.saying import FAILED, check_writable, hushed, said, write_wh
 from qft_plugin.cli.sources import batches_of, check_data_name, check_model_name, model_of
 from qft_plugin.config import QFTConfig
 from qft_plugin.config_file import load_config
-from qft_plugin.errors import ConfigError, DataError, HostError
+from qft_plugin.errors import ConfigError, DataError
+from qft_plugin.packages import require
 from qft_plugin.report.data import Report
 
 EPILOG: Final = "Exit codes: 0 all is well, 1 the job failed, 2 wrong arguments, 130 interrupted."
@@ -104,7 +104,7 @@ def quantize(
             if report is not None or json_report is not None:
                 function_of(chosen, "report_of")
             if report is not None:
-                _check_pages()
+                require("jinja2", extra="report")
             batches, first = batches_of(data, prepare, batch_size=batch, images=images)
             order = Order(chosen, form, storage, settings, out, report, json_report)
             result = quantize_to_file(order, model, batches, first, quiet=quiet)
@@ -161,7 +161,7 @@ def report(
     """Make a page of a saved report."""
     with said(debug=debug):
         check_writable(html, ".html")
-        _check_pages()
+        require("jinja2", extra="report")
         try:
             made: Any = Report.from_json(source.read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -255,15 +255,3 @@ def _numbers(option: str, text: str | None, count: int) -> tuple[float, ...]:
         positive = " above 0" if option == "--std" else ""
         wrong_use(f"{option} should be 1 or {count} numbers{positive} with commas between them. Found {text!r}.")
     return found
-
-
-def _check_pages() -> None:
-    """Refuse a page before any work where it could not be made.
-
-    Raises:
-        HostError: this version, or this environment, makes none.
-    """
-    if not hasattr(Report, "save_html"):
-        raise HostError("Report should have save_html to write a page. Found none in this version. Use --json.")
-    if importlib.util.find_spec("jinja2") is None:
-        raise HostError("jinja2 should be installed to write a page. Found none. Run: pip install 'qft_plugin[report]'")

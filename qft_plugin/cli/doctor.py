@@ -17,14 +17,16 @@ from typing import Any, Final
 
 import torch
 
+from qft_plugin.packages import install_line
+
 OLDEST_PYTHON: Final = (3, 10)
 OLDEST_TORCH: Final = (2, 7)
 HOSTS: Final = ("nncf", "brevitas")
 BESIDE: Final = {
-    "nncf": {"openvino": "pip install 'qft_plugin[nncf]'"},
-    "brevitas": {"onnx": "pip install 'qft_plugin[brevitas]'", "onnxruntime": "pip install 'qft_plugin[export]'"},
+    "nncf": {"openvino": "nncf"},
+    "brevitas": {"onnx": "brevitas", "onnxruntime": "export"},
 }
-"""What a host needs to save, with the line that installs it."""
+"""What a host needs to save, with the extra that installs it."""
 
 LOCK_SECONDS: Final = 600
 """A lock of this age belongs to no build that still runs."""
@@ -68,9 +70,7 @@ def look() -> list[Finding]:
     hosts = hosts_found()
     found = [python(), torch_version(), *hosts]
     if all(f.state is State.note for f in hosts):
-        found.append(
-            Finding("hosts", State.bad, "none", "pip install 'qft_plugin[nncf]' or pip install 'qft_plugin[brevitas]'")
-        )
+        found.append(Finding("hosts", State.bad, "none", f"{install_line('nncf')}, or with [brevitas] in its place"))
     if version("nncf") is not None:
         found += [compiler(os.environ), lock(extensions_folder(os.environ), time.time())]
     return [*found, devices(), threads(), memory(), disk()]
@@ -118,7 +118,7 @@ def hosts_found() -> list[Finding]:
     for host in HOSTS:
         installed = version(host)
         if installed is None:
-            found.append(Finding(host, State.note, "not installed", f"for it: pip install 'qft_plugin[{host}]'"))
+            found.append(Finding(host, State.note, "not installed", f"for it, {install_line(host)}"))
             continue
         try:
             importlib.import_module(f"qft_plugin.{host}")
@@ -126,7 +126,7 @@ def hosts_found() -> list[Finding]:
             found.append(Finding(host, State.bad, installed, _one_line(f"{type(error).__name__}: {error}")))
             continue
         found.append(Finding(host, State.good, installed))
-        for package, line in BESIDE[host].items():
+        for package, extra in BESIDE[host].items():
             beside = version(package)
             missing = beside is None
             found.append(
@@ -134,7 +134,7 @@ def hosts_found() -> list[Finding]:
                     package,
                     State.bad if missing else State.good,
                     beside or f"not installed: {host} cannot save",
-                    line if missing else "",
+                    install_line(extra) if missing else "",
                 )
             )
     return found

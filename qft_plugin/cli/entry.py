@@ -2,7 +2,7 @@
 
 import sys
 
-from qft_plugin.config_file import INSTALL
+from qft_plugin.packages import missing
 
 
 def main() -> None:
@@ -12,5 +12,5 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("typer", "rich", "click"):
             raise
-        sys.exit(f"Error: {error.name} should be installed for the command line. Found none. Run: {INSTALL}")
+        sys.exit(f"Error: {missing(f'For the command line, {error.name}', extra='cli')}")
     app(prog_name="qft")

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qft_plugin.config_file import INSTALL
-from qft_plugin.errors import DataError, HostError
+from qft_plugin.errors import DataError
+from qft_plugin.packages import missing
 
 SUFFIXES: Final = frozenset([".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"])
 
@@ -149,5 +149,5 @@ def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError:
-        raise HostError(f"pillow should be installed to read images. Found none. Run: {INSTALL}") from None
+        raise missing("To read images, pillow", extra="cli") from None
     return Image

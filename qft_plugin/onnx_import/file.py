@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qft_plugin.errors import HostError, ModelError
+from qft_plugin.errors import ModelError
+from qft_plugin.packages import missing
 
 Array = NDArray[Any]
-
-INSTALL: Final = "pip install 'qft_plugin[onnx]'"
 
 FEWER, MORE = 2, 3
 """Numbers of images of the two runs: what differs between them depends on it."""
@@ -70,7 +69,7 @@ def need(package: str) -> Any:
     try:
         return __import__(package)
     except ImportError:
-        raise HostError(f"{package} should be installed to read ONNX. Found none. Run: {INSTALL}") from None
+        raise missing(f"To read ONNX, {package}", extra="onnx") from None
 
 
 def read(path: str | os.PathLike[str]) -> Any:

@@ -253,7 +253,7 @@ def test_a_host_that_is_not_installed_is_refused_first() -> None:
     arguments = ["quantize", f"{NET}:broken", "--data", "images", "--out", "net.xml"]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert "Run: pip install 'qft_plugin[nncf]'" in done.stderr
+    assert "pip install '.[nncf]'" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -343,9 +343,9 @@ def test_missing_packages_name_the_line_that_installs_them() -> None:
     code = "import sys; sys.modules['typer'] = None; from qft_plugin.cli.entry import main; main()"
     done = subprocess.run([sys.executable, "-c", code, "doctor"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert done.stderr.strip() == (
-        "Error: typer should be installed for the command line. Found none. Run: pip install 'qft_plugin[cli]'"
-    )
+    assert done.stderr.startswith("Error: For the command line, typer should be installed. Found none. Run, in a")
+    assert "'.[cli]'" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_model_for_one_image_is_tried_on_one(host: HostStandIn, monkeypatch: pytest.MonkeyPatch) -> None:

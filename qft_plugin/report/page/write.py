@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from qft_plugin.errors import ConfigError, HostError
+from qft_plugin.errors import ConfigError
+from qft_plugin.packages import missing
 from qft_plugin.report.page import charts, numbers, table, words
 from qft_plugin.report.page.layer_charts import charts_of
 from qft_plugin.report.page.network import network
@@ -61,9 +62,7 @@ def page(
     try:
         import jinja2
     except ModuleNotFoundError:
-        raise HostError(
-            "save_html: jinja2 should be installed. Found none. Run: pip install 'qft_plugin[report]'."
-        ) from None
+        raise missing("For a page, jinja2", extra="report") from None
 
     for name, ms in (latency or {}).items():
         if isinstance(ms, bool) or not isinstance(ms, (int, float)) or not 0 <= ms < math.inf:
