@@ -14,11 +14,13 @@ sybil = pytest.importorskip("sybil", reason="sybil is not installed")
 from sybil.parsers import markdown  # noqa: E402  (only after the check that it is there)
 
 ROOT = Path(__file__).parents[2]
-HOSTS = ("nncf", "brevitas")
+NEEDED = ("nncf", "brevitas", "onnx", "onnxruntime")
+"""Packages that some environments lack."""
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-NOT_RUN = {"docs/settings.md": ["two GPUs at least"]}
-"""What snippets would need that cannot run here, by page; all others run."""
+NOT_RUN = {"docs/settings.md": ["two GPUs at least"], "docs/progress.md": ["tensorboard", "mlflow"]}
+"""What snippets would need that are marked as not to be run, by page; all others run."""
 
 EVERY_VERSION = ("docs/tutorials/brevitas_class.md", "docs/tutorials/brevitas_float.md")
 """Pages that run on every version of their host; the others on the newest."""
@@ -42,19 +44,19 @@ def snippets_of(page):
     return list(document.examples())
 
 
-def hosts_of(snippets):
-    """Name the hosts whose modules are imported."""
+def needed_by(snippets):
+    """Name the packages of which modules, or this project's modules for them, are imported."""
     text = "\n".join(str(snippet.parsed) for snippet in snippets)
-    return [host for host in HOSTS if re.search(rf"(?:import|from) (?:qft_plugin\.)?{host}\b", text)]
+    return [name for name in NEEDED if re.search(rf"(?:import|from) (?:qft_plugin\.)?{name}\b", text)]
 
 
 def parameters():
-    """Give each page that has snippets the marks of its hosts."""
+    """Give each page that has snippets the marks of what it needs."""
     found = []
     for page in PAGES:
         snippets = snippets_of(page)
         marks = [] if name_of(page) in EVERY_VERSION else [pytest.mark.wide]
-        if hosts_of(snippets) == ["nncf"]:
+        if needed_by(snippets) == ["nncf"]:
             marks.append(pytest.mark.nncf_only)
         if snippets:
             found.append(pytest.param(page, id=name_of(page), marks=marks))
@@ -81,12 +83,12 @@ def test_no_snippet_is_overlooked(page):
 def test_the_snippets_of_a_page_run(page, tmp_path, monkeypatch):
     """Each runs after those before it, and none is left out but those that are listed here."""
     snippets = snippets_of(page)
-    for host in hosts_of(snippets):
-        if importlib.util.find_spec(host) is None:
-            pytest.skip(f"{host} is not installed here")
+    for name in needed_by(snippets):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed here")
     monkeypatch.chdir(tmp_path)
-    needed = [what for snippet in snippets if (what := run(snippet)) is not None]
-    assert needed == NOT_RUN.get(name_of(page), [])
+    left_out = [what for snippet in snippets if (what := run(snippet)) is not None]
+    assert left_out == NOT_RUN.get(name_of(page), [])
     assert snippets[0].namespace.get("agreement", 1) > LEAST_AGREEMENT
 
 
