@@ -26,7 +26,7 @@ class DataError(QFTError, ValueError):
 
 
 class HostError(QFTError):
-    """The host framework is missing, too old, or was asked for something that this algorithm cannot honour."""
+    """A package is missing, a host is too old, or was asked for something that this algorithm cannot honour."""
 
 
 class DeployabilityError(QFTError):
