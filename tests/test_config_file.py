@@ -14,6 +14,7 @@ from qft_plugin import (
     EfQAT,
     FinetuneConfig,
     HardwareSpec,
+    HostError,
     QFTConfig,
     config_from_dict,
     config_to_dict,
