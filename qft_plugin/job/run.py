@@ -93,8 +93,10 @@ def run(host: Host[SourceT, PlacedT], config: QFTConfig, *, callback: Callback |
             check_accumulators(start.dof, deployed)
         agreement = None
         if result is None:
-            with phase("comparing"), agreed(inputs.world):
-                agreement = agreement_of(start, problem)
+            with phase("comparing"):
+                with agreed(inputs.world):
+                    counted = agreement_of(start, problem)
+                agreement = counted.of_all(inputs.world)
         name = type(host.model).__name__
         with phase("writing"):
             model = host.write(problem, start, deployed)
