@@ -27,7 +27,7 @@ from qft_plugin import DeployabilityError, EfQAT, FinetuneConfig, HardwareSpec, 
 from qft_plugin.graph.folding import fold_network
 from qft_plugin.graph.operations import LAYERS
 from qft_plugin.tensors.axes import Axes
-from qft_plugin.tensors.mmse import apq, ppq
+from qft_plugin.tensors.mmse import rounding_errors
 
 logger = logging.getLogger("experiments")
 
@@ -75,7 +75,7 @@ def experiments(base: QFTConfig, images: int) -> dict[str, list[Point]]:
             (f"{share}", *tuned(LAYERWISE, cross_entropy=share)[1:]) for share in (0.0, 0.1, 0.5, 0.9, 1.0)
         ],
         "fig7_learning_rate": [
-            (f"{rate}", *tuned(LAYERWISE, learning_rate=rate)[1:]) for rate in (0.0015, 0.005, 0.015, 0.05, 0.15)
+            (f"{rate}", *tuned(LAYERWISE, learning_rate=rate)[1:]) for rate in (0.0003, 0.001, 0.003, 0.01, 0.03)
         ],
         "fig8_fig9_cle_and_training": [
             (
@@ -145,22 +145,8 @@ def kernel_errors(net: nn.Module) -> Iterator[dict[str, Any]]:
         kind = {nn.Conv2d: "conv2d", nn.Linear: "linear"}.get(type(module))
         if kind not in LAYERS:
             continue
-        W, groups = module.weight.detach(), getattr(module, "groups", 1)
-        slices = Axes(kind, groups).out_slices(W)
-        S_tensor, S_channel = ppq(W.reshape(1, -1), high=7), ppq(slices, high=7)
-        parts = W.reshape(groups, W.shape[0] // groups, W.shape[1], -1)
-        pairs = [apq(part, high=7) for part in parts]
-        doubly = torch.cat([(S[:, None] * T)[:, :, None].expand_as(p) for (S, T), p in zip(pairs, parts, strict=True)])
-        scales = {
-            "per-tensor": S_tensor.expand(slices.shape),
-            "per-channel": S_channel[:, None].expand(slices.shape),
-            "doubly per-channel": doubly.reshape(slices.shape),
-        }
-        errors = {
-            key: float(((slices / s).round().clamp(-7, 7) * s - slices).norm() / slices.norm())
-            for key, s in scales.items()
-        }
-        yield {"label": name, "weights": W.numel(), **errors}
+        errors = rounding_errors(module.weight.detach(), Axes(kind, getattr(module, "groups", 1)))
+        yield {"label": name, "weights": module.weight.numel(), **errors}
 
 
 @functools.cache

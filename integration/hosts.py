@@ -8,6 +8,7 @@ import torch
 from conftest import four_bits
 
 from qft_plugin.graph.torch_model import tensors_in
+from qft_plugin.report.kept import report_of
 
 
 class UnderNNCF:
@@ -30,9 +31,17 @@ class UnderNNCF:
         job = self._host.quantize(model, self._nncf.Dataset(items), config)
         return job.result, job.model
 
+    def report(self, model, items, config):
+        """Quantize a float model and return the report."""
+        return self._host.quantize(model, self._nncf.Dataset(items), config).report
+
     def run(self, model, items, config, *, callback):
         """Quantize a model and follow the finetune."""
         self._host.quantize(model, self._nncf.Dataset(items), config, callback=callback)
+
+    def inspect(self, model, items, config):
+        """Return what a job would decide and cost."""
+        return self._host.inspect(model, self._nncf.Dataset(items), config)
 
     def outputs(self, model, item):
         """Run a quantized model."""
@@ -47,6 +56,8 @@ class UnderNNCF:
     def save(self, model, folder, item):
         """Save what `finetuned` returned as IR; the file is proved."""
         return self._host.save_openvino(model, folder / "net.xml", item)
+
+    save_folded = save
 
 
 class UnderBrevitas:
@@ -71,9 +82,17 @@ class UnderBrevitas:
         linked = four_bits(small_layer_share=0.01, train_cross_layer=config.train_cross_layer, finetune=config.finetune)
         return self._host.finetune(quantized, model, items, linked), quantized
 
+    def report(self, model, items, config):
+        """Quantize a float model and return the report."""
+        return report_of(self._host.quantize(model, items, config=config))
+
     def run(self, model, items, config, *, callback):
         """Quantize a model and follow the finetune."""
         self._host.quantize(model, items, config=config, callback=callback)
+
+    def inspect(self, model, items, config):
+        """Return what a job would decide and cost."""
+        return self._host.inspect(model, items, config=config)
 
     def outputs(self, model, item):
         """Run a quantized model."""
@@ -86,7 +105,11 @@ class UnderBrevitas:
 
     def save(self, model, folder, item):
         """Save what `finetuned` returned as QCDQ; the file is proved."""
-        return self._host.save_qcdq(self._host.fold(model), folder / "net.onnx", item)
+        return self.save_folded(self._host.fold(model), folder, item)
+
+    def save_folded(self, model, folder, item):
+        """Save what `quantize` returned."""
+        return self._host.save_qcdq(model, folder / "net.onnx", item)
 
 
 START = ("equalize", "compensate", "train_cross_layer", "activation_range")

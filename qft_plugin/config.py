@@ -2,17 +2,18 @@
 
 import fnmatch
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from qft_plugin.checks import check_choice, check_flag, check_instance, check_names, check_number
 from qft_plugin.errors import ConfigError
+from qft_plugin.hardware import HardwareSpec
 
-Rescale = Literal["layerwise", "channelwise"]
+__all__ = ["EfQAT", "FinetuneConfig", "HardwareSpec", "QFTConfig"]
+
 Range = Literal["host", "max", "mse"]
 Bounded = Literal["exact", "relu"]
-Elementwise = Literal["none", "tensor", "channel", "power_of_two"]
 Rounding = Literal["ste", "soft", "blend"]
 Sparsity = float | Literal["2:4"] | None
 Trained = Literal["cwpl", "cwpn", "lwpn"]
@@ -24,92 +25,6 @@ def _sparsity(found: object) -> None:
         return
     if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 <= found < 1:
         raise ConfigError(f"QFTConfig.sparsity should be a share from 0 to below 1, '2:4', or None. Found {found!r}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class HardwareSpec:
-    """Constraints of the target hardware; each is simulated while training.
-
-    Attributes:
-        rescale: rank of the factor between a layer's accumulator and its output. `"channelwise"` (CPUs, most NPUs)
-            gives weights a scale per output channel, `"layerwise"` one scale per tensor (Sec. 3.3).
-        doubly_per_channel: weights have a scale of their own per input channel too (Eq. 5). For weights that are
-            dequantized before they are multiplied (4/32), and for QONNX; an integer kernel cannot use it.
-        activation_bits: bit width of activations, 4 to 8; `None` quantizes weights only (4/32).
-        rescale_factor: how the rescale factor F is held: any `"float"`, a `"power_of_two"` (a shift), or a whole
-            number of significant bits, 2 to 24, before a shift (an integer multiplier).
-        bias_bits: bit width of biases, held as integers in the accumulator's scale; `None` leaves them in float.
-        accumulator_bits: width of the accumulator; a layer that could overflow it is named in a warning.
-        elementwise_rescale: scales of the inputs of an elementwise add: `"none"` one scale for all of them,
-            `"tensor"` each a scale of its own, `"channel"` each a scale of its own in every channel, which costs a
-            factor for each channel in front of the addition, `"power_of_two"` scales that differ by a shift (App. D).
-        activation_scale: where the scale of an activation may differ by channel. `"folded"`: where the factors can be
-            folded into the weights on both sides. `"explicit"`: after SiLU, GELU and their like too, at the price of a
-            factor for each channel in front of the quantizer.
-    """
-
-    rescale: Rescale = "channelwise"
-    doubly_per_channel: bool = False
-    activation_bits: int | None = 8
-    rescale_factor: Literal["float", "power_of_two"] | int = "float"
-    bias_bits: int | None = None
-    accumulator_bits: int | None = None
-    elementwise_rescale: Elementwise = "tensor"
-    activation_scale: Literal["folded", "explicit"] = "folded"
-
-    def __post_init__(self) -> None:
-        check_choice(self, "rescale", ("layerwise", "channelwise"))
-        check_choice(self, "elementwise_rescale", ("none", "tensor", "channel", "power_of_two"))
-        check_choice(self, "activation_scale", ("folded", "explicit"))
-        check_flag(self, "doubly_per_channel")
-        limits = {"activation_bits": (4, 8), "bias_bits": (4, 32), "accumulator_bits": (8, 64)}
-        for name, (least, most) in limits.items():
-            if getattr(self, name) is not None:
-                check_number(self, name, at_least=least, at_most=most, whole=True)
-        if isinstance(self.rescale_factor, str):
-            check_choice(self, "rescale_factor", ("float", "power_of_two"))
-        else:
-            check_number(self, "rescale_factor", at_least=2, at_most=24, whole=True)
-        if self.activation_bits is None and self.needs_accumulators:
-            raise ConfigError(
-                "HardwareSpec.bias_bits, accumulator_bits and rescale_factor should be left at their defaults where "
-                "activation_bits is None: there is no integer accumulator."
-            )
-        if self.doubly_per_channel and self.bias_bits is not None:
-            raise ConfigError(
-                "HardwareSpec.bias_bits should be None with doubly_per_channel: such a kernel has no accumulator in "
-                f"one scale. Found {self.bias_bits}."
-            )
-
-    @property
-    def ties_addends(self) -> bool:
-        """Whether the scales of the inputs of an elementwise add depend on each other."""
-        return self.elementwise_rescale in ("none", "power_of_two")
-
-    @property
-    def quantizes_addends(self) -> bool:
-        """Whether the inputs of an elementwise add must be integers: a CPU adds in float before it quantizes."""
-        return self.ties_addends or self.rescale_factor != "float"
-
-    @property
-    def needs_accumulators(self) -> bool:
-        """Whether a constraint is about integer accumulators, which have one scale for all that a kernel reads."""
-        return (self.bias_bits, self.accumulator_bits) != (None, None) or self.rescale_factor != "float"
-
-    @classmethod
-    def openvino_cpu(cls) -> "HardwareSpec":
-        """int8 kernels of OpenVINO's CPU plugin: float rescaling per channel, biases and additions in float."""
-        return cls()
-
-    @classmethod
-    def finn(cls) -> "HardwareSpec":
-        """Dataflow accelerators generated from QONNX (FINN): additions in one scale, integer biases."""
-        return cls(bias_bits=24, accumulator_bits=32, elementwise_rescale="none")
-
-    @classmethod
-    def integer_only(cls) -> "HardwareSpec":
-        """An all-integer accelerator: rescaling and additions by shifts, 32-bit accumulators, integer biases."""
-        return cls(rescale_factor="power_of_two", bias_bits=32, accumulator_bits=32, elementwise_rescale="power_of_two")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,6 +172,15 @@ class QFTConfig:
             channels are not 0, at each position of a kernel.
         hardware: constraints of the target.
         finetune: the distillation; `None` returns the initialization (calibration, PPQ, equalization) untrained.
+        analyse: measure at the end what quantization does to each layer, and by it to the network.
+        average_bits: a target: the mean bit width over all weights that are quantized. Layers are raised from
+            `weight_bits` to 8 bits until it is reached, those first whose rounding costs most for their size. Of this
+            target and the next two there may be one.
+        target_agreement: a target: on how many percent of the held-out images the result names the class of the float
+            network. As few weights as possible are raised to 8 bits; it takes several jobs.
+        evaluate: a target: called with the float model, and then with each result, returns how good a model is, the
+            higher the better, such as its top-1 accuracy in percent; comes with `max_drop`.
+        max_drop: by how much `evaluate` of the result may be below that of the float model.
     """
 
     weight_bits: int = 4
@@ -275,6 +199,11 @@ class QFTConfig:
     sparsity: Sparsity = None
     hardware: HardwareSpec = field(default_factory=HardwareSpec)
     finetune: FinetuneConfig | None = field(default_factory=FinetuneConfig)
+    analyse: bool = False
+    average_bits: float | None = None
+    target_agreement: float | None = None
+    evaluate: Callable[[Any], float] | None = None
+    max_drop: float | None = None
 
     def __post_init__(self) -> None:
         check_instance(self, "hardware", HardwareSpec)
@@ -297,7 +226,7 @@ class QFTConfig:
                     raise ConfigError(
                         f"QFTConfig.{name} should map names to {least} to 8 bits. Found {pattern!r}: {bits!r}."
                     )
-        for name in ("equalize", "compensate", "bias_correction", "train_cross_layer", "train_scales"):
+        for name in ("equalize", "compensate", "bias_correction", "train_cross_layer", "train_scales", "analyse"):
             check_flag(self, name)
         if self.layer_activation_bits and self.hardware.activation_bits is None:
             raise ConfigError(
@@ -321,6 +250,7 @@ class QFTConfig:
                 f"all weights of a layer. Found {self.sparsity!r} with a ratio of {part.ratio}. Leave out "
                 "FinetuneConfig.train."
             )
+        self._check_target()
         shifts = "power_of_two" in (self.hardware.rescale_factor, self.hardware.elementwise_rescale)
         if self.rounding == "soft" and shifts:
             raise ConfigError(
@@ -332,6 +262,27 @@ class QFTConfig:
                 "FinetuneConfig.train should be None with scales that are powers of two: integers that are fixed do "
                 f"not follow a step that doubles. Found {part}. Leave it out."
             )
+
+    @property
+    def has_target(self) -> bool:
+        """Whether bit widths are chosen so that a target is met."""
+        return (self.average_bits, self.target_agreement, self.evaluate) != (None, None, None)
+
+    def _check_target(self) -> None:
+        limits = {"average_bits": (self.weight_bits, 8), "target_agreement": (0, 100), "max_drop": (0, None)}
+        for name, (least, most) in limits.items():
+            if getattr(self, name) is not None:
+                check_number(self, name, at_least=least, at_most=most)
+        if self.evaluate is not None and not callable(self.evaluate):
+            raise ConfigError(f"QFTConfig.evaluate should be a function of a model. Found {self.evaluate!r}.")
+        if (self.evaluate is None) != (self.max_drop is None):
+            raise ConfigError(
+                "QFTConfig.evaluate and max_drop should be set together. Found "
+                f"evaluate={self.evaluate!r} and max_drop={self.max_drop!r}."
+            )
+        asked = [n for n in ("average_bits", "target_agreement", "evaluate") if getattr(self, n) is not None]
+        if len(asked) > 1:
+            raise ConfigError(f"QFTConfig should have one target. Found {' and '.join(asked)}. Leave the others out.")
 
     def weight_bits_of(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Choose the bit width of every layer.

@@ -95,6 +95,10 @@ def test_every_field_is_checked(kind: type) -> None:
         (FinetuneConfig, {"blocks": ["a"], "train": EfQAT(ratio=1)}),
         (QFTConfig, {"rounding": "soft", "sparsity": "2:4", "finetune": FinetuneConfig(train=EfQAT(ratio=1))}),
         (QFTConfig, {"sparsity": 0, "rounding": "soft"}),
+        (QFTConfig, {"average_bits": 4, "analyse": True}),
+        (QFTConfig, {"average_bits": 8.0, "weight_bits": 8}),
+        (QFTConfig, {"target_agreement": 100}),
+        (QFTConfig, {"evaluate": len, "max_drop": 0}),
         (QFTConfig, {"sparsity": "2:4", "rounding": "blend"}),
         (QFTConfig, {"weight_bits": 2, "small_layer_bits": 8, "small_layer_share": 1, "finetune": None}),
     ],
@@ -275,3 +279,30 @@ def test_weights_alone_have_no_accumulator(name: str) -> None:
     """Constraints on integers that there are not are refused."""
     with pytest.raises(ConfigError, match="activation_bits is None"):
         HardwareSpec(activation_bits=None, **{name: 16})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"average_bits": 3.9}, r"average_bits should be at least 4\. Found 3\.9"),
+        ({"average_bits": 8.1}, r"average_bits should be at most 8\. Found 8\.1"),
+        ({"target_agreement": 101}, r"target_agreement should be at most 100\. Found 101"),
+        ({"evaluate": len}, "evaluate and max_drop should be set together"),
+        ({"max_drop": 0.5}, "evaluate and max_drop should be set together"),
+        ({"evaluate": len, "max_drop": -1}, r"max_drop should be at least 0\. Found -1"),
+        ({"evaluate": "top1", "max_drop": 1}, "evaluate should be a function of a model"),
+        ({"average_bits": 5, "target_agreement": 98}, "one target. Found average_bits and target_agreement"),
+        ({"average_bits": 5, "evaluate": len, "max_drop": 1}, "one target. Found average_bits and evaluate"),
+    ],
+)
+def test_targets_that_make_no_sense(settings: dict[str, Any], words: str) -> None:
+    """Out of range, half of a pair, or two at once."""
+    with pytest.raises(ConfigError, match=words):
+        QFTConfig(**settings)
+
+
+def test_what_has_a_target() -> None:
+    """Each of the three is one; an analysis alone is none."""
+    assert not QFTConfig(analyse=True).has_target
+    for settings in ({"average_bits": 5.0}, {"target_agreement": 98.0}, {"evaluate": len, "max_drop": 1.0}):
+        assert QFTConfig(**settings).has_target  # type: ignore[arg-type]

@@ -50,7 +50,7 @@ def channel_means(y: Tensor, layer: Layer) -> Tensor:
     return y.movedim(-1 - space, 0).flatten(1).mean(1)
 
 
-class _Outputs(TorchFunctionMode):
+class Outputs(TorchFunctionMode):
     """While active, lets a function replace the output of certain layers, found by their weights.
 
     The quantizers of a host do not see this: inside its own mode or modules, the layer's call is what it was.
@@ -90,7 +90,7 @@ def output_means(
             means[layer.weight] = channel_means(y, layer)
         return y
 
-    with _Outputs(layers, tensors, look):
+    with Outputs(layers, tensors, look):
         run()
     hidden = [layer.weight for layer in layers if layer.weight not in means]
     if hidden:
@@ -123,6 +123,6 @@ def corrections(
         change = found[layer.weight]
         return y + (change.view(-1, *(1,) * int(layer.kind[-2])) if layer.kind.startswith("conv") else change)
 
-    with _Outputs([layer for layer in layers if layer.weight in means], tensors, correct):
+    with Outputs([layer for layer in layers if layer.weight in means], tensors, correct):
         run()
     return found

@@ -111,7 +111,8 @@ class Student(Protocol):
         """Run with quantized activations, with gradients to everything in `solution`; called in every step.
 
         Args:
-            solution: the tensors of `Placed.tensors` by name (weights quantized already), and all scales.
+            solution: the tensors of `Placed.tensors` by name (weights quantized already), and all scales; a quantizer
+                that it has no scale for passes values on (`training.student.set_grids` sees to that).
             call: the batch.
 
         Returns:

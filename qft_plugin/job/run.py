@@ -16,13 +16,15 @@ from qft_plugin.graph.layer_graph import DofMap
 from qft_plugin.graph.torch_model import Call
 from qft_plugin.job.health import check_squares, is_finite, not_finite, warn_of_targets
 from qft_plugin.job.host import Host, Placed, PlacedT, Problem, Source, SourceT, Start
+from qft_plugin.job.layer_errors import Measured, measure, with_errors
 from qft_plugin.job.report import About, agreement_of, report_of_job
 from qft_plugin.job.understand import images, understand
 from qft_plugin.report.data import Report
 from qft_plugin.report.kept import keep_report
-from qft_plugin.report.progress import Advance, following, phase
+from qft_plugin.report.progress import Advance, Progress, following, phase
 from qft_plugin.tensors.partial_gradients import PartialBackward
 from qft_plugin.training.blocks import split
+from qft_plugin.training.data import Inputs
 from qft_plugin.training.distributed import agreed
 from qft_plugin.training.dof import Dof, parameter_groups
 from qft_plugin.training.efqat import PartialTraining, release
@@ -79,9 +81,39 @@ def run(host: Host[SourceT, PlacedT], config: QFTConfig, *, callback: Callback |
         config: the settings.
         callback: called after each finetuning step.
     """
-    with collected_warnings() as warned, following() as progress:
+    with following() as progress:
         with phase("images"):
             inputs = images(host.model, host.items(), config, head_items=host.head_items)
+        return finished(run_on(inputs, host, config=config, callback=callback).job, progress)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job that is done, while all that it was made with is still at hand.
+
+    Attributes:
+        job: its result.
+        start: holds the degrees of freedom at the end.
+        problem: the network and the images.
+    """
+
+    job: Job
+    start: Start[Placed]
+    problem: Problem[Source]
+
+
+def run_on(
+    inputs: Inputs, host: Host[SourceT, PlacedT], *, config: QFTConfig, callback: Callback | None = None
+) -> Ended:
+    """Quantize a model on images that were read: all of a job but its first step, and but telling of it.
+
+    Args:
+        inputs: the images.
+        host: has the user's model and the quantizers.
+        config: the settings.
+        callback: called after each finetuning step.
+    """
+    with collected_warnings() as warned, following() as progress:
         with agreed(inputs.world):
             with phase("reading the model"):
                 problem = understand(host.read(inputs, config), inputs, config)
@@ -98,14 +130,27 @@ def run(host: Host[SourceT, PlacedT], config: QFTConfig, *, callback: Callback |
                     counted = agreement_of(start, problem)
                 agreement = counted.of_all(inputs.world)
         name = type(host.model).__name__
+        measured = analysed(start, problem, config) if config.analyse else None
         with phase("writing"):
             model = host.write(problem, start, deployed)
         about = About(host.name, name, agreement, warned, progress.seconds)
         report = report_of_job(problem, start, deployed, config, result, about)
-        keep_report(model, report)
-        logger.info("%s", report)
-        progress.say(str(report))
-        return Job(model, problem.source.dof_map, result, report)
+        report = report if measured is None else with_errors(report, measured)
+        return Ended(Job(model, problem.source.dof_map, result, report), start, problem)
+
+
+def analysed(start: Start[Placed], problem: Problem[Source], config: QFTConfig) -> Measured:
+    """Measure the errors of the layers, as a phase of the job."""
+    with phase("measuring layers"), agreed(problem.inputs.world):
+        return measure(start, problem, config)
+
+
+def finished(job: Job, progress: Progress) -> Job:
+    """Keep the report of a job with its model, and tell the user of it."""
+    keep_report(job.model, job.report)
+    logger.info("%s", job.report)
+    progress.say(str(job.report))
+    return job
 
 
 def targets_of(

@@ -21,7 +21,8 @@ from torch import nn
 
 from qft_plugin.config import QFTConfig
 from qft_plugin.errors import ConfigError, HostError
-from qft_plugin.job.run import Job, run
+from qft_plugin.job.run import Job
+from qft_plugin.job.target import run_to_target
 from qft_plugin.nncf._host import NNCF
 from qft_plugin.nncf._read import check_model
 from qft_plugin.nncf._request import Request
@@ -126,10 +127,7 @@ def quantize(
 
 
 def _quantize(original: Callable[..., Any], model: Any, dataset: Any, asked: _Asked, host: dict[str, Any]) -> Job:
-    config = _with_range(_config(asked.algorithm), host.get("advanced_parameters"))
-    settings = _host_settings(original, host, config)
-    own_items = config.activation_range == "host" or "subset_size" in settings
-    request = Request(original, dataset, settings, config.hardware, own_items=own_items)
+    config, request = checked_request(original, dataset, _config(asked.algorithm), host)
     # Calibration code often stands inside no_grad or inference_mode, but this one trains.
     with (
         torch.inference_mode(False),
@@ -141,7 +139,27 @@ def _quantize(original: Callable[..., Any], model: Any, dataset: Any, asked: _As
         check_model(model)
         # One process keeps all images anyway; NNCF says then what is wrong with its setting.
         head_items = request.calibration_items if request.own_items and world.size > 1 else 0
-        return run(NNCF(model, request, head_items), config, callback=asked.callback)
+        return run_to_target(NNCF(model, request, head_items), config, callback=asked.callback)
+
+
+def checked_request(
+    original: Callable[..., Any], dataset: Any, config: QFTConfig, host: dict[str, Any]
+) -> tuple[QFTConfig, Request]:
+    """Check the user's settings against each other; returns those of the job, and what NNCF is asked for.
+
+    Args:
+        original: NNCF's own `quantize`.
+        dataset: the calibration dataset.
+        config: the settings.
+        host: the other arguments of NNCF's own `quantize`.
+
+    Raises:
+        HostError: a setting cannot be honoured.
+    """
+    config = _with_range(config, host.get("advanced_parameters"))
+    settings = _host_settings(original, host, config)
+    own_items = config.activation_range == "host" or "subset_size" in settings
+    return config, Request(original, dataset, settings, config.hardware, own_items=own_items)
 
 
 def _config(algorithm: Any) -> QFTConfig:

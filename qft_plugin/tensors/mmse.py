@@ -165,6 +165,31 @@ def doubly_scales(W: Tensor, axes: Axes, *, bits: int) -> tuple[Tensor, Tensor]:
     return torch.cat([S for S, _ in pairs]), torch.cat([T for _, T in pairs])
 
 
+def rounding_errors(W: Tensor, axes: Axes, *, bits: int = 4) -> dict[str, float]:
+    """Return the relative error of a kernel rounded to the nearest, by granularity of its scales (Fig. 3).
+
+    Args:
+        W: the weight.
+        axes: the meaning of its axes.
+        bits: bit width.
+
+    Returns:
+        L2 norm of the error over that of the weight, by `"per-tensor"`, `"per-channel"` and `"doubly per-channel"`.
+    """
+    high = largest_integer(bits)
+    S_channel = weight_scale(W, axes, bits=bits, per_channel=True)
+    # Where an output reads one channel, as in a depthwise kernel, a scale of that channel says nothing new.
+    one = axes.channels(W)[0] == axes.groups
+    S, T = (S_channel, None) if one else doubly_scales(W, axes, bits=bits)
+    steps = {
+        "per-tensor": weight_scale(W, axes, bits=bits, per_channel=False),
+        "per-channel": axes.on_weight(S_channel, None, W),
+        "doubly per-channel": axes.on_weight(S, T, W),
+    }
+    size = W.norm().clamp(min=torch.finfo(W.dtype).tiny)
+    return {name: float((to_integer(W, s, low=-high, high=high) * s - W).norm() / size) for name, s in steps.items()}
+
+
 def nearest_factor(W: Tensor, axes: Axes, F: Tensor, *, unit: float, kind: str | int, bits: int) -> Tensor:
     """Choose the rescale factor that hardware can multiply by and that rounds a weight best.
 

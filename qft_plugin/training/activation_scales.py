@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from qft_plugin.config import Elementwise
 from qft_plugin.graph.placement import ActivationGrid, can_share_zero_point, merged
+from qft_plugin.hardware import Elementwise
 from qft_plugin.tensors.grid import quantize_factor, round_ste
 
 

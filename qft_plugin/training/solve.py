@@ -30,7 +30,7 @@ class Solution:
 
     Attributes:
         tensors: weights (fake-quantized where the layer is quantized) and biases by name, folded, real units.
-        activation_scales: step of every activation quantizer by name, `[]`.
+        activation_scales: step of every activation quantizer by name, `[]`; one that is left out passes values on.
         factors: cross-layer factor of every variable, `[1 + size]`.
         zero_points: those that train, by name of the activation quantizer, `[]`.
         partial: kernels of which a part trains, for their cheaper backward pass.

@@ -66,11 +66,12 @@ class FakeQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize one activation."""
+        bound = self._read.pop(id(x), None)
         if self.scale is None:
+            x = x.clone() if bound is None else self.rectified(x, *bound)  # a later operation may be in place
             if self.watcher is not None:
                 self.watcher(x)
-            return x.clone()  # a later operation may be in place
-        bound = self._read.pop(id(x), None)
+            return x
         if bound is not None:
             return self.rectified(x, *bound)
         # Function modes (the hooks of NNCF are one) have no business inside a quantizer, and would cost time.
@@ -80,12 +81,17 @@ class FakeQuantizer(nn.Module):
     def rectified(self, x: Tensor, bound: Tensor | None = None, axis: int = -1) -> Tensor:
         """Fake-quantize  max(x, 0),  or  min(max(x, 0), bound),  on a grid that starts at zero.
 
+        Without a scale the result is not quantized.
+
         Args:
             x: the input of the ReLU.
             bound: `[channels]`.
             axis: of the channels, counted from the last one (-1).
         """
         with torch._C.DisableTorchFunction():
+            if self.scale is None:
+                positive = x.clamp(min=0)
+                return positive if bound is None else torch.minimum(positive, on_axis(bound, axis))
             if bound is None:
                 return self.run(x, self.scale, zero_point=self.zero_point, rectified=True)
             return self.run(x, self.scale, zero_point=self.zero_point, bound=on_axis(bound, axis))
@@ -123,11 +129,11 @@ def set_grids(quantizers: Mapping[str, FakeQuantizer], solution: Solution) -> No
 
     Args:
         quantizers: those of the network, by name.
-        solution: the result of the offline subgraph.
+        solution: the result of the offline subgraph; a quantizer without a scale in it passes values on.
     """
-    for name, scale in solution.activation_scales.items():
-        quantizers[name].scale = scale
-        quantizers[name].forget()  # leftovers of an interrupted run
+    for name, quantizer in quantizers.items():
+        quantizer.scale = solution.activation_scales.get(name)
+        quantizer.forget()  # leftovers of an interrupted run
     for name, zero_point in solution.zero_points.items():
         quantizers[name].zero_point = zero_point
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qft_plugin.tensors.axes import Axes
 from qft_plugin.tensors.grid import quantize_factor
-from qft_plugin.tensors.mmse import apq, doubly_scales, nearest_factor, ppq, weight_scale
+from qft_plugin.tensors.mmse import apq, doubly_scales, nearest_factor, ppq, rounding_errors, weight_scale
 from qft_plugin.tensors.ranges import SMALLEST_SCALE
 
 EXACT = 1e-12
@@ -324,3 +324,26 @@ def test_a_factor_of_some_bits_is_rounded_to_the_nearest() -> None:
     for kind in ("float", 6):
         found = nearest_factor(W, Axes("linear"), F, unit=1.0, kind=kind, bits=4)
         assert torch.equal(found, quantize_factor(F, kind))
+
+
+def test_errors_by_granularity() -> None:
+    """By hand from the scales of each; more scales are never worse by more than the solver's slack."""
+    W, axes = rows(0, 6, 40).view(6, 10, 2, 2) * torch.arange(1, 11).view(1, 10, 1, 1), Axes("conv2d")
+    found = rounding_errors(W, axes)
+    S, T = doubly_scales(W, axes, bits=4)
+    steps = {
+        "per-tensor": ppq(W.reshape(1, -1), high=7),
+        "per-channel": ppq(W.flatten(1), high=7).view(6, 1, 1, 1),
+        "doubly per-channel": S.view(6, 1, 1, 1) * T.view(1, 10, 1, 1),
+    }
+    for name, step in steps.items():
+        error = (W / step).round().clamp(-7, 7) * step - W
+        assert found[name] == pytest.approx(float(error.norm() / W.norm()), rel=EXACT)
+    assert found["doubly per-channel"] < found["per-channel"] < found["per-tensor"]
+
+
+def test_a_depthwise_kernel_has_one_channel_for_each_output() -> None:
+    """A scale of that channel adds nothing to that of the output; a kernel of zeros has no error."""
+    depthwise = rounding_errors(rows(1, 8, 9).view(8, 1, 3, 3), Axes("conv2d", 8))
+    assert depthwise["doubly per-channel"] == depthwise["per-channel"]
+    assert set(rounding_errors(torch.zeros(4, 3), Axes("linear")).values()) == {0.0}

@@ -15,6 +15,7 @@ from qft_plugin.graph.folding import fold_network
 from qft_plugin.graph.placement import ActivationGrid
 from qft_plugin.tensors.fake_quantize import fake_quantize, fake_quantize_composed
 from qft_plugin.training.loss import Prediction
+from qft_plugin.training.solve import Solution
 from qft_plugin.training.student import (
     QUANTIZER_OP,
     FakeQuantizer,
@@ -22,6 +23,7 @@ from qft_plugin.training.student import (
     compiled_fake_quantize,
     looked_at,
     prediction_of,
+    set_grids,
     unfolded,
 )
 
@@ -139,6 +141,28 @@ def test_a_relu_that_only_the_quantizer_reads(bounded: bool) -> None:
     # What it reads next is its own again.
     x = -torch.rand(2, 3, 4, 4, requires_grad=True)
     quantizer(x).sum().backward()
+
+
+def test_without_a_scale_a_relu_that_was_left_to_it_is_computed() -> None:
+    """The same numbers as the ReLU, or the bounded one, gives; the quantizer shows what it would have read."""
+    x, high = torch.randn(2, 3, 4, 4), torch.rand(3) + 0.5
+    for bound, expected in (((), x.relu()), ((high, -3), torch.minimum(x.relu(), high.view(-1, 1, 1)))):
+        quantizer, seen = FakeQuantizer(ActivationGrid(0.02, 0, 255, 0)), list[Tensor]()
+        quantizer.watcher = seen.append
+        assert torch.equal(quantizer(quantizer.after(x, *bound)), expected)
+        assert torch.equal(quantizer.rectified(x, *bound), expected)
+        assert [torch.equal(s, expected) for s in seen] == [True]
+
+
+def test_a_solution_leaves_quantizers_out() -> None:
+    """Who has no scale in it passes values on, whatever scale it had before."""
+    quantizers = {name: FakeQuantizer(GRID) for name in ("a", "b")}
+    scale = torch.tensor(0.1)
+    for scales in ({"a": scale, "b": scale}, {"b": scale}):
+        set_grids(quantizers, Solution({}, scales, torch.ones(1)))
+    x = torch.rand(4)
+    assert torch.equal(quantizers["a"](x), x)
+    assert not torch.equal(quantizers["b"](x), x)
 
 
 def test_a_copy_is_a_quantizer_of_its_own() -> None:
