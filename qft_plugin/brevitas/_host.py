@@ -1,7 +1,6 @@
 """Brevitas as a host of a job."""
 
 import logging
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -15,7 +14,7 @@ from qft_plugin.brevitas._swap import swap
 from qft_plugin.brevitas._write import write
 from qft_plugin.config import QFTConfig
 from qft_plugin.deploy.images import keep_images, kept_images
-from qft_plugin.errors import QFTWarning
+from qft_plugin.errors import warn
 from qft_plugin.graph.torch_model import accepts
 from qft_plugin.job.host import Problem, Start
 from qft_plugin.job.start import initialize, start
@@ -118,12 +117,11 @@ def _look_at_start(source: Source) -> None:
     missing = [name for name, scaling in source.activations.items() if not scaling.calibrated]
     if missing:
         more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
-        warnings.warn(
+        warn(
             "Quantizers of activations should have ranges from several batches before a finetune. Found "
             f"{len(missing)} of {len(source.activations)} that have seen one example, or nothing: "
             f"{', '.join(missing[:LISTED])}{more}. Call qft_plugin.brevitas.initialize(model, data, config) first; it "
             "chooses ranges, and weights whose rounding errors compensate each other.",
-            QFTWarning,
             stacklevel=2,
         )
     elif not kept_images(source.linked):

@@ -1,7 +1,6 @@
 """Read an ONNX file as a torch module that computes the same."""
 
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qft_plugin.errors import DataError, ModelError, ParityError, QFTWarning
+from qft_plugin.errors import DataError, ModelError, ParityError, warn
 from qft_plugin.onnx_import.build import build, refuse_unknown
 from qft_plugin.onnx_import.file import (
     CLOSE,
@@ -68,10 +67,9 @@ def from_onnx(path: str | os.PathLike[str], example_input: Any = None) -> ONNXMo
         real = {name: _rows(value, fixed or min(rows, REAL)) for name, value in example.items()}
         _prove(made, traced, real, "the example")
     if fixed is not None:
-        warnings.warn(
+        warn(
             f"{os.fspath(path)} should take any number of images. Found one for {fixed} at a time, and what it "
             f"computes changes where that is made free, so the model takes {fixed}. Export it with a free first axis.",
-            QFTWarning,
             stacklevel=2,
         )
     return made
