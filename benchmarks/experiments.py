@@ -75,7 +75,7 @@ def experiments(base: QFTConfig, images: int) -> dict[str, list[Point]]:
             (f"{share}", *tuned(LAYERWISE, cross_entropy=share)[1:]) for share in (0.0, 0.1, 0.5, 0.9, 1.0)
         ],
         "fig7_learning_rate": [
-            (f"{rate}", *tuned(LAYERWISE, learning_rate=rate)[1:]) for rate in (0.0015, 0.005, 0.015, 0.05, 0.15)
+            (f"{rate}", *tuned(LAYERWISE, learning_rate=rate)[1:]) for rate in (0.0003, 0.001, 0.003, 0.01, 0.03)
         ],
         "fig8_fig9_cle_and_training": [
             (

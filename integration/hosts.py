@@ -39,6 +39,10 @@ class UnderNNCF:
         """Quantize a model and follow the finetune."""
         self._host.quantize(model, self._nncf.Dataset(items), config, callback=callback)
 
+    def inspect(self, model, items, config):
+        """Return what a job would decide and cost."""
+        return self._host.inspect(model, self._nncf.Dataset(items), config)
+
     def outputs(self, model, item):
         """Run a quantized model."""
         with torch.no_grad(), self._host.without_compiler():
@@ -52,6 +56,8 @@ class UnderNNCF:
     def save(self, model, folder, item):
         """Save what `finetuned` returned as IR; the file is proved."""
         return self._host.save_openvino(model, folder / "net.xml", item)
+
+    save_folded = save
 
 
 class UnderBrevitas:
@@ -84,6 +90,10 @@ class UnderBrevitas:
         """Quantize a model and follow the finetune."""
         self._host.quantize(model, items, config=config, callback=callback)
 
+    def inspect(self, model, items, config):
+        """Return what a job would decide and cost."""
+        return self._host.inspect(model, items, config=config)
+
     def outputs(self, model, item):
         """Run a quantized model."""
         with torch.no_grad():
@@ -95,7 +105,11 @@ class UnderBrevitas:
 
     def save(self, model, folder, item):
         """Save what `finetuned` returned as QCDQ; the file is proved."""
-        return self._host.save_qcdq(self._host.fold(model), folder / "net.onnx", item)
+        return self.save_folded(self._host.fold(model), folder, item)
+
+    def save_folded(self, model, folder, item):
+        """Save what `quantize` returned."""
+        return self._host.save_qcdq(model, folder / "net.onnx", item)
 
 
 START = ("equalize", "compensate", "train_cross_layer", "activation_range")

@@ -4,6 +4,7 @@ python tests/processes.py RANK SIZE FOLDER
 """
 
 import logging
+import math
 import os
 import sys
 import warnings
@@ -88,7 +89,9 @@ def trained(
 
 def told(result: FinetuneResult) -> dict[str, Any]:
     """Return the numbers of a result."""
-    return {"start": result.start_loss, "final": result.final_loss, "losses": torch.tensor(result.losses)}
+    agreements = torch.tensor([math.nan if a is None else a for a in (result.start_agreement, result.agreement)])
+    losses = torch.tensor(result.losses)
+    return {"start": result.start_loss, "final": result.final_loss, "losses": losses, "agreements": agreements}
 
 
 def exploding() -> dict[str, Any]:

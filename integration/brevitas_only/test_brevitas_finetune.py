@@ -1,6 +1,7 @@
 """Initialize and finetune on the real Brevitas."""
 
 import copy
+import warnings
 
 import pytest
 
@@ -26,7 +27,7 @@ from brevitas_models import (
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from qft_plugin import ConfigError, DataError, HardwareSpec, ModelError, QFTConfig
+from qft_plugin import ConfigError, DataError, HardwareSpec, ModelError, QFTConfig, QFTWarning
 from qft_plugin.brevitas import (
     QFTInt4WeightDoublyPerChannelFloat,
     QFTInt4WeightPerTensorFloat,
@@ -115,7 +116,8 @@ def test_an_unlinked_model_is_linked_first():
     initialize(model, data, few())
     assert all(s.linked for s in weight_scalings(model).values())
     other = build("residual")
-    result = finetune(other, teacher, data, few())
+    with pytest.warns(QFTWarning, match="have seen one example, or nothing: inp.act_quant, .*Call .*initialize"):
+        result = finetune(other, teacher, data, few())
     assert all(s.linked for s in weight_scalings(other).values())
     assert result.final_loss <= result.start_loss
 
@@ -197,6 +199,7 @@ FORMS = {
 def test_forms_of_data(form):
     """The same images in another form give the same bits."""
     start, teacher, data = problem()
+    initialize(start, data, few(compensate=False))
     reference = copy.deepcopy(start)
     finetune(reference, teacher, data, few())
     finetune(start, teacher, FORMS[form](data), few())
@@ -286,6 +289,35 @@ def test_every_model_finetunes(name):
     assert relative(run(fold(model), data[0]), run(model, data[0])) < 0.05
 
 
+def test_what_a_finetune_starts_from_is_said(caplog):
+    """A log line says that a model is linked first, and one that a start is not that of `initialize`; else none."""
+    model, teacher, data = problem()
+    loaded = build("residual")
+
+    def restore():
+        link(loaded, data[0])
+        loaded.load_state_dict(model.state_dict())  # its scales are someone's choice
+
+    calls = {
+        "initialize": lambda: initialize(model, data, few(compensate=False)),
+        "finetune": lambda: finetune(model, teacher, data, few()),
+        "restored": restore,
+        "finetune again": lambda: finetune(loaded, teacher, data, few()),
+    }
+    told = {}
+    for step, call in calls.items():
+        caplog.clear()
+        with caplog.at_level("INFO", logger="qft_plugin"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Finetune: the loss should end below")
+            call()
+        lines = [r.getMessage() for r in caplog.records]
+        told[step] = [any(words in line for line in lines) for words in ("not linked yet", "initialize was not called")]
+    never = [False, False]
+    assert told.pop("initialize") == [True, False]
+    assert told.pop("finetune again") == [False, True]
+    assert told == {"finetune": never, "restored": never}
+
+
 def test_a_model_without_quantizers():
     """A float model is refused where a quantized one is asked for, with `quantize` as the way."""
     model = nets.build("residual")
@@ -296,6 +328,7 @@ def test_a_model_without_quantizers():
 def test_inside_inference_mode():
     """Called inside `torch.inference_mode` the finetune still trains."""
     model, teacher, data = problem()
+    initialize(model, data, few(compensate=False))
     with torch.inference_mode():
         result = finetune(model, teacher, data, few())
     assert result.steps == 4
@@ -391,6 +424,7 @@ def test_a_relu_whose_input_is_read_elsewhere_is_run(how, monkeypatch):
     torch.manual_seed(0)
     model, batches = ReadTwice(how).eval(), list(torch.randn(4, 16, 4, 6, 6))
     teacher = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    initialize(model, batches, few(compensate=False))
     losses = []
     for relus in (_attach.Student._relus, lambda *_: {}):
         with monkeypatch.context() as patch:

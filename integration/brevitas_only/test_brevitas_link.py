@@ -10,7 +10,7 @@ import brevitas.nn as qnn
 import torch
 from brevitas.graph.gptq import gptq_mode
 from brevitas.graph.quantize import preprocess_for_quantize, quantize
-from brevitas.quant import Int32Bias
+from brevitas.quant import Int8Bias, Int8BiasPerTensorFloatInternalScaling, Int32Bias
 from brevitas_models import (
     MODELS,
     LinearOnly,
@@ -42,6 +42,7 @@ from qft_plugin.brevitas import (
     QFTInt8Act,
     QFTUint8Act,
     dof_map_of,
+    initialize,
     link,
 )
 from qft_plugin.brevitas._twin import make_twin
@@ -197,6 +198,21 @@ def test_a_quantized_bias_is_refused():
     model.c2 = conv(8, 8, bias_quant=Int32Bias, input_quant=QFTUint8Act)
     with pytest.raises(ModelError, match=r"Layer c2: its bias should not be quantized"):
         link(model, images("residual"))
+
+
+@pytest.mark.parametrize(("quantizer", "bits"), [
+    (Int8Bias, 8),
+    (Int32Bias, 32),
+    (Int8BiasPerTensorFloatInternalScaling, 8),
+])  # fmt: skip
+def test_what_to_use_instead_of_a_quantized_bias(quantizer, bits):
+    """The message names all layers, the quantizer, and the setting that gives integer biases of the same width."""
+    model = build("residual")
+    model.c2, model.c3 = (conv(8, 8, bias_quant=quantizer, input_quant=QFTUint8Act) for _ in range(2))
+    words = rf"Layers c2, c3: their biases.*bias_quant={quantizer.__name__}\..*HardwareSpec\(bias_bits={bits}\)"
+    for call in (lambda: link(model, images("residual")), lambda: initialize(model, [images("residual")])):
+        with pytest.raises(ModelError, match=words):
+            call()
 
 
 def test_no_quantizer_of_ours():

@@ -131,12 +131,12 @@ def test_unregistering_gives_nncf_its_function_back():
 
 
 def test_signature_and_documentation_are_extended():
-    """The wrapped function keeps NNCF's name, arguments and words, and adds its own two arguments."""
+    """The wrapped function keeps NNCF's name, arguments and words, and adds its own three arguments."""
     wrapped, original = nncf.quantize, getattr(nncf.quantize, MARK)
     before, after = inspect.signature(original).parameters, inspect.signature(wrapped).parameters
-    assert list(after) == [*before, "algorithm", "callback"]
+    assert list(after) == [*before, "algorithm", "callback", "verbose"]
     assert all(after[name] == parameter for name, parameter in before.items())
-    assert all(after[name].default is None for name in ("algorithm", "callback"))
+    assert [after[name].default for name in ("algorithm", "callback", "verbose")] == [None, None, True]
     assert wrapped.__name__ == original.__name__
     assert all(line in wrapped.__doc__ for line in original.__doc__.splitlines())
     order = [wrapped.__doc__.index(word) for word in (":param calibration_dataset:", ":param algorithm:", ":return:")]

@@ -7,7 +7,8 @@ from qft_plugin.brevitas._version import check_version
 
 check_version()
 
-from qft_plugin.brevitas._link import dof_map_of, link  # noqa: E402  (only after the check that Brevitas is there)
+from qft_plugin.brevitas._inspect import inspect  # noqa: E402  (only after the check that Brevitas is there)
+from qft_plugin.brevitas._link import dof_map_of, link  # noqa: E402
 from qft_plugin.brevitas._quantizers import (  # noqa: E402
     QFTInt4Weight,
     QFTInt4WeightDoublyPerChannelFloat,
@@ -24,10 +25,12 @@ from qft_plugin.brevitas._run import finetune, initialize, quantize  # noqa: E40
 from qft_plugin.brevitas._save import save_qcdq, save_qonnx  # noqa: E402
 from qft_plugin.brevitas._write import fold  # noqa: E402
 from qft_plugin.graph.channel_affine import Rescaled  # noqa: E402
+from qft_plugin.report.inspection import Inspection  # noqa: E402
 from qft_plugin.report.kept import report_of  # noqa: E402
 from qft_plugin.training.phases import Step  # noqa: E402
 
 __all__ = [
+    "Inspection",
     "QFTInt4Weight",
     "QFTInt4WeightDoublyPerChannelFloat",
     "QFTInt4WeightPerChannelFloat",
@@ -45,6 +48,7 @@ __all__ = [
     "finetune",
     "fold",
     "initialize",
+    "inspect",
     "link",
     "quantize",
     "report_of",

@@ -1,8 +1,9 @@
 """Brevitas as a host of a job."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, nn
 
@@ -12,7 +13,8 @@ from qft_plugin.brevitas._read import Source
 from qft_plugin.brevitas._swap import swap
 from qft_plugin.brevitas._write import write
 from qft_plugin.config import QFTConfig
-from qft_plugin.deploy.images import keep_images
+from qft_plugin.deploy.images import keep_images, kept_images
+from qft_plugin.errors import warn
 from qft_plugin.graph.torch_model import accepts
 from qft_plugin.job.host import Problem, Start
 from qft_plugin.job.start import initialize, start
@@ -21,6 +23,11 @@ from qft_plugin.training.data import Inputs, as_call
 from qft_plugin.training.integers import DeployedWeight, deployed_weights
 from qft_plugin.training.loss import Network
 from qft_plugin.training.student import Unfold
+
+logger = logging.getLogger("qft_plugin")
+
+LISTED: Final = 3
+"""How many quantizers a warning names."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,8 @@ class Brevitas:
                 return chosen
             write(problem.source, chosen, deployed_weights(chosen.dof))
             problem = replace(problem, source=problem.source.again())
+        else:
+            _look_at_start(problem.source)
         factors = shared_factors(problem.source.linked)
         assert factors is not None
         with phase("taking over the start"):
@@ -101,3 +110,19 @@ class Brevitas:
         write(problem.source, start, deployed)
         keep_images(problem.source.linked, problem.inputs.laid_out(channels_last=False))
         return problem.source.linked
+
+
+def _look_at_start(source: Source) -> None:
+    """Warn where activations would train from the range of an example, and log where no job has chosen a start."""
+    missing = [name for name, scaling in source.activations.items() if not scaling.calibrated]
+    if missing:
+        more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
+        warn(
+            "Quantizers of activations should have ranges from several batches before a finetune. Found "
+            f"{len(missing)} of {len(source.activations)} that have seen one example, or nothing: "
+            f"{', '.join(missing[:LISTED])}{more}. Call qft_plugin.brevitas.initialize(model, data, config) first; it "
+            "chooses ranges, and weights whose rounding errors compensate each other.",
+            stacklevel=2,
+        )
+    elif not kept_images(source.linked):
+        logger.info("finetune: the start is what the quantizers have; initialize was not called on this model")

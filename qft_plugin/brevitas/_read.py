@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qft_plugin.brevitas._scalings import ActivationScaling, WeightScaling
-from qft_plugin.brevitas._twin import PLAIN, activation_scaling, make_twin, weight_scaling
+from qft_plugin.brevitas._twin import PLAIN, activation_scaling, make_twin, quantizes_bias, weight_scaling
 from qft_plugin.errors import DataError, ModelError
 from qft_plugin.graph.batch_norms import merge_norms
 from qft_plugin.graph.channel_affine import Rescaled, free_channels
@@ -96,8 +96,31 @@ def check(model: nn.Module) -> None:
             f"The model should have a layer with a weight quantizer of qft_plugin.brevitas. Found none in "
             f"{type(model).__qualname__}. Pass weight_quant=QFTInt4Weight to its layers, or use quantize."
         )
+    _check_biases(model)
     tensors = {n: p for m in model.modules() if isinstance(m, PLAIN) for n, p in m.named_parameters(recurse=False)}
     check_finite(tensors)
+
+
+def _check_biases(model: nn.Module) -> None:
+    """Refuse quantizers of biases, which would round in another scale than the accumulator's while that trains.
+
+    Raises:
+        ModelError: it names the layers, their quantizers, and what to use instead.
+    """
+    found = {}
+    for name, layer in model.named_modules():
+        if weight_scaling(layer) is not None and quantizes_bias(layer):
+            found[name or type(layer).__name__] = layer.bias_quant.quant_injector
+    if found:
+        names, its = ", ".join(found), "its bias" if len(found) == 1 else "their biases"
+        kinds = " and ".join(sorted({getattr(q, "__name__", "a quantizer") for q in found.values()}))
+        bits = max((q.bit_width for q in found.values() if "bit_width" in q), default=32)
+        raise ModelError(
+            f"Layer{'s' * (len(found) > 1)} {names}: {its} should not be quantized while the scales are trained. Found "
+            f"bias_quant={kinds}. Build with bias_quant=None. For biases that are integers in the accumulator's scale, "
+            f"train with QFTConfig(hardware=HardwareSpec(bias_bits={bits})): fold gives them a quantizer then. Or pass "
+            f"bias_bits={bits} to fold alone, which rounds them without training."
+        )
 
 
 def made_in_inference_mode(model: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """The functions for users of Brevitas: initialize, finetune, quantize."""
 
 import copy
+import logging
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from qft_plugin.brevitas._host import Brevitas
+from qft_plugin.brevitas._link import shared_factors
 from qft_plugin.brevitas._read import check, made_in_inference_mode
 from qft_plugin.brevitas._version import check_version
 from qft_plugin.config import QFTConfig
@@ -19,6 +21,8 @@ from qft_plugin.job.target import run_to_target
 from qft_plugin.report.display import shown
 from qft_plugin.training.distributed import joined
 from qft_plugin.training.finetune import FinetuneResult
+
+logger = logging.getLogger("qft_plugin")
 
 BY_QUANTIZERS: Final = (
     "weight_bits",
@@ -39,7 +43,7 @@ BY_QUANTIZERS_OF_HARDWARE: Final = ("rescale", "doubly_per_channel", "activation
 def initialize(model: nn.Module, data: Iterable[Any], config: QFTConfig | None = None, *, verbose: bool = True) -> None:
     """Choose where a finetune of a linked model starts, in place: ranges, MMSE scales, equalization, compensation.
 
-    A model that is not linked is linked first.
+    A model that is not linked is linked first, on the first images, and a log line (INFO) says so.
 
     Args:
         model: layers of `brevitas.nn` with quantizers of this package.
@@ -47,10 +51,11 @@ def initialize(model: nn.Module, data: Iterable[Any], config: QFTConfig | None =
         config: the settings; bit widths and granularity are those of the model's quantizers.
         verbose: show the phases on stderr while they run, and the report at the end.
     """
-    config = _config(config, model)
+    config = checked_config(config, model)
     with torch.inference_mode(False), torch.no_grad(), joined(model) as world, shown(verbose and world.is_first):
         check_version()
         check(model)
+        _say_if_not_linked("initialize", model)
         run(Brevitas(model, data, None, calibrates=True), config)
 
 
@@ -66,8 +71,11 @@ def finetune(
     """Train all degrees of freedom of a linked model against its float teacher, in place.
 
     The model changes only at the end, to the best state that was seen; an interruption leaves it as it was. A model
-    that is not linked is linked first. Where nothing was initialized, training starts from the scales that the
-    quantizers have.
+    that is not linked is linked first, on the first images, and a log line (INFO) says so.
+
+    Training starts from the scales and weights that the model has. Without `initialize` these are weights that are
+    rounded to nearest, and scales of activations that someone else has chosen or trained; where they have seen a first
+    batch or nothing yet, a `QFTWarning` says so.
 
     Args:
         model: layers of `brevitas.nn` with quantizers of this package.
@@ -83,7 +91,7 @@ def finetune(
     Raises:
         ConfigError: a setting contradicts the model, or teacher and student cannot be compared.
     """
-    config = _config(config, model)
+    config = checked_config(config, model)
     if config.finetune is None:
         raise ConfigError(
             "QFTConfig.finetune should be a FinetuneConfig. Found None. Call initialize for a start alone."
@@ -92,6 +100,7 @@ def finetune(
     with torch.inference_mode(False), torch.enable_grad(), joined(model) as world, shown(verbose and world.is_first):
         check_version()
         check(model)
+        _say_if_not_linked("finetune", model)
         result = run(Brevitas(model, data, teacher, calibrates=False), config, callback=callback).result
     assert result is not None
     return result
@@ -144,7 +153,12 @@ def quantize(
         return run_to_target(host, config, callback=callback).model
 
 
-def _config(config: QFTConfig | None, model: Any) -> QFTConfig:
+def _say_if_not_linked(function: str, model: nn.Module) -> None:
+    if shared_factors(model) is None:
+        logger.info("%s: the model is not linked yet; that is done first, on the first images of the data", function)
+
+
+def checked_config(config: QFTConfig | None, model: Any) -> QFTConfig:
     """Refuse what only a model itself decides."""
     config, default = config or QFTConfig(), QFTConfig()
     for names, found, usual in (

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from qft_plugin.deploy import qcdq, qcdq_defects, qonnx
 from qft_plugin.deploy.dropout import without_dropout
 from qft_plugin.deploy.files import checked_path, draft_of, refused
-from qft_plugin.deploy.images import call_of, calls_of, kept_images
+from qft_plugin.deploy.images import calls_of, example_of, kept_images
 from qft_plugin.deploy.watched import Grid, Quantizer, Watched
 from qft_plugin.errors import DeployabilityError
 from qft_plugin.graph.torch_model import Call, evaluating, in_float32, tensors_in
+from qft_plugin.packages import require
 from qft_plugin.report.display import shown
 from qft_plugin.report.progress import phase
 from qft_plugin.training.distributed import once
@@ -33,7 +34,7 @@ OPSET: Final = 14
 def save_qonnx(
     model: nn.Module,
     path: str | os.PathLike[str],
-    example_input: Any,
+    example_input: Any = None,
     *,
     check: bool = True,
     verbose: bool = True,
@@ -50,9 +51,12 @@ def save_qonnx(
         verbose: show the phases on stderr while they run.
 
     Raises:
+        DataError: `example_input` is missing, or the model does not take it.
+        HostError: a package for the export is missing.
         DeployabilityError: the path cannot be written, or torch or QONNX cannot export or run the model.
         ParityError: the file differs from the model; nothing is written.
     """
+    require("onnx", "qonnx", extra="brevitas,export")
     # Imported late: exporting needs packages that training does not, and warns of some that are missing.
     import onnx
     from brevitas.export import export_qonnx
@@ -69,7 +73,7 @@ def save_qonnx(
 def save_qcdq(
     model: nn.Module,
     path: str | os.PathLike[str],
-    example_input: Any,
+    example_input: Any = None,
     *,
     check: bool = True,
     images: Iterable[Any] | None = None,
@@ -91,10 +95,13 @@ def save_qcdq(
         verbose: show the phases on stderr while they run.
 
     Raises:
+        DataError: `example_input` is missing, or the model does not take it.
+        HostError: a package for the export is missing.
         DeployabilityError: the scale of a weight differs by input channel, which QCDQ cannot express (it names the
             layers), the path cannot be written, or torch cannot export the model or a runtime the file.
         ParityError: the file differs from the model; nothing is written.
     """
+    require("onnx", "openvino", *(["onnxruntime"] if check else []), extra="brevitas,export")
     import onnx
     from brevitas.export import export_onnx_qcdq
 
@@ -140,7 +147,7 @@ def _exported(
     """Export a model to a draft; the draft takes the place of the target where nothing was raised."""
     target = checked_path(path, ".onnx")
     model, example_input = in_float32(model, example_input)
-    args, kwargs = call_of(model, example_input)
+    args, kwargs = example_of(model, example_input)
     inputs = (*args, *kwargs.values())
     with evaluating(model), torch.no_grad(), _attention_in_parts(), without_dropout(), draft_of(target) as draft:
         axes = {f"input_{i}": {0: "batch"} for i in range(len(inputs))} if free_batch else None

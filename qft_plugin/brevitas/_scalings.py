@@ -133,6 +133,12 @@ class ActivationScaling(Scaling):
         self.register_buffer("zero_point", torch.tensor(0.0), persistent=asymmetric)
         self.register_buffer("index", None, persistent=False)
         self.shape: tuple[int, ...] = ()
+        self._first_seen: float | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the step is another one than that of the first batch that was seen."""
+        return self.ready and float(self.log_s.detach()) != self._first_seen
 
     def link(self, factors: CrossLayerFactors, index: Tensor | None, shape: tuple[int, ...]) -> None:
         """Give each channel a factor.
@@ -164,7 +170,7 @@ class ActivationScaling(Scaling):
         """Set the step, real per step, and the integer of the real 0."""
         self.log_s.copy_(scale.log())
         self.zero_point.fill_(zero_point)
-        self.ready = True
+        self.ready, self._first_seen = True, None
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
@@ -174,6 +180,7 @@ class ActivationScaling(Scaling):
             return  # Brevitas asks for the scale by calling with 0; nothing has been seen
         scale, zero_point = activation_range(x, low=self.low, high=self.high, asymmetric=self.asymmetric)
         self.start(scale, zero_point)
+        self._first_seen = float(self.log_s.detach())
 
     def forward(self, x: Tensor, threshold: Tensor | None = None) -> Tensor:
         """Return the scale, `[]` or on the axis of the channels, real per step."""

@@ -218,14 +218,15 @@ def _insert_factors(model: fx.GraphModule, channels: Mapping[Place, tuple[int, i
 def _kept_in_float(graph: LayerGraph, names: Container[str]) -> list[str]:
     """Describe the convolutions and linear layers that are not among those that are quantized."""
     kept = dict.fromkeys(
-        f"{module_of(op) or op.name} ({_why_kept(graph, op)})"
+        f"{module_of(op) or op.name} ({why_kept(graph, op)})"
         for op in graph.ops
         if op.function in LAYERS and module_of(op) not in names
     )
     return list(kept)
 
 
-def _why_kept(graph: LayerGraph, op: Op) -> str:
+def why_kept(graph: LayerGraph, op: Op) -> str:
+    """Say why a convolution or linear layer of a float model stays in floating point."""
     weight = op.argument(1, "weight")
     if not isinstance(weight, Const):
         return f"{op.function} with a weight that is computed in the forward"

@@ -69,7 +69,7 @@ def _replacement(name: str, module: nn.Module, quantizers: dict[int, FakeQuantiz
     if not proxies:
         return None
     if not all(activation_scaling(p) or p.__dict__.get(KEPT) or not p.is_quant_enabled for p in proxies):
-        if any(p.__dict__.get(KEPT) for p in proxies) and _quantizes_bias(module):
+        if any(p.__dict__.get(KEPT) for p in proxies) and quantizes_bias(module):
             raise ModelError(
                 f"Layer {name}: its bias should not be quantized while its scales are trained. Found a bias_quant. "
                 "Build it with bias_quant=None and pass bias_bits to fold."
@@ -95,7 +95,8 @@ def _replacement(name: str, module: nn.Module, quantizers: dict[int, FakeQuantiz
     return _Foreign(module)
 
 
-def _quantizes_bias(module: nn.Module) -> bool:
+def quantizes_bias(module: nn.Module) -> bool:
+    """Whether a layer has a quantizer of its bias that is on."""
     proxy = getattr(module, "bias_quant", None)
     return proxy is not None and bool(proxy.is_quant_enabled)
 

@@ -6,6 +6,7 @@ from importlib import metadata
 from typing import Final
 
 from qft_plugin.errors import HostError
+from qft_plugin.packages import missing
 
 OLDEST: Final = (0, 13, 1)
 """The first version that runs on torch 2.13, which has no named tensors any more."""
@@ -21,9 +22,7 @@ def check_version() -> None:
     try:
         found = metadata.version("brevitas")
     except metadata.PackageNotFoundError:
-        raise HostError(
-            f"Brevitas {wanted} or newer should be installed. Found none. Run: pip install 'qft_plugin[brevitas]'."
-        ) from None
+        raise missing(f"Brevitas {wanted} or newer", extra="brevitas") from None
     numbers = tuple(int(part) for part in re.findall(r"\d+", found)[:3])
     if numbers < OLDEST:
         raise HostError(f"Brevitas should be at least {wanted}. Found {found}. Run: pip install 'brevitas>={wanted}'.")

@@ -3,7 +3,7 @@
 import contextlib
 import fnmatch
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Final
@@ -13,9 +13,9 @@ from torch import Tensor
 
 import qft_plugin
 from qft_plugin.config import QFTConfig
-from qft_plugin.graph.layer_graph import MADE_INSIDE, Const, LayerGraph, Op, Ref
+from qft_plugin.graph.layer_graph import MADE_INSIDE, Const, DofMap, LayerGraph, Op, Ref
 from qft_plugin.graph.operations import LAYERS
-from qft_plugin.graph.placement import Placement, quantizers_of
+from qft_plugin.graph.placement import Placement, quantizers_before, quantizers_of
 from qft_plugin.graph.torch_model import tensors_in
 from qft_plugin.job.host import Placed, Problem, Source, Start
 from qft_plugin.report.data import Layer, Node, Report
@@ -70,42 +70,75 @@ def layers_of(
         host: its name.
     """
     source, placement = problem.source, start.placed.placement
+    known = {layer.weight: layer for layer in start.dof.map.layers}
     asked = config.weight_bits_of({name: weight.integers.numel() for name, weight in deployed.items()})
     found: dict[str, Layer] = {}
+    named = names_of_layers(source.graph, start.dof.map, deployed)
     for op in source.graph.ops:
-        name, weight = _weight_of(op)
-        if name in found or (op.function.partition(" ")[0] not in LAYERS and weight not in deployed):
+        name, weight = named.get(op.name, ("", ""))
+        if not name or name in found:
             continue
         bits = deployed[weight].bits if weight in deployed else None
+        read = quantizers_before(source.graph, placement, known[weight]) if weight in known else None
         found[name] = Layer(
             name=name,
             weight=weight,
             kind=op.function.partition(" ")[0],
-            shape=_shape(source, op),
+            shape=tuple(source.tensors[weight].shape) if weight in source.tensors else _shape(source, op),
             bits=bits,
-            activation_bits=_bits_read(source.graph, placement, op, 0),
+            activation_bits=_bits(placement, read) if read else _bits_read(source.graph, placement, op, 0),
             scales=_scales(deployed[weight]) if weight in deployed else 0,
             reason=_why_float(source, op, host) if bits is None else _why_wide(op, weight, bits, config, asked),
         )
     return tuple(found.values())
 
 
-def nodes_of(graph: LayerGraph, placement: Placement, layers: tuple[Layer, ...]) -> tuple[Node, ...]:
+def names_of_layers(graph: LayerGraph, dof_map: DofMap, deployed: Container[str]) -> dict[str, tuple[str, str]]:
+    """Name the layers: every convolution and linear layer, and what else has a quantized weight.
+
+    Args:
+        graph: the network.
+        dof_map: its layers.
+        deployed: names of the quantized weights.
+
+    Returns:
+        By name of each operation that computes one, the name of the layer, and that of its weight, which is empty
+        where it is no parameter.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for layer in dof_map.layers:
+        if layer.is_kernel or layer.weight in deployed:
+            found |= dict.fromkeys(layer.calls, (layer.weight.removesuffix(".weight"), layer.weight))
+    for op in graph.ops:
+        if op.name in found or op.function.partition(" ")[0] not in LAYERS:
+            continue
+        weight = op.argument(1, "weight")
+        if isinstance(weight, Const) and weight.name != MADE_INSIDE:
+            found[op.name] = weight.name.removesuffix(".weight"), weight.name
+            continue
+        taken, name, number = {known for known, _ in found.values()}, place_of(op.name), 1
+        while name in taken:
+            number += 1
+            name = f"{place_of(op.name)} ({number})"
+        found[op.name] = name, ""
+    return found
+
+
+def nodes_of(graph: LayerGraph, placement: Placement, named: Mapping[str, tuple[str, str]]) -> tuple[Node, ...]:
     """Describe all operations, in the order of execution; quantizers are no operations of the user's network.
 
     Args:
         graph: the network.
         placement: its quantizers.
-        layers: the result of `layers_of`.
+        named: the result of `names_of_layers`.
     """
-    names, makers, nodes = {layer.name for layer in layers}, dict[str, str](), list[Node]()
+    makers, nodes = dict[str, str](), list[Node]()
     for op in graph.ops:
         if op.function == QUANTIZER_OP and op.outputs[0] in placement.on_tensor and op.inputs:
             if op.inputs[0] in makers:
                 makers[op.outputs[0]] = makers[op.inputs[0]]
             continue
         makers |= dict.fromkeys(op.outputs, op.name)
-        name = _weight_of(op)[0]
         bits = [_bits_read(graph, placement, op, index) for index in range(len(op.inputs))]
         whole = [b for b in bits if b is not None]
         nodes.append(
@@ -113,7 +146,7 @@ def nodes_of(graph: LayerGraph, placement: Placement, layers: tuple[Layer, ...])
                 name=op.name,
                 function=op.function.partition(" ")[0],
                 inputs=tuple(dict.fromkeys(makers[read] for read in op.inputs if read in makers)),
-                layer=name if name in names else "",
+                layer=named.get(op.name, ("", ""))[0],
                 bits=max(whole) if whole and len(whole) == len(bits) else None,
             )
         )
@@ -126,18 +159,10 @@ def place_of(op: str) -> str:
     return path.replace("/", ".") or function or op
 
 
-def _weight_of(op: Op) -> tuple[str, str]:
-    """Return the name of a layer, and of its weight, which is empty where it is no parameter."""
-    weight = op.argument(1, "weight")
-    if isinstance(weight, Const) and weight.name != MADE_INSIDE:
-        return weight.name.removesuffix(".weight"), weight.name
-    return place_of(op.name), ""
-
-
 def _shape(source: Source, op: Op) -> tuple[int, ...]:
     weight = op.argument(1, "weight")
     if isinstance(weight, Const):
-        return tuple(source.tensors[weight.name].shape) if weight.name in source.tensors else weight.shape
+        return weight.shape
     return tuple(source.graph.shapes[op.inputs[weight.index]]) if isinstance(weight, Ref) else ()
 
 
@@ -149,7 +174,11 @@ def _bits_read(graph: LayerGraph, placement: Placement, op: Op, index: int) -> i
     """Return the bit width of an input of an operation; `None` where a part of it is not quantized."""
     if index >= len(op.inputs):
         return None
-    names = quantizers_of(graph, placement, op.name, index, op.inputs[index])
+    return _bits(placement, quantizers_of(graph, placement, op.name, index, op.inputs[index]))
+
+
+def _bits(placement: Placement, names: Sequence[str | None]) -> int | None:
+    """Return the widest of several quantizers; `None` where one of them is missing."""
     return (
         max((placement.activations[n].bits for n in names if n is not None), default=0) if None not in names else None
     )
@@ -179,17 +208,14 @@ def _why_wide(op: Op, weight: str, bits: int, config: QFTConfig, asked: Mapping[
 
 
 @torch.no_grad()
-def agreement_of(start: Start[Placed], problem: Problem[Source]) -> float | None:
-    """Return on which share of the images that a state is judged by the student names the class of the float network.
+def agreement_of(start: Start[Placed], problem: Problem[Source]) -> Agreement:
+    """Count on which of the images that a state is judged by the student names the class of the float network.
 
-    Both run once. Where a finetune compares them, it tells this itself.
+    Both run once on those of this process. Where a finetune compares them, it tells this itself.
 
     Args:
         start: the student and its degrees of freedom.
         problem: the float network and the images.
-
-    Returns:
-        From 0 to 1; `None` for networks that do not return one tensor `[images, classes]`.
     """
     inputs, agreement, solution = problem.inputs, Agreement(), solve(start.dof)
     share, world = inputs.share, inputs.world
@@ -201,7 +227,7 @@ def agreement_of(start: Start[Placed], problem: Problem[Source]) -> float | None
             call = share.batch(slice(first, min(first + size, rows.stop)))
             args, kwargs = call
             agreement.add(start.student(solution, call).classes, _classes(problem.source.model(*args, **kwargs)))
-    return agreement.of_all(world)
+    return agreement
 
 
 def _classes(result: Any) -> Tensor | None:
@@ -262,7 +288,7 @@ def report_of_job(
         about: what the job itself knows.
     """
     source, inputs = problem.source, problem.inputs
-    layers = layers_of(problem, start, deployed, config, host=about.host)
+    named = names_of_layers(source.graph, start.dof.map, deployed)
     return Report(
         host=about.host,
         versions=versions_of(about.host),
@@ -275,8 +301,8 @@ def report_of_job(
         losses=() if result is None else result.losses,
         agreement=about.agreement if result is None else result.agreement,
         start_agreement=None if result is None else result.start_agreement,
-        layers=layers,
-        nodes=nodes_of(source.graph, start.placed.placement, layers),
+        layers=layers_of(problem, start, deployed, config, host=about.host),
+        nodes=nodes_of(source.graph, start.placed.placement, named),
         warnings=tuple(about.warnings),
         seconds=dict(about.seconds),
         peak_memory=peak_memory(),

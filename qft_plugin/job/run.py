@@ -125,8 +125,10 @@ def run_on(
             check_accumulators(start.dof, deployed)
         agreement = None
         if result is None:
-            with phase("comparing"), agreed(inputs.world):
-                agreement = agreement_of(start, problem)
+            with phase("comparing"):
+                with agreed(inputs.world):
+                    counted = agreement_of(start, problem)
+                agreement = counted.of_all(inputs.world)
         name = type(host.model).__name__
         measured = analysed(start, problem, config) if config.analyse else None
         with phase("writing"):

@@ -72,6 +72,11 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
         if algorithm is None:
             if callback is not None:
                 raise ConfigError('callback should come with algorithm="qft". Found no algorithm.')
+            if verbose is not True:
+                raise ConfigError(
+                    f'verbose should come with algorithm="qft". Found {verbose!r} and no algorithm: NNCF itself has no '
+                    "such argument. Leave it out."
+                )
             return original(model, calibration_dataset, **host)
         asked = _Asked(algorithm, callback, verbose)
         return _quantize(original, model, calibration_dataset, asked, host).model
@@ -122,10 +127,7 @@ def quantize(
 
 
 def _quantize(original: Callable[..., Any], model: Any, dataset: Any, asked: _Asked, host: dict[str, Any]) -> Job:
-    config = _with_range(_config(asked.algorithm), host.get("advanced_parameters"))
-    settings = _host_settings(original, host, config)
-    own_items = config.activation_range == "host" or "subset_size" in settings
-    request = Request(original, dataset, settings, config.hardware, own_items=own_items)
+    config, request = checked_request(original, dataset, _config(asked.algorithm), host)
     # Calibration code often stands inside no_grad or inference_mode, but this one trains.
     with (
         torch.inference_mode(False),
@@ -138,6 +140,26 @@ def _quantize(original: Callable[..., Any], model: Any, dataset: Any, asked: _As
         # One process keeps all images anyway; NNCF says then what is wrong with its setting.
         head_items = request.calibration_items if request.own_items and world.size > 1 else 0
         return run_to_target(NNCF(model, request, head_items), config, callback=asked.callback)
+
+
+def checked_request(
+    original: Callable[..., Any], dataset: Any, config: QFTConfig, host: dict[str, Any]
+) -> tuple[QFTConfig, Request]:
+    """Check the user's settings against each other; returns those of the job, and what NNCF is asked for.
+
+    Args:
+        original: NNCF's own `quantize`.
+        dataset: the calibration dataset.
+        config: the settings.
+        host: the other arguments of NNCF's own `quantize`.
+
+    Raises:
+        HostError: a setting cannot be honoured.
+    """
+    config = _with_range(config, host.get("advanced_parameters"))
+    settings = _host_settings(original, host, config)
+    own_items = config.activation_range == "host" or "subset_size" in settings
+    return config, Request(original, dataset, settings, config.hardware, own_items=own_items)
 
 
 def _config(algorithm: Any) -> QFTConfig:

@@ -11,7 +11,7 @@ from nncf.torch.quantization.layers import AsymmetricQuantizer, SymmetricQuantiz
 from torch import Tensor, nn
 
 from qft_plugin.deploy.dropout import without_dropout
-from qft_plugin.deploy.images import call_of, calls_of, kept_images
+from qft_plugin.deploy.images import call_of, calls_of, example_of, kept_images
 from qft_plugin.deploy.openvino import OpenVINOReport, Storage, save
 from qft_plugin.deploy.watched import Grid, Quantizer, Watched
 from qft_plugin.errors import DeployabilityError
@@ -19,6 +19,7 @@ from qft_plugin.graph.torch_model import evaluating, in_float32
 from qft_plugin.nncf._convert import converted
 from qft_plugin.nncf._read import HOOKS_ATTRIBUTE
 from qft_plugin.nncf._write import without_compiler
+from qft_plugin.packages import require
 from qft_plugin.report.display import shown
 from qft_plugin.report.progress import phase
 from qft_plugin.training.distributed import once
@@ -28,7 +29,7 @@ from qft_plugin.training.distributed import once
 def save_openvino(
     model: nn.Module,
     path: str | os.PathLike[str],
-    example_input: Any,
+    example_input: Any = None,
     *,
     weights: Storage = "i4",
     check: bool = True,
@@ -53,9 +54,12 @@ def save_openvino(
         Sizes, differences, and the precision that each layer runs in on this CPU.
 
     Raises:
+        DataError: `example_input` is missing, or the model does not take it.
+        HostError: OpenVINO is missing.
         DeployabilityError: the model is not quantized by NNCF, cannot be traced, or the path cannot be written.
         ParityError: the file differs from the model; nothing is written.
     """
+    require("openvino", extra="nncf")
     if HOOKS_ATTRIBUTE not in dict(model.named_children()):
         raise DeployabilityError(
             f"The model should come from nncf.quantize. Found a {type(model).__name__} without quantizers. "
@@ -63,9 +67,10 @@ def save_openvino(
         )
     model, example_input = in_float32(model, example_input)
     with shown(verbose), evaluating(model), torch.no_grad(), without_compiler(), without_dropout():
+        example = example_of(model, example_input)
+        # A list of one tensor, as a loader makes it, is that tensor.
         with phase("converting"):
-            ir = converted(model, example_input)
-        example = call_of(model, example_input)
+            ir = converted(model, example[0][0] if isinstance(example_input, list) else example_input)
         others = kept_images(model) if images is None else calls_of(model, images)
         return save(
             ir, path, storage=weights, watched=watched(model) if check else None, example=example, images=others

@@ -4,6 +4,7 @@ from importlib import metadata
 from typing import Final
 
 from qft_plugin.errors import HostError
+from qft_plugin.packages import missing
 
 OLDEST: Final = (2, 17)
 """The first version whose torch models are quantized by function hooks."""
@@ -19,9 +20,7 @@ def check_version() -> None:
     try:
         found = metadata.version("nncf")
     except metadata.PackageNotFoundError:
-        raise HostError(
-            f"NNCF {wanted} or newer should be installed. Found none. Run: pip install 'qft_plugin[nncf]'."
-        ) from None
+        raise missing(f"NNCF {wanted} or newer", extra="nncf") from None
     numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
     if numbers < OLDEST:
         raise HostError(f"NNCF should be at least {wanted}. Found {found}. Run: pip install 'nncf>={wanted}'.")

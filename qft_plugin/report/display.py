@@ -119,7 +119,6 @@ class Terminal:
         self._console, self._bars, self._task = console, bars, None
         plain = console.options.ascii_only
         self._tick, self._cross = ("ok", "failed") if plain else ("✓", "✗")
-        self._running: Running | None = None
 
     def begin(self, phase: Running) -> None:
         """Draw a line for it."""

@@ -2,7 +2,9 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
+
+from qft_plugin.report.record import Record
 
 BRIEF: Final = 0.05
 """Seconds below which a phase is left out."""
@@ -11,7 +13,7 @@ LISTED: Final = 5
 """How many of the layers that stayed in floating point are named."""
 
 
-def summary(report: Any) -> str:
+def summary(report: Record) -> str:
     """Say what a job did and how good its result is, one thing in a line.
 
     Args:
@@ -19,7 +21,7 @@ def summary(report: Any) -> str:
     """
     rows: list[tuple[str, str]] = [("images", _images(report)), ("loss", _loss(report))]
     if report.agreement is not None:
-        rows.append(("agreement", _agreement(report)))
+        rows.append(("agreement", _agreement(report, report.agreement)))
     rows.append(("layers", _layers(report)))
     rows += [("" if number else "stayed float", line) for number, line in enumerate(_floating(report))]
     if report.decisions:
@@ -36,7 +38,7 @@ def summary(report: Any) -> str:
     return "\n".join([head, *(f"  {name.ljust(width)}  {text}" for name, text in rows)])
 
 
-def one_line(report: Any) -> str:
+def one_line(report: Record) -> str:
     """Say the same in one short line.
 
     Args:
@@ -55,12 +57,12 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _images(report: Any) -> str:
+def _images(report: Record) -> str:
     held = f"{report.held_out} of them held out of training" if report.held_out else "none held out of training"
     return f"{report.images}, {held}"
 
 
-def _loss(report: Any) -> str:
+def _loss(report: Record) -> str:
     if report.final_loss is None:
         return "not measured, nothing was trained"
     steps = f"in {len(report.losses)} steps"
@@ -70,13 +72,13 @@ def _loss(report: Any) -> str:
     return f"{report.start_loss:.5f} -> {report.final_loss:.5f} {steps}{at}"
 
 
-def _agreement(report: Any) -> str:
+def _agreement(report: Record, agreement: float) -> str:
     before = "" if report.start_agreement is None else f"{percent(report.start_agreement)} -> "
     which = f"the {report.held_out} images" if report.held_out else "images"
-    return f"{before}{percent(report.agreement)} of {which} get the class of the float network"
+    return f"{before}{percent(agreement)} of {which} get the class of the float network"
 
 
-def _layers(report: Any) -> str:
+def _layers(report: Record) -> str:
     counts = Counter(layer.bits for layer in report.layers)
     parts = [f"{counts[bits]} of {bits} bits" for bits in sorted(b for b in counts if b is not None)]
     if counts[None]:
@@ -84,7 +86,7 @@ def _layers(report: Any) -> str:
     return f"{len(report.layers)}: {', '.join(parts)}" if parts else "none"
 
 
-def _floating(report: Any) -> list[str]:
+def _floating(report: Record) -> list[str]:
     lines = [f"{layer.name}: {layer.reason}" for layer in report.layers if layer.bits is None]
     more = len(lines) - LISTED
     return [*lines[:LISTED], *([f"and {more} more layers"] if more > 0 else [])]

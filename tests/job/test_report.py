@@ -197,3 +197,38 @@ def test_short_forms_are_short() -> None:
 def test_memory_is_counted_in_bytes() -> None:
     """A process that has loaded torch needs more than 50 MB, and less than 50 GB."""
     assert 50e6 < peak_memory() < 50e9
+
+
+class Computes(nn.Module):
+    """Computes the weights of two layers in one forward, and more beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.conv2d(x, self.first.weight / 2).relu()
+        return x + nn.functional.conv2d(y, self.second.weight / 2)
+
+
+class Holds(nn.Module):
+    """Calls such a block between layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.last = Computes(), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.block(x).relu()).mean((2, 3))  # type: ignore[no-any-return]
+
+
+def test_layers_of_one_module_have_names_of_their_own() -> None:
+    """And what else the module computes is none of them."""
+    report = job_of(Holds(), batches(), replace(settings(), finetune=None)).report
+    assert [layer.name for layer in report.layers] == ["block", "block (2)", "last"]
+    assert [layer.shape for layer in report.layers] == [(8, 3, 1, 1), (3, 8, 1, 1), (4, 3, 1, 1)]
+    assert [(node.function, node.layer) for node in report.nodes if node.layer] == [
+        ("conv2d", "block"),
+        ("conv2d", "block (2)"),
+        ("conv2d", "last"),
+    ]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from qft_plugin.training.finetune import FinetuneResult, Goal, finetune
 from qft_plugin.training.loss import Loss, Prediction, normalised_l2
 from qft_plugin.training.phases import Options, Phase, Step, learning_rate_factor
 from qft_plugin.training.rows import Kept
-from qft_plugin.training.teacher import Targets, teacher_predictions
+from qft_plugin.training.teacher import Recomputed, Targets, teacher_predictions
 
 EXACT = 1e-6
 """float32 sums of a few hundred terms in another order."""
@@ -31,7 +32,7 @@ def problem(count: int = 40) -> tuple[Linear, Inputs, Targets]:
 def run(
     student: Linear,
     inputs: Inputs,
-    targets: Targets,
+    targets: Targets | Recomputed,
     *,
     rate: float = 0.05,
     callback: Callable[[Step], None] | None = None,
@@ -257,3 +258,30 @@ def test_the_loss_that_decides_is_that_of_the_first_images() -> None:
         found = [student(((part,), {})).features[0] for part in (inputs.args[0][:64], inputs.args[0][64:])]
     losses = [float(normalised_l2(f, w)) for f, w in zip(found, wanted, strict=True)]
     assert result.start_loss == pytest.approx((64 * losses[0] + 6 * losses[1]) / 70, rel=EXACT)
+
+
+class Classes(Linear):
+    """Names one of three classes."""
+
+    def __call__(self, call: Call) -> Prediction:
+        """Return the logits, which are what is compared too."""
+        y = self.linear(call[0][0])
+        return Prediction((y,), y)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_agreement_is_counted_where_the_state_is_judged(recomputed: bool) -> None:
+    """On the images that are held out: the share of which student and teacher name one class."""
+    x = torch.randn(160, 5)
+    inputs, teacher, student = inputs_of(x), Classes(), Classes()
+    found = teacher_predictions(teacher, inputs, batch_size=16, memory_limit=2**20)
+    targets = Recomputed(teacher, inputs, 1, False) if recomputed else replace(found, logits=None)
+    held = x[140:]
+    with torch.no_grad():
+        before = (student.linear(held).argmax(1) == teacher.linear(held).argmax(1)).double().mean()
+    result = run(student, inputs, targets)
+    with torch.no_grad():
+        after = (student.linear(held).argmax(1) == teacher.linear(held).argmax(1)).double().mean()
+    assert result.start_agreement == pytest.approx(float(before))
+    assert result.agreement == pytest.approx(float(after))
+    assert float(after) > float(before)

@@ -1,0 +1,1 @@
+"""The command line, `qft`: settings, networks and images come from files, results go to files."""

@@ -1,0 +1,51 @@
+"""A dry run under NNCF."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import nncf
+import torch
+from torch import nn
+
+from qft_plugin.config import QFTConfig
+from qft_plugin.graph.layer_graph import LayerGraph, Op
+from qft_plugin.job.inspect import inspect as job_inspect
+from qft_plugin.job.planned import About
+from qft_plugin.nncf._host import NNCF
+from qft_plugin.nncf._read import check_model
+from qft_plugin.nncf._register import MARK, checked_request
+from qft_plugin.nncf._version import check_version
+from qft_plugin.report.inspection import Inspection
+from qft_plugin.training.distributed import joined
+
+
+def inspect(model: nn.Module, calibration_dataset: Any, config: QFTConfig | None = None, **host: Any) -> Inspection:
+    """Say what `nncf.quantize(..., algorithm=config)` would decide and cost; nothing is trained or written.
+
+    It takes seconds: the model is read, placed and started on the first 64 images, without compensation, and a few
+    steps are timed. Warnings of this library are collected in the result and not shown.
+
+    Args:
+        model: float torch model; it is never changed, and random numbers go on as if nothing had been drawn.
+        calibration_dataset: `nncf.Dataset` of unlabeled inputs.
+        config: the settings; `None` for the defaults.
+        **host: the other arguments of `nncf.quantize`.
+
+    Raises:
+        QFTError: what `nncf.quantize` would raise before it trains, as far as the first images show it.
+    """
+    original = getattr(nncf.quantize, MARK, nncf.quantize)
+    host.pop("callback", None)
+    config, request = checked_request(original, calibration_dataset, config or QFTConfig(), host)
+    with torch.inference_mode(False), torch.enable_grad(), joined(model) as world:
+        check_version()
+        check_model(model)
+        head_items = request.calibration_items if request.own_items and world.size > 1 else 0
+        items = calibration_dataset.get_length() if isinstance(calibration_dataset, nncf.Dataset) else None
+        source = getattr(calibration_dataset, "_data_source", None)
+        about = About("nncf", _why_float, items, once=isinstance(source, Iterator))
+        return job_inspect(NNCF(model, request, head_items), config, about)
+
+
+def _why_float(_: LayerGraph, op: Op) -> str:
+    return f"NNCF quantizes no {op.function} here: ignored_scope, target_device, or its own rules"
