@@ -26,6 +26,9 @@ MOST_JOBS: Final = 5
 """Jobs on the way to a target of accuracy, at most: with no layer raised, with the layers that the errors ask for, and
 three on the way between what was too little and what was enough."""
 
+ROUNDED: Final = 1e-9
+"""What a difference of two scores may be off by their rounding: a drop of 0.1 from 0.8 is more than 0.1 in floats."""
+
 FEW: Final = 4
 """Images that a result may name otherwise than the float network; with fewer, one of them more or less decides."""
 
@@ -204,6 +207,7 @@ def _tried(jobs: _Jobs, aim: "_Aim", raised: Sequence[Candidate], analysis: Anal
     with _quiet():
         ended = jobs.run(raised)
     missing, words = aim.look(ended)
+    missing = missing if missing > ROUNDED else 0.0
     what = "no layer" if analysis is None else f"{_names(raised)}, {analysis.average(raised):.4g} bits on average"
     met = "enough" if missing <= 0 else "not enough"
     jobs.decisions.append(f"Raised to {WIDE} bits: {what}. Found {words}: {met}.")

@@ -111,6 +111,13 @@ def test_an_easy_target_takes_one_job() -> None:
     assert job.report.decisions == ("Raised to 8 bits: no layer. Found 89.5, of 90 for the float model: enough.",)
 
 
+def test_a_target_that_is_just_met() -> None:
+    """0.8 - 0.7 is more than 0.1 in floats; it counts as met."""
+    scores = Scores(0.8, 0.7)
+    job = run_to_target(SmallHost(network(), images()), untrained(evaluate=scores, max_drop=0.1))
+    assert len(job.report.decisions) == 1
+
+
 @pytest.mark.parametrize("needed", [2.1, 3.7, 4.0, 6.2, 7.9])
 def test_a_target_is_met_with_few_bits(needed: float) -> None:
     """Enough bits are found in few jobs, and of those that are enough the fewest that were tried are returned."""
