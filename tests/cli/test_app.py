@@ -1,6 +1,7 @@
 """The commands: what goes wrong is said in a line, with the exit code that is promised, before any work."""
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -336,6 +337,15 @@ def test_the_module_runs_as_the_command() -> None:
     assert done.returncode == 0
     assert "quantize" in done.stdout
     assert "Exit codes" in done.stdout
+
+
+def test_the_docs_name_options_that_exist() -> None:
+    """And all commands."""
+    text = (Path(__file__).parents[2] / "docs" / "command_line.md").read_text()
+    command = commands.typer.main.get_command(commands.app)
+    known = {option for each in command.commands.values() for p in each.params for option in p.opts + p.secondary_opts}
+    assert set(re.findall(r"--[a-z][a-z-]*", text)) <= {*known, "--help"}
+    assert all(f"## qft {name}" in text for name in command.commands)
 
 
 def test_missing_packages_name_the_line_that_installs_them() -> None:
