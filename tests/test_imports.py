@@ -37,7 +37,7 @@ OUTSIDE = {
     "config": set(),
     "config_file": {"tomli", "tomli_w"},
     "onnx_import": {"torch", "numpy", "onnx", "onnxruntime"},
-    "cli": {"torch", "numpy", "typer", "rich", "PIL", "nncf"},
+    "cli": {"torch", "numpy", "typer", "PIL", "nncf"},
     "deploy": {"torch", "numpy", *HOSTS} - {"nncf", "brevitas"},
 }
 """What a folder may import beside the standard library; `torch` and `numpy` where nothing is said. Hosts are free."""

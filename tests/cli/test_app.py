@@ -117,6 +117,24 @@ def test_reports_are_written_where_the_host_makes_them(host: HostStandIn, monkey
     assert Path("r.html").read_text() == "<p>report of Net of 1 bytes</p>"
 
 
+def test_jobs_that_show_themselves_are_asked_to(host: HostStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the report is not said twice; --quiet reaches them."""
+    asked = []
+
+    def quantize(model: nn.Module, *_: object, config: QFTConfig, verbose: bool = True) -> nn.Module:
+        asked.append((config.weight_bits, verbose))
+        return model
+
+    monkeypatch.setattr(host, "quantize", quantize)
+    monkeypatch.setattr(host, "report_of", lambda _: Said("the report"), raising=False)
+    common = ("quantize", f"{NET}:make", "--data", "images", "--out", "net.onnx")
+    said, hushed = qft(*common), qft(*common, "--quiet")
+    assert asked == [(4, True), (4, False)]
+    assert "net.onnx: 1 bytes" in said.output
+    assert "the report" not in said.output
+    assert hushed.output == ""
+
+
 def test_inspect_shows_what_the_host_finds(host: HostStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is called with the model, the images and the settings."""
 
