@@ -162,6 +162,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_the_settings_in_the_docs_are_read(written: Callable[[str, str], Path]) -> None:
+    """As they are printed."""
+    text = (Path(__file__).parents[1] / "docs" / "command_line.md").read_text()
+    block = text.split("```toml\n")[1].split("```")[0]
+    expected = QFTConfig(
+        layer_bits={"features.0.*": 8},
+        hardware=HardwareSpec(rescale="layerwise"),
+        finetune=FinetuneConfig(images_fed=12288, loss_at=("layer3", "fc"), train=EfQAT(mode="cwpl", ratio=0.05)),
+    )
+    assert load_config(written("qft.toml", block)) == expected
+
+
 def test_a_function_cannot_be_written() -> None:
     """It is refused by the name of its field."""
 

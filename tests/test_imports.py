@@ -40,7 +40,7 @@ OUTSIDE = {
     "config": set(),
     "config_file": {"tomli", "tomli_w"},
     "onnx_import": {"torch", "numpy", "onnx", "onnxruntime"},
-    "cli": {"torch", "numpy", "typer", "rich", "PIL", "nncf"},
+    "cli": {"torch", "numpy", "typer", "PIL", "nncf"},
     "report": {"torch", "numpy", "rich", "jinja2"},
     "deploy": {"torch", "numpy", *HOSTS} - {"nncf", "brevitas"},
 }

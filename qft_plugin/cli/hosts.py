@@ -1,6 +1,7 @@
 """The host that a command asks for, and what it does with a network."""
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterable
 from enum import Enum
 from pathlib import Path
@@ -11,7 +12,6 @@ from torch import nn
 from qft_plugin.cli.saying import wrong_use
 from qft_plugin.config import QFTConfig
 from qft_plugin.errors import HostError
-from qft_plugin.training.phases import Step
 
 
 class Host(str, Enum):
@@ -73,9 +73,7 @@ def function_of(host: Host, name: str) -> Callable[..., Any]:
     return found
 
 
-def quantized(
-    host: Host, model: nn.Module, batches: Iterable[Any], config: QFTConfig, *, callback: Callable[[Step], None] | None
-) -> nn.Module:
+def quantized(host: Host, model: nn.Module, batches: Iterable[Any], config: QFTConfig, *, quiet: bool) -> nn.Module:
     """Quantize a network.
 
     Args:
@@ -83,11 +81,17 @@ def quantized(
         model: the float network.
         batches: of its inputs.
         config: the settings.
-        callback: called after each step.
+        quiet: show no progress.
     """
-    done = loaded(host).quantize(model, _dataset(host, batches), config=config, callback=callback)
+    shown = {"verbose": not quiet} if _shows_itself(host) else {}
+    done = loaded(host).quantize(model, _dataset(host, batches), config=config, **shown)
     made: nn.Module = done.model if host is Host.nncf else done
     return made
+
+
+def _shows_itself(host: Host) -> bool:
+    """Whether jobs of this version show their progress, and their report at the end."""
+    return "verbose" in inspect.signature(loaded(host).quantize).parameters
 
 
 def inspected(host: Host, model: nn.Module, batches: Iterable[Any], config: QFTConfig) -> Any:
@@ -138,14 +142,14 @@ def saved(host: Host, model: nn.Module, out: Path, example: Any, *, form: Format
 
 
 def described(host: Host, model: nn.Module, report: Any) -> str:
-    """Say what a job reached: its own report where this version makes one, and what is in the file.
+    """Say what a job reached: its own report, where it has not been shown, and what is in the file.
 
     Args:
         host: which host has quantized the network.
         model: what `quantized` returned.
         report: of the save.
     """
-    report_of = getattr(loaded(host), "report_of", None)
+    report_of = None if _shows_itself(host) else getattr(loaded(host), "report_of", None)
     lines = [] if report_of is None else [str(report_of(model))]
     lines.append(f"{report.path}: {report.bytes:,} bytes, {report.weights} quantized weights, each proved")
     if hasattr(report, "convolutions"):

@@ -1,7 +1,6 @@
 """`qft quantize`: from a network and images to a file."""
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,9 @@ from typing import Any
 import torch
 
 from qft_plugin.cli.hosts import Format, Host, Storage, described, function_of, quantized, saved
-from qft_plugin.cli.saying import progress_shown, write_whole
+from qft_plugin.cli.saying import write_whole
 from qft_plugin.cli.sources import model_of
 from qft_plugin.config import QFTConfig
-from qft_plugin.training.phases import Step
 
 
 @dataclass(frozen=True)
@@ -53,9 +51,7 @@ def quantize_to_file(order: Order, name: str, batches: Iterable[Any], first: Any
     """
     model, call = model_of(name, first)
     torch.manual_seed(0 if order.config.finetune is None else order.config.finetune.seed)
-    # NNCF shows its own.
-    with _progress(progress_shown(quiet) and order.host is Host.brevitas) as callback:
-        made = quantized(order.host, model, batches, order.config, callback=callback)
+    made = quantized(order.host, model, batches, order.config, quiet=quiet)
     example: Any = call[1] or (call[0][0] if len(call[0]) == 1 else call[0])
     report = saved(order.host, made, order.out, example, form=order.form, storage=order.storage)
     if order.page is not None or order.data is not None:
@@ -65,17 +61,3 @@ def quantize_to_file(order: Order, name: str, batches: Iterable[Any], first: Any
         if order.page is not None:
             of_job.save_html(order.page, file=report)  # which shows what is in the file, too
     return described(order.host, made, report)
-
-
-@contextlib.contextmanager
-def _progress(shown: bool) -> Iterator[Callable[[Step], None] | None]:
-    """Show the finetune in a bar."""
-    if not shown:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("Quantized finetuning", total=None)
-        yield lambda step: bar.update(task, total=step.total, completed=step.number)

@@ -4,7 +4,6 @@ import contextlib
 import io
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,8 +96,3 @@ def write_whole(path: Path, text: str) -> None:
     with draft_of(path.absolute()) as draft:
         draft.write_text(text, encoding="utf-8")
         os.replace(draft, path)
-
-
-def progress_shown(quiet: bool) -> bool:
-    """Whether somebody looks at a progress bar."""
-    return not quiet and sys.stderr.isatty()

@@ -1,6 +1,7 @@
 """The commands: what goes wrong is said in a line, with the exit code that is promised, before any work."""
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -114,6 +115,24 @@ def test_reports_are_written_where_the_host_makes_them(host: HostStandIn, monkey
     assert "report of Net" in done.output
     assert json.loads(Path("r.json").read_text()) == "report of Net"
     assert Path("r.html").read_text() == "<p>report of Net of 1 bytes</p>"
+
+
+def test_jobs_that_show_themselves_are_asked_to(host: HostStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the report is not said twice; --quiet reaches them."""
+    asked = []
+
+    def quantize(model: nn.Module, *_: object, config: QFTConfig, verbose: bool = True) -> nn.Module:
+        asked.append((config.weight_bits, verbose))
+        return model
+
+    monkeypatch.setattr(host, "quantize", quantize)
+    monkeypatch.setattr(host, "report_of", lambda _: Said("the report"), raising=False)
+    common = ("quantize", f"{NET}:make", "--data", "images", "--out", "net.onnx")
+    said, hushed = qft(*common), qft(*common, "--quiet")
+    assert asked == [(4, True), (4, False)]
+    assert "net.onnx: 1 bytes" in said.output
+    assert "the report" not in said.output
+    assert hushed.output == ""
 
 
 def test_inspect_shows_what_the_host_finds(host: HostStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,6 +355,15 @@ def test_the_module_runs_as_the_command() -> None:
     assert done.returncode == 0
     assert "quantize" in done.stdout
     assert "Exit codes" in done.stdout
+
+
+def test_the_docs_name_options_that_exist() -> None:
+    """And all commands."""
+    text = (Path(__file__).parents[2] / "docs" / "command_line.md").read_text()
+    command = commands.typer.main.get_command(commands.app)
+    known = {option for each in command.commands.values() for p in each.params for option in p.opts + p.secondary_opts}
+    assert set(re.findall(r"--[a-z][a-z-]*", text)) <= {*known, "--help"}
+    assert all(f"## qft {name}" in text for name in command.commands)
 
 
 def test_missing_packages_name_the_line_that_installs_them() -> None:
