@@ -80,7 +80,7 @@ def inspect(host: Host[SourceT, PlacedT], config: QFTConfig, about: About) -> In
             measured, prediction = _timed(host, start, problem, targets, config, measured)
     if about.once:
         heard.append(
-            f"The dataset should be one that can be iterated over again, such as a list or a DataLoader. Found an "
+            "The dataset should be one that can be iterated over again, such as a list or a DataLoader. Found an "
             f"iterator, of which this dry run has taken {len(inputs.sizes)} items: quantize will not see them."
         )
     scale = _scale(head, about.items, len(inputs), settings)
@@ -247,7 +247,8 @@ def _timed(
     short = replace(settings, images_fed=count * batch)
     with _in_silence():
         train(start, problem, targets, replace(config, finetune=short), callback=note)
-    times = [after - before for before, after in itertools.pairwise(ends)][WARM_UP:]
+    gaps = [after - before for before, after in itertools.pairwise(ends)]
+    times = gaps[WARM_UP:] or gaps or [0.0]  # a loss that is not finite ends a finetune early
     # Of several phases each has a cost of its own.
     step = statistics.fmean(times) if settings.blocks else statistics.median(times)
     return replace(measured, teacher=seconds, teacher_images=size, step=step), prediction
