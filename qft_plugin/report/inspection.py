@@ -8,32 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qft_plugin.report.inspection_page import Rows, page
+from qft_plugin.report.record import Layer
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlannedLayer:
-    """One layer as a job would quantize it.
+class PlannedLayer(Layer):
+    """One layer as a job would quantize it: what a report says of it, and more.
 
     Attributes:
-        name: of the module, `"features.3.conv"`.
-        weight: name of the parameter; empty where the forward computes the weight.
-        kind: of the operation, `"conv2d"`, `"linear"`, ...
-        shape: of the weight; empty where it is not known.
-        bits: of the weight; `None` where it stays in floating point.
-        activation_bits: of its input; `None` where that is not, or not wholly, quantized.
         granularity: of the weight's scale, `"per tensor"`, `"per channel"`, `"doubly per channel"`; empty in float.
-        reason: why it stays in floating point, or has other bits than `QFTConfig.weight_bits`; empty else.
         not_int8: why it is not expected to run in int8 in the file; empty where it is.
     """
 
-    name: str
-    weight: str
-    kind: str
-    shape: tuple[int, ...]
-    bits: int | None
-    activation_bits: int | None
     granularity: str
-    reason: str
     not_int8: str
 
 
@@ -132,7 +119,7 @@ class Inspection:
         host: `"nncf"` or `"brevitas"`.
         model: class of the user's model.
         compared_at: names of the activations that the loss compares.
-        layers: convolutions, linear layers, and all else with a quantized weight, in the order of execution.
+        layers: those that the report of the job will list.
         activations: those that are quantized or that such a layer reads, in the order of execution.
         degrees: how many numbers train, by kind.
         float_bytes: of the parameters of the user's model.

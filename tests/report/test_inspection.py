@@ -26,6 +26,7 @@ INT8 = PlannedLayer(
     shape=(8, 3, 3, 3),
     bits=4,
     activation_bits=8,
+    scales=8,
     granularity="per channel",
     reason="",
     not_int8="",
@@ -37,6 +38,8 @@ FLOAT = dataclasses.replace(
     shape=(),
     bits=None,
     activation_bits=None,
+    scales=0,
+    granularity="",
     reason="<i>why</i>",
     not_int8="<i>why</i>",
 )
@@ -87,7 +90,7 @@ def test_the_table_says_everything() -> None:
     for words in (
         "Net under nncf: 1 of 2 layers expected in int8, 1 KB of floats to a file of about 2.5 KB, in about 21 seconds",
         "conv     conv2d  8x3x3x3  4       8      per channel  expected",
-        "gate<b>  conv2d           float   float  per channel  no        <i>why</i>",
+        "gate<b>  conv2d           float   float               no        <i>why</i>",
         "x           input    8     3         0     input      conv.weight",
         "cross-layer factors  8",
         "teacher            0.8      100 ms for a batch of 64",
