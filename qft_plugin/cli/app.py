@@ -11,11 +11,12 @@ from qft_plugin.cli import doctor as health
 from qft_plugin.cli.hosts import Format, Host, Storage, host_for, inspected, loaded
 from qft_plugin.cli.images import Preparation
 from qft_plugin.cli.quantize import Order, quantize_to_file
-from qft_plugin.cli.saying import FAILED, check_writable, hushed, said, write_whole, wrong_use
+from qft_plugin.cli.saying import FAILED, check_writable, hushed, said, wrong_use
 from qft_plugin.cli.sources import batches_of, check_data_name, check_model_name, model_of
 from qft_plugin.config import QFTConfig
 from qft_plugin.config_file import load_config
 from qft_plugin.errors import ConfigError, DataError
+from qft_plugin.files import write_whole
 from qft_plugin.packages import require
 from qft_plugin.report.data import Report
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from qft_plugin.cli.hosts import Format, Host, Storage, described, quantized, saved
-from qft_plugin.cli.saying import write_whole
 from qft_plugin.cli.sources import model_of
 from qft_plugin.config import QFTConfig
+from qft_plugin.files import write_whole
 from qft_plugin.report.kept import report_of
 
 

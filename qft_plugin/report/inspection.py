@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from qft_plugin.files import write_whole
 from qft_plugin.report.inspection_page import Rows, page
+from qft_plugin.report.page.write import page_path
 from qft_plugin.report.record import Layer
 
 
@@ -152,19 +154,21 @@ class Inspection:
         """Write everything as JSON."""
         return json.dumps(dataclasses.asdict(self), indent=1)
 
-    def save_html(self, path: str | os.PathLike[str]) -> None:
-        """Write one page that needs no other file, no network and no script.
+    def save_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write one page that needs no other file, no network and no script; it is written whole or not at all.
 
         Args:
-            path: of the file.
+            path: of the file, `*.html`; one that is there is replaced.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            ConfigError: the path cannot be written.
         """
-        text = page(f"Dry run of {self.model}", headline(self), lists=lists(self), tables=tables(self))
-        draft = Path(path).with_name(f".{Path(path).name}.draft")
-        try:
-            draft.write_text(text, encoding="utf-8")
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        target = page_path(path)
+        write_whole(target, page(self.model, headline(self), lists=lists(self), tables=tables(self)))
+        return target
 
     def __str__(self) -> str:
         """Write everything as plain tables."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qft_plugin import ConfigError
 from qft_plugin.report.inspection import (
     Cost,
     Inspection,
@@ -147,12 +148,13 @@ def test_the_page_stands_alone(tmp_path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     page = Page()
     page.feed(text)
-    assert not {"script", "link", "img", "iframe", "i", "b"} & set(page.tags)
-    assert not {"src", "href", "onclick"} & page.attributes.keys()
+    assert not {"script", "img", "iframe", "i", "b"} & set(page.tags)
+    assert not {"src", "onclick"} & page.attributes.keys()
+    assert (page.tags.count("link"), page.attributes["href"]) == (1, "data:,")  # no icon is asked for
     assert "://" not in text
     assert "@import" not in text
     assert "prefers-color-scheme: dark" in text
-    assert page.attributes["content"] == "width=device-width, initial-scale=1"
+    assert 'content="width=device-width, initial-scale=1"' in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert page.tags.count("tr") == sum(len(rows) for _, rows in tables(FOUND))
     assert [p.name for p in tmp_path.iterdir()] == ["dry.html"]
@@ -164,6 +166,9 @@ def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         FOUND.save_html(tmp_path / "dry.html")
     assert [p.name for p in tmp_path.iterdir()] == ["dry.html"]
+    for path in (tmp_path / "dry.txt", tmp_path / "none" / "dry.html"):
+        with pytest.raises(ConfigError, match=r"path should be a \.html file in an existing folder"):
+            FOUND.save_html(path)
 
 
 @pytest.mark.parametrize(
