@@ -4,18 +4,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import nncf
-import torch
 from torch import nn
 
 from qft_plugin.config import QFTConfig
 from qft_plugin.job.inspect import inspect as job_inspect
-from qft_plugin.nncf._host import NNCF
-from qft_plugin.nncf._read import check_model
-from qft_plugin.nncf._register import MARK, checked_request
-from qft_plugin.nncf._version import check_version
-from qft_plugin.report.display import shown
+from qft_plugin.nncf._register import MARK, checked_request, opened
 from qft_plugin.report.inspection import Inspection
-from qft_plugin.training.distributed import joined
 
 
 def inspect(
@@ -44,10 +38,7 @@ def inspect(
     original = getattr(nncf.quantize, MARK, nncf.quantize)
     host.pop("callback", None)
     config, request = checked_request(original, calibration_dataset, config or QFTConfig(), host)
-    with torch.inference_mode(False), torch.enable_grad(), joined(model) as world, shown(verbose and world.is_first):
-        check_version()
-        check_model(model)
-        head_items = request.calibration_items if request.own_items and world.size > 1 else 0
-        items = calibration_dataset.get_length() if isinstance(calibration_dataset, nncf.Dataset) else None
-        source = getattr(calibration_dataset, "_data_source", None)
-        return job_inspect(NNCF(model, request, head_items), config, items=items, once=isinstance(source, Iterator))
+    items = calibration_dataset.get_length() if isinstance(calibration_dataset, nncf.Dataset) else None
+    source = getattr(calibration_dataset, "_data_source", None)
+    with opened(model, request, verbose=verbose) as opened_host:
+        return job_inspect(opened_host, config, items=items, once=isinstance(source, Iterator))

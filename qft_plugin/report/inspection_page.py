@@ -68,7 +68,5 @@ def _table(title: str, rows: Rows) -> str:
     head, *body = rows
     heads = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in body)
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(title)}"><table class="words"><thead><tr>{heads}</tr>'
-        f"</thead><tbody>\n{lines}</tbody></table></div>"
-    )
+    region = f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(title)}">'
+    return f'{region}<table class="words"><thead><tr>{heads}</tr></thead><tbody>\n{lines}</tbody></table></div>'
