@@ -8,9 +8,9 @@ from typing import Annotated, Any, Final
 import typer
 
 from qft_plugin.cli import doctor as health
-from qft_plugin.cli.hosts import Format, Host, Storage, host_for, inspected, loaded
+from qft_plugin.cli.hosts import Format, Host, Order, Storage, host_for, inspected, loaded
 from qft_plugin.cli.images import Preparation
-from qft_plugin.cli.quantize import Order, quantize_to_file
+from qft_plugin.cli.quantize import quantize_to_file
 from qft_plugin.cli.saying import FAILED, check_writable, hushed, said, wrong_use
 from qft_plugin.cli.sources import batches_of, check_data_name, check_model_name, model_of
 from qft_plugin.config import QFTConfig

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, Final
@@ -39,6 +40,29 @@ class Storage(str, Enum):
 
 HOST_OF: Final = {".xml": Host.nncf, ".onnx": Host.brevitas}
 """Which host writes a file, by its suffix."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a command asks for.
+
+    Attributes:
+        host: which host does it.
+        form: of a file of Brevitas'.
+        storage: of the weights of an IR.
+        config: the settings.
+        out: the file.
+        page: where the report is written as a page; `None` for nowhere.
+        data: likewise as JSON.
+    """
+
+    host: Host
+    form: Format
+    storage: Storage
+    config: QFTConfig
+    out: Path
+    page: Path | None
+    data: Path | None
 
 
 def host_for(out: Path, asked: Host | None) -> Host:
@@ -97,27 +121,22 @@ def _dataset(host: Host, batches: Iterable[Any]) -> Any:
     return nncf.Dataset(batches)
 
 
-def saved(
-    host: Host, model: nn.Module, out: Path, example: Any, *, form: Format, storage: Storage, quiet: bool
-) -> Proved:
+def saved(order: Order, model: nn.Module, example: Any, *, quiet: bool) -> Proved:
     """Write the file that was asked for; it is proved, and appears whole or not at all.
 
     Args:
-        host: which host has quantized the network.
+        order: what is asked for.
         model: what `quantized` returned.
-        out: the file.
         example: one input.
-        form: of a file of Brevitas'.
-        storage: of the weights of an IR.
         quiet: show no progress.
 
     Returns:
         The report of the save.
     """
-    folder = loaded(host)
-    if host is Host.nncf:
-        report: Proved = folder.save_openvino(model, out, example, weights=storage.value, verbose=not quiet)
-    elif form is Format.qcdq:
+    folder, out = loaded(order.host), order.out
+    if order.host is Host.nncf:
+        report: Proved = folder.save_openvino(model, out, example, weights=order.storage.value, verbose=not quiet)
+    elif order.form is Format.qcdq:
         report = folder.save_qcdq(folder.fold(model), out, example, verbose=not quiet)
     else:
         report = folder.save_qonnx(model, out, example, verbose=not quiet)

@@ -1,40 +1,14 @@
 """`qft quantize`: from a network and images to a file."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from qft_plugin.cli.hosts import Format, Host, Storage, described, quantized, saved
+from qft_plugin.cli.hosts import Order, described, quantized, saved
 from qft_plugin.cli.sources import model_of
-from qft_plugin.config import QFTConfig
 from qft_plugin.files import write_whole
 from qft_plugin.report.kept import report_of
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a command asks for.
-
-    Attributes:
-        host: which host does it.
-        form: of a file of Brevitas'.
-        storage: of the weights of an IR.
-        config: the settings.
-        out: the file.
-        page: where the report is written as a page; `None` for nowhere.
-        data: likewise as JSON.
-    """
-
-    host: Host
-    form: Format
-    storage: Storage
-    config: QFTConfig
-    out: Path
-    page: Path | None
-    data: Path | None
 
 
 def quantize_to_file(order: Order, name: str, batches: Iterable[Any], first: Any, *, quiet: bool) -> str:
@@ -54,7 +28,7 @@ def quantize_to_file(order: Order, name: str, batches: Iterable[Any], first: Any
     torch.manual_seed(0 if order.config.finetune is None else order.config.finetune.seed)
     made = quantized(order.host, model, batches, order.config, quiet=quiet)
     example: Any = call[1] or (call[0][0] if len(call[0]) == 1 else call[0])
-    report = saved(order.host, made, order.out, example, form=order.form, storage=order.storage, quiet=quiet)
+    report = saved(order, made, example, quiet=quiet)
     if order.page is not None or order.data is not None:
         of_job = report_of(made)
         if order.data is not None:
