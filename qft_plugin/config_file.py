@@ -1,18 +1,17 @@
 """Settings as plain data, and in files: TOML and JSON, what is at its default left out."""
 
-import contextlib
 import dataclasses
 import difflib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar, get_args, get_type_hints
 
 from qft_plugin.config import QFTConfig
 from qft_plugin.errors import ConfigError
+from qft_plugin.files import write_whole
 from qft_plugin.packages import missing
 
 if sys.version_info >= (3, 11):
@@ -97,24 +96,13 @@ def save_config(config: QFTConfig, path: str | os.PathLike[str]) -> None:
     target = _checked(path)
     data = config_to_dict(config)
     text = json.dumps(data, indent=2) + "\n" if target.suffix == ".json" else _to_toml(data)
-    draft = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=target.parent, prefix=".qft_", delete=False
-        ) as written:
-            draft = written.name
-            written.write(text)
-        os.replace(draft, target)
-    except BaseException as error:
-        if draft is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(draft)
-        if isinstance(error, OSError):
-            raise ConfigError(
-                f"{target}: should be a file in a folder that can be written to. Found {type(error).__name__}: "
-                f"{error}. Make the folder, or change the name."
-            ) from error
-        raise
+        write_whole(target, text)
+    except OSError as error:
+        raise ConfigError(
+            f"{target}: should be a file in a folder that can be written to. Found {type(error).__name__}: "
+            f"{error}. Make the folder, or change the name."
+        ) from error
 
 
 def _made(kind: type[ConfigT], data: Any) -> ConfigT:

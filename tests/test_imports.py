@@ -16,7 +16,7 @@ HOSTS = {"nncf", "brevitas", "openvino", "onnx", "qonnx", "onnxruntime"}
 
 FLOORS = [
     {"errors"},
-    {"checks", "packages"},
+    {"checks", "files", "packages"},
     {"hardware"},
     {"config"},
     {"config_file"},
@@ -36,6 +36,7 @@ OUTSIDE = {
     "errors": set(),
     "checks": set(),
     "packages": set(),
+    "files": set(),
     "hardware": set(),
     "config": set(),
     "config_file": {"tomli", "tomli_w"},

@@ -98,6 +98,40 @@ def test_a_layer_that_nncf_leaves_out_says_so():
     assert layer.reason == "nncf has placed no quantizer on its weight"
 
 
+class Words(torch.nn.Module):
+    """Looks words up, and normalises them."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.norm = torch.nn.Embedding(32, 16), torch.nn.LayerNorm(16)
+        self.last = torch.nn.Linear(16, 4)
+
+    def forward(self, x):
+        """Return four classes."""
+        return self.last(self.norm(self.words(x)).mean(1))
+
+
+@pytest.mark.parametrize("name", EACH_HOST)
+def test_embeddings_are_layers(name):
+    """One that the host quantizes by itself has its bits and no errors to measure; one in float says why."""
+    host_of(name)
+    host, items = importlib.import_module(f"qft_plugin.{name}"), [torch.randint(0, 32, (16, 8)) for _ in range(2)]
+    config, model = QFTConfig(finetune=None, small_layer_share=0), Words().eval()
+    if name == "nncf":
+        import nncf
+
+        items = nncf.Dataset(items)
+    result = host.quantize(model, items, config=config, verbose=False)
+    layers = host.report_of(result.model if name == "nncf" else result).layers
+    found = {layer.name: (layer.kind, layer.bits, layer.scales) for layer in layers}
+    assert found["last"] == ("linear", 4, 4)
+    assert found["words"] == (("embedding", 8, 1) if name == "nncf" else ("embedding", None, 0))
+    assert found.keys() == ({"words", "norm", "last"} if name == "nncf" else {"words", "last"})
+    assert "table" in layers[0].reason or "no quantizer" in layers[0].reason
+    planned = host.inspect(model, items, config=config, verbose=False).layers
+    assert [(p.name, p.bits, p.reason) for p in planned] == [(la.name, la.bits, la.reason) for la in layers]
+
+
 class Called(torch.nn.Module):
     """Calls a function with a parameter of its own, and a layer with a weight that it computes."""
 

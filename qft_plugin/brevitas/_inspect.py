@@ -12,22 +12,25 @@ from qft_plugin.brevitas._attach import teacher
 from qft_plugin.brevitas._host import Brevitas
 from qft_plugin.brevitas._read import Source, check, made_in_inference_mode
 from qft_plugin.brevitas._run import checked_config
-from qft_plugin.brevitas._swap import why_kept
 from qft_plugin.brevitas._twin import weight_scaling
 from qft_plugin.brevitas._version import check_version
 from qft_plugin.config import QFTConfig
-from qft_plugin.graph.layer_graph import LayerGraph, Op
 from qft_plugin.graph.torch_model import check_finite, check_model
 from qft_plugin.job.host import Problem
 from qft_plugin.job.inspect import inspect as job_inspect
-from qft_plugin.job.planned import About
+from qft_plugin.report.display import shown
 from qft_plugin.report.inspection import Inspection
 from qft_plugin.training.distributed import joined
 from qft_plugin.training.loss import Network
 
 
 def inspect(
-    model: nn.Module, data: Iterable[Any], example_input: Any = None, config: QFTConfig | None = None
+    model: nn.Module,
+    data: Iterable[Any],
+    example_input: Any = None,
+    config: QFTConfig | None = None,
+    *,
+    verbose: bool = True,
 ) -> Inspection:
     """Say what `quantize`, or `initialize` and `finetune`, would decide and cost; nothing is trained or written.
 
@@ -40,6 +43,7 @@ def inspect(
         data: batches of unlabeled inputs: tensors, tuples of tensors, or dicts of tensors.
         example_input: one input to trace a float model with; `None` takes the first images.
         config: the settings.
+        verbose: show the phases on stderr while they run.
 
     Raises:
         QFTError: what the functions would raise before they train, as far as the first images show it.
@@ -48,7 +52,7 @@ def inspect(
     check_model(model)
     own = any(weight_scaling(m) is not None for m in model.modules())
     config = checked_config(config, model) if own else config or QFTConfig()
-    with torch.inference_mode(False), torch.enable_grad(), joined(model):
+    with torch.inference_mode(False), torch.enable_grad(), joined(model) as world, shown(verbose and world.is_first):
         if own:
             check(model)
             host: Brevitas = _Own(copy.deepcopy(model), data, None, calibrates=True)
@@ -57,9 +61,7 @@ def inspect(
             taken = copy.deepcopy(model) if made_in_inference_mode(model) else model
             host = Brevitas(taken, data, taken, calibrates=True, swaps=True, example_input=example_input)
         items = len(data) if isinstance(data, Sized) else None
-        why, once = _why_own if own else why_kept, isinstance(data, Iterator)
-        about = About("brevitas", why, items, own_quantizers=own, once=once)
-        return job_inspect(host, config, about)
+        return job_inspect(host, config, items=items, once=isinstance(data, Iterator))
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,3 @@ class _Own(Brevitas):
     def teacher(self, problem: Problem[Source]) -> Network:
         """Return the model without its quantizers as a function."""
         return teacher(problem.source.model, problem.source, problem.at, problem.inputs.first())
-
-
-def _why_own(_: LayerGraph, op: Op) -> str:
-    return f"this {op.function} has no weight quantizer of qft_plugin.brevitas"

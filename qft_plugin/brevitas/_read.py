@@ -14,7 +14,7 @@ from qft_plugin.graph.batch_norms import merge_norms
 from qft_plugin.graph.channel_affine import Rescaled, free_channels
 from qft_plugin.graph.channel_clip import free_bounds
 from qft_plugin.graph.folding import names_of
-from qft_plugin.graph.layer_graph import Const, DofMap, LayerGraph, module_of, reads
+from qft_plugin.graph.layer_graph import Const, DofMap, LayerGraph, Op, module_of, reads
 from qft_plugin.graph.operations import LAYERS
 from qft_plugin.graph.record import record
 from qft_plugin.graph.torch_model import SAME, Call, check_finite, check_model, first_outputs, largest_change
@@ -63,13 +63,7 @@ class Source:
             weight = op.argument(1, "weight")
             if op.function not in LAYERS or not isinstance(weight, Const) or weight.name in self.weights:
                 continue
-            others = [o for o in self.graph.ops if reads(o, weight.name) and module_of(o) != module_of(op)]
-            if others:
-                found[weight.name] = f"its weight is used elsewhere too, by {others[0].name}"
-            elif weight.name == f"{module_of(op)}.weight":
-                found[weight.name] = "its module has no weight quantizer of this package"
-            else:
-                found[weight.name] = f"{op.function} is called as a function"
+            found[weight.name] = why_float(self.graph, op)
         return found
 
     def again(self) -> "Source":
@@ -77,6 +71,24 @@ class Source:
         names = names_of([layer for layer in self.dof_map.layers if layer.weight in self.weights])
         written = {name: self.linked.get_parameter(name).detach() for name in names}
         return replace(self, tensors={**self.tensors, **written})
+
+
+def why_float(graph: LayerGraph, op: Op) -> str:
+    """Say why a convolution or linear layer has no quantizer of its weight.
+
+    Args:
+        graph: the calls of the model.
+        op: a call of that layer.
+    """
+    weight = op.argument(1, "weight")
+    if not isinstance(weight, Const):
+        return f"{op.function} with a weight that is computed in the forward"
+    other = next((o for o in graph.ops if reads(o, weight.name) and module_of(o) != module_of(op)), None)
+    if other is not None:
+        return f"its weight, {weight.name}, is used elsewhere too, by {other.name}"
+    if weight.name == f"{module_of(op)}.weight":
+        return "its module has no weight quantizer of this package"
+    return f"{op.function} is called as a function"
 
 
 def check(model: nn.Module) -> None:

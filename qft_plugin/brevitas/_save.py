@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from qft_plugin.deploy import qcdq, qcdq_defects, qonnx
 from qft_plugin.deploy.dropout import without_dropout
-from qft_plugin.deploy.files import checked_path, draft_of, refused
+from qft_plugin.deploy.files import checked_path, refused
 from qft_plugin.deploy.images import calls_of, example_of, kept_images
 from qft_plugin.deploy.watched import Grid, Quantizer, Watched
 from qft_plugin.errors import DeployabilityError
+from qft_plugin.files import draft_of
 from qft_plugin.graph.torch_model import Call, evaluating, in_float32, tensors_in
 from qft_plugin.packages import require
 from qft_plugin.report.display import shown

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from qft_plugin.brevitas._by_module import called_layers, swap_modules
 from qft_plugin.brevitas._layers import RANGE_BATCH, RANGE_IMAGES, activation_quantizer, quantize_layers
 from qft_plugin.brevitas._plain import make_plain
-from qft_plugin.brevitas._read import check_repeatable
+from qft_plugin.brevitas._read import check_repeatable, why_float
 from qft_plugin.brevitas._twin import make_twin
 from qft_plugin.config import QFTConfig
 from qft_plugin.errors import ModelError
@@ -21,7 +21,7 @@ from qft_plugin.graph.batch_norms import merge_norms
 from qft_plugin.graph.channel_affine import Rescaled, free_axes
 from qft_plugin.graph.channel_clip import replace_by_relu
 from qft_plugin.graph.dof_map import map_dof
-from qft_plugin.graph.layer_graph import Const, Layer, LayerGraph, Op, module_of, reads
+from qft_plugin.graph.layer_graph import Layer, LayerGraph, module_of
 from qft_plugin.graph.operations import GRID_MODULES, KEEPS_GRID, LAYERS, TRACED_ADDS
 from qft_plugin.graph.record import function_name, record
 from qft_plugin.graph.torch_model import SAME, Call, first_outputs, largest_change, tensors_in
@@ -218,21 +218,11 @@ def _insert_factors(model: fx.GraphModule, channels: Mapping[Place, tuple[int, i
 def _kept_in_float(graph: LayerGraph, names: Container[str]) -> list[str]:
     """Describe the convolutions and linear layers that are not among those that are quantized."""
     kept = dict.fromkeys(
-        f"{module_of(op) or op.name} ({why_kept(graph, op)})"
+        f"{module_of(op) or op.name} ({why_float(graph, op)})"
         for op in graph.ops
         if op.function in LAYERS and module_of(op) not in names
     )
     return list(kept)
-
-
-def why_kept(graph: LayerGraph, op: Op) -> str:
-    """Say why a convolution or linear layer of a float model stays in floating point."""
-    weight = op.argument(1, "weight")
-    if not isinstance(weight, Const):
-        return f"{op.function} with a weight that is computed in the forward"
-    if any(reads(other, weight.name) and module_of(other) != module_of(op) for other in graph.ops):
-        return f"its weight, {weight.name}, is used elsewhere too"
-    return f"{op.function} is called as a function"
 
 
 def _positional(model: fx.GraphModule, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> list[Any]:

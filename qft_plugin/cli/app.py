@@ -8,14 +8,15 @@ from typing import Annotated, Any, Final
 import typer
 
 from qft_plugin.cli import doctor as health
-from qft_plugin.cli.hosts import Format, Host, Storage, function_of, host_for, inspected, loaded
+from qft_plugin.cli.hosts import Format, Host, Order, Storage, host_for, inspected, loaded
 from qft_plugin.cli.images import Preparation
-from qft_plugin.cli.quantize import Order, quantize_to_file
-from qft_plugin.cli.saying import FAILED, check_writable, hushed, said, write_whole, wrong_use
+from qft_plugin.cli.quantize import quantize_to_file
+from qft_plugin.cli.saying import FAILED, check_writable, hushed, said, wrong_use
 from qft_plugin.cli.sources import batches_of, check_data_name, check_model_name, model_of
 from qft_plugin.config import QFTConfig
 from qft_plugin.config_file import load_config
 from qft_plugin.errors import ConfigError, DataError
+from qft_plugin.files import write_whole
 from qft_plugin.packages import require
 from qft_plugin.report.data import Report
 
@@ -101,8 +102,6 @@ def quantize(
         prepare = _preparation(size, resize, mean, std, scale=scale, grey=grey)
         with hushed(quiet):
             loaded(chosen)
-            if report is not None or json_report is not None:
-                function_of(chosen, "report_of")
             if report is not None:
                 require("jinja2", extra="report")
             batches, first = batches_of(data, prepare, batch_size=batch, images=images)
@@ -141,9 +140,9 @@ def inspect(
         _check_images(images, data, settings)
         prepare = _preparation(size, resize, mean, std, scale=scale, grey=grey)
         with hushed(quiet):
-            function_of(host, "inspect")
+            loaded(host)
             batches, first = batches_of(data, prepare, batch_size=batch, images=images)
-            found = inspected(host, model_of(model, first)[0], batches, settings)
+            found = inspected(host, model_of(model, first)[0], batches, settings, quiet=quiet)
             if json_report is not None:
                 write_whole(json_report, found.to_json())
             if html is not None:

@@ -1,8 +1,8 @@
 """The host that a command asks for, and what it does with a network."""
 
 import importlib
-import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, Final
@@ -11,7 +11,9 @@ from torch import nn
 
 from qft_plugin.cli.saying import wrong_use
 from qft_plugin.config import QFTConfig
-from qft_plugin.errors import HostError
+from qft_plugin.deploy.openvino import RunInInt8
+from qft_plugin.deploy.proof import Proved
+from qft_plugin.report.inspection import Inspection
 
 
 class Host(str, Enum):
@@ -40,6 +42,29 @@ HOST_OF: Final = {".xml": Host.nncf, ".onnx": Host.brevitas}
 """Which host writes a file, by its suffix."""
 
 
+@dataclass(frozen=True)
+class Order:
+    """What a command asks for.
+
+    Attributes:
+        host: which host does it.
+        form: of a file of Brevitas'.
+        storage: of the weights of an IR.
+        config: the settings.
+        out: the file.
+        page: where the report is written as a page; `None` for nowhere.
+        data: likewise as JSON.
+    """
+
+    host: Host
+    form: Format
+    storage: Storage
+    config: QFTConfig
+    out: Path
+    page: Path | None
+    data: Path | None
+
+
 def host_for(out: Path, asked: Host | None) -> Host:
     """Choose the host by the file that is asked for; what does not go together ends the command."""
     if out.suffix not in HOST_OF:
@@ -59,20 +84,6 @@ def loaded(host: Host) -> Any:
     return importlib.import_module(f"qft_plugin.{host.value}")
 
 
-def function_of(host: Host, name: str) -> Callable[..., Any]:
-    """Return a function of a host's folder by name.
-
-    Raises:
-        HostError: this version has none.
-    """
-    found: Callable[..., Any] | None = getattr(loaded(host), name, None)
-    if found is None:
-        raise HostError(
-            f"qft_plugin.{host.value} should have the function {name}. Found none in this version. Update qft_plugin."
-        )
-    return found
-
-
 def quantized(host: Host, model: nn.Module, batches: Iterable[Any], config: QFTConfig, *, quiet: bool) -> nn.Module:
     """Quantize a network.
 
@@ -81,20 +92,14 @@ def quantized(host: Host, model: nn.Module, batches: Iterable[Any], config: QFTC
         model: the float network.
         batches: of its inputs.
         config: the settings.
-        quiet: show no progress.
+        quiet: show no progress, and no report at the end.
     """
-    shown = {"verbose": not quiet} if _shows_itself(host) else {}
-    done = loaded(host).quantize(model, _dataset(host, batches), config=config, **shown)
+    done = loaded(host).quantize(model, _dataset(host, batches), config=config, verbose=not quiet)
     made: nn.Module = done.model if host is Host.nncf else done
     return made
 
 
-def _shows_itself(host: Host) -> bool:
-    """Whether jobs of this version show their progress, and their report at the end."""
-    return "verbose" in inspect.signature(loaded(host).quantize).parameters
-
-
-def inspected(host: Host, model: nn.Module, batches: Iterable[Any], config: QFTConfig) -> Any:
+def inspected(host: Host, model: nn.Module, batches: Iterable[Any], config: QFTConfig, *, quiet: bool) -> Inspection:
     """Look at what a job would do.
 
     Args:
@@ -102,14 +107,10 @@ def inspected(host: Host, model: nn.Module, batches: Iterable[Any], config: QFTC
         model: the float network.
         batches: of its inputs.
         config: the settings.
-
-    Returns:
-        The inspection of that host.
-
-    Raises:
-        HostError: this version has none.
+        quiet: show no progress.
     """
-    return function_of(host, "inspect")(model, _dataset(host, batches), config=config)
+    found: Inspection = loaded(host).inspect(model, _dataset(host, batches), config=config, verbose=not quiet)
+    return found
 
 
 def _dataset(host: Host, batches: Iterable[Any]) -> Any:
@@ -120,39 +121,35 @@ def _dataset(host: Host, batches: Iterable[Any]) -> Any:
     return nncf.Dataset(batches)
 
 
-def saved(host: Host, model: nn.Module, out: Path, example: Any, *, form: Format, storage: Storage) -> Any:
+def saved(order: Order, model: nn.Module, example: Any, *, quiet: bool) -> Proved:
     """Write the file that was asked for; it is proved, and appears whole or not at all.
 
     Args:
-        host: which host has quantized the network.
+        order: what is asked for.
         model: what `quantized` returned.
-        out: the file.
         example: one input.
-        form: of a file of Brevitas'.
-        storage: of the weights of an IR.
+        quiet: show no progress.
 
     Returns:
         The report of the save.
     """
-    folder = loaded(host)
-    if host is Host.nncf:
-        return folder.save_openvino(model, out, example, weights=storage.value)
-    save = folder.save_qcdq if form is Format.qcdq else folder.save_qonnx
-    return save(folder.fold(model) if form is Format.qcdq else model, out, example)
+    folder, out = loaded(order.host), order.out
+    if order.host is Host.nncf:
+        report: Proved = folder.save_openvino(model, out, example, weights=order.storage.value, verbose=not quiet)
+    elif order.form is Format.qcdq:
+        report = folder.save_qcdq(folder.fold(model), out, example, verbose=not quiet)
+    else:
+        report = folder.save_qonnx(model, out, example, verbose=not quiet)
+    return report
 
 
-def described(host: Host, model: nn.Module, report: Any) -> str:
-    """Say what a job reached: its own report, where it has not been shown, and what is in the file.
+def described(report: Proved) -> str:
+    """Say what is in a file.
 
     Args:
-        host: which host has quantized the network.
-        model: what `quantized` returned.
         report: of the save.
     """
-    report_of = None if _shows_itself(host) else getattr(loaded(host), "report_of", None)
-    lines = [] if report_of is None else [str(report_of(model))]
-    lines.append(f"{report.path}: {report.bytes:,} bytes, {report.weights} quantized weights, each proved")
-    if hasattr(report, "convolutions"):
+    lines = [f"{report.path}: {report.bytes:,} bytes, {report.weights} quantized weights, each proved"]
+    if isinstance(report, RunInInt8):  # OpenVINO runs no QONNX
         lines.append(f"{report.int8_convolutions} of {len(report.convolutions)} convolutions run in int8 in OpenVINO")
-    lines.append(str(report.proof))
-    return "\n".join(lines)
+    return "\n".join([*lines, str(report.proof)])

@@ -11,7 +11,6 @@ from typing import Final, NoReturn
 
 import typer
 
-from qft_plugin.deploy.files import draft_of
 from qft_plugin.errors import QFTError, QFTWarning
 
 FAILED: Final = 1
@@ -89,10 +88,3 @@ def check_writable(path: Path, *suffixes: str) -> None:
         wrong_use(f"{path} should end with {' or '.join(suffixes)}. Found {path.suffix!r}.")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         wrong_use(f"{path} should be a file in a folder that can be written to. Make the folder, or change the name.")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    with draft_of(path.absolute()) as draft:
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)

@@ -1,8 +1,7 @@
-"""Files that appear whole and only where their proof holds."""
+"""Where a file is written to, and what other libraries say of it, as errors of this one."""
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,13 +54,3 @@ def runs(runtime: str) -> contextlib.AbstractContextManager[None]:
         "Replace the operation that it names, or save in another format. With check=False the file is written without "
         "being run.",
     )
-
-
-@contextlib.contextmanager
-def draft_of(target: Path) -> Iterator[Path]:
-    """Give a path of the same name in a folder beside the target, on the same disk; the folder is removed at the end.
-
-    What should stay is moved to its place by the caller.
-    """
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".qft_") as folder:
-        yield Path(folder) / target.name

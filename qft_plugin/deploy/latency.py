@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qft_plugin.deploy.files import runs
 from qft_plugin.errors import DataError, DeployabilityError
+from qft_plugin.packages import require
 
 WARM_UP: Final = 5
 """Runs before the first that counts: the first ones allocate memory and choose kernels."""
@@ -36,6 +37,7 @@ def measure_latency(
     Raises:
         DeployabilityError: there is no such file, or OpenVINO cannot load or run it for one image.
         DataError: the example is of another kind.
+        HostError: OpenVINO is not installed.
     """
     file = Path(path)
     if file.suffix not in (".xml", ".onnx") or not file.is_file():
@@ -47,6 +49,7 @@ def measure_latency(
             f"measure_latency: threads and repeats should be at least 1. Found {threads} and {repeats}. Give more."
         )
     images = _first_image(example)
+    require("openvino", extra="export")
     import openvino
 
     with runs("OpenVINO"):

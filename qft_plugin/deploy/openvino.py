@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from qft_plugin.deploy.files import checked_path, draft_of
+from qft_plugin.deploy.files import checked_path
 from qft_plugin.deploy.ir_view import IRFile, constant_integers
 from qft_plugin.deploy.layers import FileLayer, file_layers, precisions, runtime_ops
 from qft_plugin.deploy.normalisation import keep_epsilon
@@ -16,6 +16,7 @@ from qft_plugin.deploy.openvino_defects import bias_shared_products, widen_reduc
 from qft_plugin.deploy.proof import Proof, Proved, prove
 from qft_plugin.deploy.watched import Watched
 from qft_plugin.errors import DeployabilityError
+from qft_plugin.files import draft_of
 from qft_plugin.graph.torch_model import Call
 from qft_plugin.report.progress import phase
 

@@ -1,7 +1,7 @@
 """Where a host put its quantizers, and which of them each layer reads and feeds."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -71,12 +71,15 @@ class Placement:
         on_tensor: quantizer of everything that reads a tensor, by name of the tensor.
         on_input: quantizer of one input of one operation, by operation and number of the input.
         weights: the quantizer of each weight.
+        untrained: bits, and number of scales, of each weight that the host quantizes by itself (an embedding's), by
+            its name.
     """
 
     activations: Mapping[str, ActivationGrid]
     on_tensor: Mapping[str, str]
     on_input: Mapping[tuple[str, int], str]
     weights: Mapping[str, WeightPlace]
+    untrained: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def quantizers_before(

@@ -21,10 +21,13 @@ from qft_plugin.graph.torch_model import tensors_in
 from qft_plugin.job.expected import Measured, Scale, batch_size_of, cost_of, file_bytes, memory_of
 from qft_plugin.job.health import warn_of_targets
 from qft_plugin.job.host import Host, Placed, PlacedT, Problem, Source, SourceT, Start
-from qft_plugin.job.planned import About, activations_of, degrees_of, float_bytes, layers_of
+from qft_plugin.job.layers import layers_of
+from qft_plugin.job.planned import activations_of, degrees_of, float_bytes, planned_layers
+from qft_plugin.job.report import compared_at
 from qft_plugin.job.run import check_accumulators, check_start, predicted, targets_of, train
 from qft_plugin.job.understand import images, understand
 from qft_plugin.report.inspection import Inspection
+from qft_plugin.report.progress import following, phase
 from qft_plugin.training.distributed import agreed
 from qft_plugin.training.integers import deployed_weights
 from qft_plugin.training.loss import Prediction
@@ -40,63 +43,69 @@ WARM_UP: Final = 2
 TIMED: Final = 3
 
 
-def inspect(host: Host[SourceT, PlacedT], config: QFTConfig, about: About) -> Inspection:
+def inspect(host: Host[SourceT, PlacedT], config: QFTConfig, *, items: int | None, once: bool = False) -> Inspection:
     """Do what a job does up to where it trains, but for compensation, on a few images; random numbers stay as they are.
 
     Args:
         host: has the user's model and dataset, and the quantizers; its `write` is not called.
         config: the settings.
-        about: the rest.
+        items: how many items the dataset has; `None` where it does not say.
+        once: the dataset can be iterated over once only.
 
     Raises:
         QFTError: what the job would raise before it trains, as far as the first images show it.
     """
     heard: list[str] = []
     head = _Head(host.items())
-    with _random_state_kept(), _listening(heard):
+    with _random_state_kept(), _listening(heard), following():
         begin = time.perf_counter()
         settings = config.finetune or FinetuneConfig()
         few = replace(settings, max_images=min(settings.max_images, LOOKED_AT))
-        inputs = images(host.model, head, replace(config, finetune=few), head_items=host.head_items)
+        with phase("images"):
+            inputs = images(host.model, head, replace(config, finetune=few), head_items=host.head_items)
         read = time.perf_counter()
         with agreed(inputs.world):
-            source = host.read(inputs, config)
-            problem = understand(source, inputs, config)
+            with phase("reading the model"):
+                source = host.read(inputs, config)
+                problem = understand(source, inputs, config)
             understood = time.perf_counter()
             targets = targets_of(host, problem, config)
             compared = time.perf_counter()
             start = host.initialize(problem, replace(config, compensate=False, bias_correction=False))
         started = time.perf_counter()
-        check_accumulators(start.dof, deployed_weights(start.dof))
+        deployed = deployed_weights(start.dof)
+        check_accumulators(start.dof, deployed)
         if isinstance(targets, Targets):
             warn_of_targets(targets, problem.at.weights(targets.count), problem.inputs)
         degrees = degrees_of(start.dof)
-        measured = Measured(read - begin, understood - read + started - compared, *_forward(start, problem))
-        prediction, kept = None, 0
-        if targets is None or config.finetune is None:
-            check_start(start, problem)
-        else:
-            kept = _kept_by_step(start, problem, config.finetune)
-            measured, prediction = _timed(host, start, problem, targets, config, measured)
-    if about.once:
+        with phase("timing"):
+            measured = Measured(read - begin, understood - read + started - compared, *_forward(start, problem))
+            prediction, kept = None, 0
+            if targets is None or config.finetune is None:
+                check_start(start, problem)
+            else:
+                kept = _kept_by_step(start, problem, config.finetune)
+                measured, prediction = _timed(host, start, problem, targets, config, measured)
+    if once:
         heard.append(
             "The dataset should be one that can be iterated over again, such as a list or a DataLoader. Found an "
             f"iterator, of which this dry run has taken {len(inputs.sizes)} items: quantize will not see them."
         )
-    scale = _scale(head, about.items, len(inputs), settings)
+    scale = _scale(head, items, len(inputs), settings)
+    layers = layers_of(host, problem, start, deployed, config=config)
     return Inspection(
-        host=about.host,
+        host=host.name,
         model=type(host.model).__name__,
-        compared_at=tuple(place.tensor.strip("/") for place in problem.at.inputs) or ("the outputs",),
-        layers=layers_of(host.model, source, start, config, about=about),
+        compared_at=compared_at(problem, config),
+        layers=planned_layers(layers, source, start, config),
         activations=activations_of(source, start.placed.placement),
         degrees=degrees,
         float_bytes=float_bytes(host.model),
-        file_bytes=file_bytes(source, start, about.host),
+        file_bytes=file_bytes(source, start, host.name),
         cost=cost_of(measured, scale, start, source, inputs=inputs, config=config),
         memory=memory_of(scale, prediction, kept, source, inputs=inputs, config=config),
         warnings=tuple(dict.fromkeys(heard)),
-        refusals=_refusals(start, about),
+        refusals=_refusals(start, host.name),
     )
 
 
@@ -273,10 +282,10 @@ def _kept_by_step(start: Start[Placed], problem: Problem[Source], settings: Fine
     return sum(seen.values()) + 3 * trained + state
 
 
-def _refusals(start: Start[Placed], about: About) -> tuple[str, ...]:
+def _refusals(start: Start[Placed], host: str) -> tuple[str, ...]:
     """Name what a save is known to refuse."""
     doubly = [name for name, grid in start.dof.weight_grids.items() if grid.scale_in is not None]
-    if doubly and about.host == "brevitas":
+    if doubly and host == "brevitas":
         return (
             "save_qcdq refuses scales that differ by input channel, as HardwareSpec.doubly_per_channel and "
             f"QFTInt4WeightDoublyPerChannelFloat ask for, in {', '.join(doubly)}. save_qonnx writes them.",

@@ -129,11 +129,10 @@ def run_on(
                 with agreed(inputs.world):
                     counted = agreement_of(start, problem)
                 agreement = counted.of_all(inputs.world)
-        name = type(host.model).__name__
         measured = analysed(start, problem, config) if config.analyse else None
         with phase("writing"):
             model = host.write(problem, start, deployed)
-        about = About(host.name, name, agreement, warned, progress.seconds)
+        about = About(host, agreement, warned, progress.seconds)
         report = report_of_job(problem, start, deployed, config, result, about)
         report = report if measured is None else with_errors(report, measured)
         return Ended(Job(model, problem.source.dof_map, result, report), start, problem)

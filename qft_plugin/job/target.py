@@ -177,8 +177,8 @@ def _as_small_as_possible(jobs: _Jobs, config: QFTConfig) -> _Tried:
             f"Returned the result with {raised} of {count} layers raised: {best.words}, the target is "
             f"{'met' if best.missing <= 0 else 'not met'}."
         )
-    for message in best.ended.job.report.warnings:
-        warnings.warn(message, QFTWarning, stacklevel=3)
+    for message in best.ended.job.report.warnings:  # they were kept back while it was one of several
+        warn(message, stacklevel=3)
     return best
 
 

@@ -4,22 +4,22 @@ from collections.abc import Iterator
 from typing import Any
 
 import nncf
-import torch
 from torch import nn
 
 from qft_plugin.config import QFTConfig
-from qft_plugin.graph.layer_graph import LayerGraph, Op
 from qft_plugin.job.inspect import inspect as job_inspect
-from qft_plugin.job.planned import About
-from qft_plugin.nncf._host import NNCF
-from qft_plugin.nncf._read import check_model
-from qft_plugin.nncf._register import MARK, checked_request
-from qft_plugin.nncf._version import check_version
+from qft_plugin.nncf._register import MARK, checked_request, opened
 from qft_plugin.report.inspection import Inspection
-from qft_plugin.training.distributed import joined
 
 
-def inspect(model: nn.Module, calibration_dataset: Any, config: QFTConfig | None = None, **host: Any) -> Inspection:
+def inspect(
+    model: nn.Module,
+    calibration_dataset: Any,
+    config: QFTConfig | None = None,
+    *,
+    verbose: bool = True,
+    **host: Any,
+) -> Inspection:
     """Say what `nncf.quantize(..., algorithm=config)` would decide and cost; nothing is trained or written.
 
     It takes seconds: the model is read, placed and started on the first 64 images, without compensation, and a few
@@ -29,6 +29,7 @@ def inspect(model: nn.Module, calibration_dataset: Any, config: QFTConfig | None
         model: float torch model; it is never changed, and random numbers go on as if nothing had been drawn.
         calibration_dataset: `nncf.Dataset` of unlabeled inputs.
         config: the settings; `None` for the defaults.
+        verbose: show the phases on stderr while they run.
         **host: the other arguments of `nncf.quantize`.
 
     Raises:
@@ -37,15 +38,7 @@ def inspect(model: nn.Module, calibration_dataset: Any, config: QFTConfig | None
     original = getattr(nncf.quantize, MARK, nncf.quantize)
     host.pop("callback", None)
     config, request = checked_request(original, calibration_dataset, config or QFTConfig(), host)
-    with torch.inference_mode(False), torch.enable_grad(), joined(model) as world:
-        check_version()
-        check_model(model)
-        head_items = request.calibration_items if request.own_items and world.size > 1 else 0
-        items = calibration_dataset.get_length() if isinstance(calibration_dataset, nncf.Dataset) else None
-        source = getattr(calibration_dataset, "_data_source", None)
-        about = About("nncf", _why_float, items, once=isinstance(source, Iterator))
-        return job_inspect(NNCF(model, request, head_items), config, about)
-
-
-def _why_float(_: LayerGraph, op: Op) -> str:
-    return f"NNCF quantizes no {op.function} here: ignored_scope, target_device, or its own rules"
+    items = calibration_dataset.get_length() if isinstance(calibration_dataset, nncf.Dataset) else None
+    source = getattr(calibration_dataset, "_data_source", None)
+    with opened(model, request, verbose=verbose) as opened_host:
+        return job_inspect(opened_host, config, items=items, once=isinstance(source, Iterator))

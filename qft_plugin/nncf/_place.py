@@ -80,6 +80,7 @@ def place(source: Source, tensors: Mapping[str, Tensor], request: Request, input
     weights: dict[str, WeightPlace] = {}
     weight_hooks: dict[str, tuple[str, ...]] = {}
     other_hooks: dict[str, tuple[str, ...]] = {}
+    untrained: dict[str, tuple[int, int]] = {}
     on_tensor: dict[str, str] = {}
     on_input: dict[tuple[str, int], str] = {}
     factors = {(addend.addition, addend.index): (addend.factor, 0) for addend in source.addends}
@@ -97,6 +98,7 @@ def place(source: Source, tensors: Mapping[str, Tensor], request: Request, input
                 weights[what.name] = WeightPlace(before and each, doubly=doubly)
             elif what.name != MADE_INSIDE:
                 other_hooks[what.name] = (*other_hooks.get(what.name, ()), *names)
+                untrained[what.name] = _bits_and_scales(hook)
             continue
         grid = _activation_grid(hook)
         if grid is None:
@@ -110,7 +112,7 @@ def place(source: Source, tensors: Mapping[str, Tensor], request: Request, input
                 what = source.ports.get((op, port))
                 if what is not None and not isinstance(what, Const):
                     on_input[factors.get((op, what.index), (op, what.index))] = names[0]
-    placement = Placement(activations, on_tensor, on_input, weights)
+    placement = Placement(activations, on_tensor, on_input, weights, untrained)
     held = {
         name: tensor if name in source.addend_factors else tensor_of(quantized, name).detach()
         for name, tensor in tensors.items()
@@ -174,6 +176,11 @@ def _drop_activation_quantizers(model: nn.Module, source: Source) -> None:
 def is_kernel_weight(source: Source, weight: Const) -> bool:
     """Whether a constant is the weight of a convolution or linear layer."""
     return any(op.function in LAYERS and op.argument(1, "weight") == weight for op in source.graph.ops)
+
+
+def _bits_and_scales(hook: SymmetricQuantizer | AsymmetricQuantizer) -> tuple[int, int]:
+    """Return the bit width of a quantizer, and how many scales it has."""
+    return int(hook.num_bits), (hook.scale if isinstance(hook, SymmetricQuantizer) else hook.input_low).numel()
 
 
 def _out_channels(tensors: Mapping[str, Tensor], source: Source, weight: Const) -> int:

@@ -1,9 +1,10 @@
 """`nncf.quantize` with one more argument: `algorithm`."""
 
+import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -128,18 +129,30 @@ def quantize(
 
 def _quantize(original: Callable[..., Any], model: Any, dataset: Any, asked: _Asked, host: dict[str, Any]) -> Job:
     config, request = checked_request(original, dataset, _config(asked.algorithm), host)
+    with opened(model, request, verbose=asked.verbose) as opened_host:
+        return run_to_target(opened_host, config, callback=asked.callback)
+
+
+@contextlib.contextmanager
+def opened(model: Any, request: Request, *, verbose: bool) -> Iterator[NNCF]:
+    """Check the user's model, and return it as the host of a job that runs inside the block.
+
+    Args:
+        model: the user's model.
+        request: the user's request to NNCF.
+        verbose: show the phases of the job.
+
+    Raises:
+        HostError: NNCF is too old.
+        ModelError: it is no model that can be quantized.
+    """
     # Calibration code often stands inside no_grad or inference_mode, but this one trains.
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        joined(model) as world,
-        shown(asked.verbose and world.is_first),
-    ):
+    with torch.inference_mode(False), torch.enable_grad(), joined(model) as world, shown(verbose and world.is_first):
         check_version()
         check_model(model)
         # One process keeps all images anyway; NNCF says then what is wrong with its setting.
         head_items = request.calibration_items if request.own_items and world.size > 1 else 0
-        return run_to_target(NNCF(model, request, head_items), config, callback=asked.callback)
+        yield NNCF(model, request, head_items)
 
 
 def checked_request(

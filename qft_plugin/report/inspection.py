@@ -7,33 +7,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from qft_plugin.files import write_whole
 from qft_plugin.report.inspection_page import Rows, page
+from qft_plugin.report.page.write import page_path
+from qft_plugin.report.record import Layer
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlannedLayer:
-    """One layer as a job would quantize it.
+class PlannedLayer(Layer):
+    """One layer as a job would quantize it: what a report says of it, and more.
 
     Attributes:
-        name: of the module, `"features.3.conv"`.
-        weight: name of the parameter; empty where the forward computes the weight.
-        kind: of the operation, `"conv2d"`, `"linear"`, ...
-        shape: of the weight; empty where it is not known.
-        bits: of the weight; `None` where it stays in floating point.
-        activation_bits: of its input; `None` where that is not, or not wholly, quantized.
         granularity: of the weight's scale, `"per tensor"`, `"per channel"`, `"doubly per channel"`; empty in float.
-        reason: why it stays in floating point, or has other bits than `QFTConfig.weight_bits`; empty else.
         not_int8: why it is not expected to run in int8 in the file; empty where it is.
     """
 
-    name: str
-    weight: str
-    kind: str
-    shape: tuple[int, ...]
-    bits: int | None
-    activation_bits: int | None
     granularity: str
-    reason: str
     not_int8: str
 
 
@@ -132,7 +121,7 @@ class Inspection:
         host: `"nncf"` or `"brevitas"`.
         model: class of the user's model.
         compared_at: names of the activations that the loss compares.
-        layers: convolutions, linear layers, and all else with a quantized weight, in the order of execution.
+        layers: those that the report of the job will list.
         activations: those that are quantized or that such a layer reads, in the order of execution.
         degrees: how many numbers train, by kind.
         float_bytes: of the parameters of the user's model.
@@ -165,19 +154,21 @@ class Inspection:
         """Write everything as JSON."""
         return json.dumps(dataclasses.asdict(self), indent=1)
 
-    def save_html(self, path: str | os.PathLike[str]) -> None:
-        """Write one page that needs no other file, no network and no script.
+    def save_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write one page that needs no other file, no network and no script; it is written whole or not at all.
 
         Args:
-            path: of the file.
+            path: of the file, `*.html`; one that is there is replaced.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            ConfigError: the path cannot be written.
         """
-        text = page(f"Dry run of {self.model}", headline(self), lists=lists(self), tables=tables(self))
-        draft = Path(path).with_name(f".{Path(path).name}.draft")
-        try:
-            draft.write_text(text, encoding="utf-8")
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        target = page_path(path)
+        write_whole(target, page(self.model, headline(self), lists=lists(self), tables=tables(self)))
+        return target
 
     def __str__(self) -> str:
         """Write everything as plain tables."""

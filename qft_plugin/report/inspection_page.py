@@ -2,38 +2,38 @@
 
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from string import Template
 from typing import Final
 
 Rows = Sequence[Sequence[str]]
 """A table; its first row is its head."""
 
+STYLE: Final = Path(__file__).parent / "page" / "report.css"
+"""Of the page of a report too."""
+
 PAGE: Final = Template("""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta name="color-scheme" content="light dark">
+<title>QFT dry run: $title</title>
+<link rel="icon" href="data:,">
 <style>
-:root { color-scheme: light dark; --text: #1b1f24; --back: #ffffff; --line: #d0d7de; --soft: #f4f6f8; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e6e9ed; --back: #14171b; --line: #3a424b; --soft: #1e2329; }
-}
-body { margin: 0 auto; padding: 1rem; max-width: 75rem; background: var(--back); color: var(--text);
-  font: 1rem/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; }
-h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; }
-th { background: var(--soft); white-space: nowrap; }
-li { margin: .4rem 0; overflow-wrap: anywhere; }
+$style
 </style>
 </head>
 <body>
+<header>
+<p class="kicker">QFT dry run</p>
 <h1>$title</h1>
-<p>$headline</p>
+</header>
+<main>
+<section><p class="verdict">$headline</p></section>
 $parts
+</main>
 </body>
 </html>
 """)
@@ -50,20 +50,23 @@ def page(
         lists: what is listed, each with a title.
         tables: what follows, each with a title.
     """
-    parts = [f"<h2>{escape(name)}</h2>\n{_list(lines)}" for name, lines in lists]
-    parts += [f"<h2>{escape(name)}</h2>\n{_table(name, rows)}" for name, rows in tables]
-    return PAGE.substitute(title=escape(title), headline=escape(headline), parts="\n".join(parts))
+    parts = [_section(name, _list(lines)) for name, lines in lists]
+    parts += [_section(name, _table(name, rows)) for name, rows in tables]
+    style = STYLE.read_text(encoding="utf-8")
+    return PAGE.substitute(title=escape(title), style=style, headline=escape(headline), parts="\n".join(parts))
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>\n{content}</section>"
 
 
 def _list(lines: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+    return '<div class="note warn"><ul>' + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul></div>"
 
 
 def _table(title: str, rows: Rows) -> str:
     head, *body = rows
     heads = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in body)
-    return (
-        f'<div class="wide" role="region" tabindex="0" aria-label="{escape(title)}"><table><thead><tr>{heads}</tr>'
-        f"</thead><tbody>\n{lines}</tbody></table></div>"
-    )
+    region = f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(title)}">'
+    return f'{region}<table class="words"><thead><tr>{heads}</tr></thead><tbody>\n{lines}</tbody></table></div>'

@@ -69,7 +69,7 @@ class Layer:
         shape: of the weight.
         bits: of the weight; `None` where it stayed in floating point.
         activation_bits: of its input; `None` where that is not quantized.
-        scales: how many steps its weight has; 0 where it stayed in floating point.
+        scales: how many steps its weight has, over all its axes; 0 where it stayed in floating point.
         reason: why it stayed in floating point, or has more bits than `QFTConfig.weight_bits`; empty else.
         errors: measured by `layer_errors`; `None` before.
         figures: likewise.
@@ -132,7 +132,8 @@ class Record:
         agreement: share of images, 0 to 1, on which the result names the class of the float network; on the images of
             the loss. `None` for a network that does not return one tensor [images, classes].
         start_agreement: likewise before the first step.
-        layers: all layers that have a weight, in the order of execution.
+        layers: all convolutions, linear layers and embeddings, quantized or not, and what else has a quantized weight
+            (a normalisation under NNCF), in the order of execution.
         nodes: all operations, in the order of execution.
         warnings: what the job warned of, in order.
         seconds: of each phase by its name, in order.

@@ -11,6 +11,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 from qft_plugin.cli.app import app
+from qft_plugin.deploy.openvino import RunInInt8
+from qft_plugin.report.data import Report
+from qft_plugin.report.kept import keep_report
 
 RUNNER = CliRunner()
 
@@ -46,10 +49,20 @@ class Said:
         """Return the text as JSON."""
         return f'"{self.text}"'
 
-    def save_html(self, path: Path, *, file: Any = None) -> None:
-        """Write the text, and how large the file is that it is about."""
-        size = "" if file is None else f" of {file.bytes} bytes"
-        Path(path).write_text(f"<p>{self.text}{size}</p>", encoding="utf-8")
+    def save_html(self, path: Path) -> None:
+        """Write the text."""
+        Path(path).write_text(f"<p>{self.text}</p>", encoding="utf-8")
+
+
+class Saved(SimpleNamespace, RunInInt8):
+    """The report of a file."""
+
+
+REPORT = Report(
+    **{"host": "brevitas", "versions": {}, "model": "Net", "images": 9, "held_out": 0, "compared_at": ()},
+    **{"start_loss": None, "final_loss": None, "losses": (), "agreement": None, "start_agreement": None},
+    layers=(),
+)
 
 
 class HostStandIn(SimpleNamespace):
@@ -59,19 +72,23 @@ class HostStandIn(SimpleNamespace):
         """Begin with no calls."""
         super().__init__(calls=[], **more)
 
-    def quantize(self, model: nn.Module, data: Any, *, config: Any, **_: Any) -> nn.Module:
-        """Keep the images and the settings."""
-        self.calls.append(("quantize", model, torch.cat(list(data)), config))
+    def quantize(self, model: nn.Module, data: Any, *, config: Any, verbose: bool) -> nn.Module:
+        """Keep the images and the settings; make a report."""
+        self.calls.append(("quantize", model, torch.cat(list(data)), config, verbose))
+        keep_report(model, REPORT)
         return model
+
+    def inspect(self, model: nn.Module, data: Any, *, config: Any, verbose: bool) -> Said:
+        """Keep whether it should show progress; say what it was called with."""
+        self.calls.append(("inspect", verbose))
+        return Said(f"{type(model).__name__} {sum(len(batch) for batch in data)} {config.weight_bits}")
 
     def fold(self, model: nn.Module) -> nn.Module:
         """Return the same model."""
         return model
 
-    def save_qcdq(self, model: nn.Module, path: Path, example: Any) -> Any:
+    def save_qcdq(self, model: nn.Module, path: Path, example: Any, *, verbose: bool) -> Any:
         """Write a file of one byte."""
-        self.calls.append(("save_qcdq", model, path, example))
+        self.calls.append(("save_qcdq", model, path, example, verbose))
         path.write_bytes(b"q")
-        return SimpleNamespace(
-            path=path, bytes=1, weights=2, int8_convolutions=1, convolutions={"a": "i8"}, proof="proved"
-        )
+        return Saved(path=path, bytes=1, weights=2, convolutions={"a": "i8"}, proof="proved")

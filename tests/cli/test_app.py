@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import HostStandIn, Said, qft, write_images
+from commands import REPORT, HostStandIn, qft, write_images
 from torch import Tensor, nn
 
 from qft_plugin import QFTConfig, QFTWarning, save_config
@@ -70,7 +70,7 @@ def test_quantize_passes_on_what_it_was_told(host: HostStandIn, user: Path) -> N
         *("--weight-bits", 3, "--per-tensor", "--images-fed", 64, "--batch", 3, "--size", "8x6"),
     )
     assert done.exit_code == 0, done.output
-    (_, model, images, config), (_, _, path, example) = host.calls
+    (_, model, images, config, _), (_, _, path, example, _) = host.calls
     assert type(model).__name__ == "Net"
     assert images.shape == (4, 3, 8, 6)
     assert example.shape == (3, 3, 8, 6)
@@ -104,50 +104,41 @@ def test_quiet_says_nothing(host: HostStandIn) -> None:
     assert Path("net.onnx").is_file()
 
 
-def test_reports_are_written_where_the_host_makes_them(host: HostStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The report of the job is said, and written as JSON and as a page."""
-    monkeypatch.setattr(host, "report_of", lambda model: Said(f"report of {type(model).__name__}"), raising=False)
-    monkeypatch.setattr(commands.Report, "save_html", Said.save_html, raising=False)
+def test_reports_are_written(host: HostStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report of the job is written as JSON and as a page, which shows the file too."""
+    monkeypatch.setattr(Report, "save_html", page_of_file)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # what pages are made with
     common = ("quantize", f"{NET}:make", "--data", "images", "--out", "net.onnx")
     done = qft(*common, "--json", "r.json", "--report", "r.html")
     assert done.exit_code == 0, done.output
-    assert "report of Net" in done.output
-    assert json.loads(Path("r.json").read_text()) == "report of Net"
-    assert Path("r.html").read_text() == "<p>report of Net of 1 bytes</p>"
+    assert Report.from_json(Path("r.json").read_text()) == REPORT
+    assert Path("r.html").read_text() == "<p>Net of 1 bytes</p>"
 
 
-def test_jobs_that_show_themselves_are_asked_to(host: HostStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then the report is not said twice; --quiet reaches them."""
-    asked = []
+def page_of_file(report: Report, path: Path, *, file: object = None) -> None:
+    """Write the model of a report, and how large its file is."""
+    size = "" if file is None else f" of {file.bytes} bytes"  # type: ignore[attr-defined]
+    Path(path).write_text(f"<p>{report.model}{size}</p>", encoding="utf-8")
 
-    def quantize(model: nn.Module, *_: object, config: QFTConfig, verbose: bool = True) -> nn.Module:
-        asked.append((config.weight_bits, verbose))
-        return model
 
-    monkeypatch.setattr(host, "quantize", quantize)
-    monkeypatch.setattr(host, "report_of", lambda _: Said("the report"), raising=False)
+def test_jobs_show_themselves(host: HostStandIn) -> None:
+    """Progress and report are what the job shows; what the command says of them is the file. --quiet reaches all."""
     common = ("quantize", f"{NET}:make", "--data", "images", "--out", "net.onnx")
     said, hushed = qft(*common), qft(*common, "--quiet")
-    assert asked == [(4, True), (4, False)]
+    assert [call[-1] for call in host.calls] == [True, True, False, False]
     assert "net.onnx: 1 bytes" in said.output
-    assert "the report" not in said.output
     assert hushed.output == ""
 
 
-def test_inspect_shows_what_the_host_finds(host: HostStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_shows_what_the_host_finds(host: HostStandIn) -> None:
     """It is called with the model, the images and the settings."""
-
-    def look(model: nn.Module, data: object, *, config: QFTConfig) -> Said:
-        return Said(f"{type(model).__name__} {sum(len(b) for b in data)} {config.weight_bits}")  # type: ignore[attr-defined]
-
-    monkeypatch.setattr(host, "inspect", look, raising=False)
-    done = qft(
-        "inspect", f"{NET}:make", "--data", "images", "--host", "brevitas", "--json", "i.json", "--html", "i.html"
-    )
+    common = ("inspect", f"{NET}:make", "--data", "images", "--host", "brevitas")
+    done = qft(*common, "--json", "i.json", "--html", "i.html")
     assert (done.exit_code, done.output) == (0, "Net 5 4\n")
     assert json.loads(Path("i.json").read_text()) == "Net 5 4"
     assert Path("i.html").read_text() == "<p>Net 5 4</p>"
+    assert qft(*common, "--quiet").output == ""
+    assert host.calls == [("inspect", True), ("inspect", False)]
 
 
 WRONG = {
@@ -276,15 +267,6 @@ def test_a_host_that_is_not_installed_is_refused_first() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_reports_that_a_version_does_not_make_are_refused_first(host: HostStandIn) -> None:
-    """Before the job, not after it."""
-    common = ("quantize", f"{NET}:make", "--data", "images", "--out", "net.onnx")
-    done = qft(*common, "--json", "r.json")
-    assert done.exit_code == 1
-    assert "should have the function report_of" in done.output
-    assert host.calls == []
-
-
 def test_debug_shows_where(host: HostStandIn) -> None:
     """The error itself is raised."""
     done = qft("quantize", f"{NET}:broken", "--data", "images", "--out", "net.onnx", "--debug")
@@ -321,16 +303,9 @@ def test_warnings_are_a_line_each(host: HostStandIn, monkeypatch: pytest.MonkeyP
 
 def test_a_saved_report_becomes_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the report writes is at the place that was asked for."""
-    report = Report(
-        **{"host": "nncf", "versions": {}, "model": "Net", "images": 9, "held_out": 0, "compared_at": ()},
-        **{"start_loss": None, "final_loss": None, "losses": (), "agreement": None, "start_agreement": None},
-        layers=(),
-    )
-    monkeypatch.setattr(
-        commands.Report, "save_html", lambda self, path: Path(path).write_text(f"<p>{self.model}</p>"), raising=False
-    )
+    monkeypatch.setattr(Report, "save_html", page_of_file)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    Path("r.json").write_text(report.to_json())
+    Path("r.json").write_text(REPORT.to_json())
     assert qft("report", "r.json", "--html", "r.html").exit_code == 0
     assert Path("r.html").read_text() == "<p>Net</p>"
     Path("other.json").write_text('{"layers": 3}')

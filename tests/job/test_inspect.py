@@ -16,23 +16,14 @@ from test_run import Noted, batches, network, settings
 from torch import Tensor, nn
 
 from qft_plugin import ConfigError, DataError, HardwareSpec, ModelError, QFTError
-from qft_plugin.graph.layer_graph import LayerGraph, Op
 from qft_plugin.job import run as job
 from qft_plugin.job.inspect import inspect
-from qft_plugin.job.planned import About
 from qft_plugin.report.inspection import Inspection
 
 
-def why_float(_: LayerGraph, op: Op) -> str:
-    return f"{op.function} by name"
-
-
-def about(length: int | None = 4, **changes: Any) -> About:
-    return About("brevitas", why_float, length, **changes)
-
-
 def found(model: nn.Module, data: Any = None, config: Any = None, **changes: Any) -> Inspection:
-    return inspect(SmallHost(model, batches() if data is None else data), config or settings(), about(**changes))
+    host = SmallHost(model, batches() if data is None else data, name="brevitas")
+    return inspect(host, config or settings(), **{"items": 4, **changes})
 
 
 def test_it_decides_what_a_job_decides() -> None:
@@ -44,9 +35,9 @@ def test_it_decides_what_a_job_decides() -> None:
     dof = host.starts[0].dof
     assert {layer.weight: layer.bits for layer in dry.layers} == {n: grid.bits for n, grid in dof.weight_grids.items()}
     assert [(la.name, la.bits, la.activation_bits, la.reason) for la in dry.layers] == [
-        ("0", 5, 8, "QFTConfig.layer_bits"),
+        ("0", 5, 8, "layer_bits: '0.weight'"),
         ("2", 4, 6, ""),
-        ("6", 8, 8, "one of the smallest layers (QFTConfig.small_layer_share)"),
+        ("6", 8, 8, "small_layer_share: one of the smallest layers, which have 8 bits"),
     ]
     assert {layer.granularity for layer in dry.layers} == {"per channel"}
     assert [(layer.kind, layer.shape) for layer in dry.layers][2] == ("linear", (4, 8))
@@ -137,8 +128,8 @@ def test_it_is_short_and_writes_nothing() -> None:
             taken.append(item)
             yield item
 
-    host = Noted(network(), items())  # type: ignore[arg-type]
-    dry = inspect(host, settings(), about(length=None))
+    host = Noted(network(), items(), name="brevitas")  # type: ignore[arg-type]
+    dry = inspect(host, settings(), items=None)
     assert len(taken) == 4
     assert "write" not in host.asked
     assert dry.cost.images_seen == 64
@@ -147,19 +138,19 @@ def test_it_is_short_and_writes_nothing() -> None:
 @pytest.mark.parametrize(("length", "images", "known"), [(40, 640, True), (None, 8192, False), (2, 64, True)])
 def test_the_size_of_the_job(length: int | None, images: int, *, known: bool) -> None:
     """With a length it is that of all items, else the most that is read; a dataset that ends is counted."""
-    cost = found(network(), 10 * batches(), length=length).cost
+    cost = found(network(), 10 * batches(), items=length).cost
     assert (cost.images, cost.images_known) == (images, known)
 
 
 def test_all_images_were_seen() -> None:
     """A dataset that ends within the first images has no need of a length."""
-    cost = found(network(), batches()[:3], length=None).cost
+    cost = found(network(), batches()[:3], items=None).cost
     assert (cost.images, cost.images_known, cost.images_seen) == (48, True, 48)
 
 
 def test_costs() -> None:
     """Steps are those of the job; the parts add up to all of it; compensation costs nothing where it is off."""
-    dry = found(network(), 10 * batches(), length=40)
+    dry = found(network(), 10 * batches(), items=40)
     cost = dry.cost
     assert cost.steps == 40
     assert cost.compensation_seconds == 0
@@ -174,14 +165,14 @@ def test_costs() -> None:
 
 def test_memory() -> None:
     """Images and teacher outputs are counted for the whole job, and are on disk above the limit of each."""
-    small = found(network(), 10 * batches(), length=40).memory
+    small = found(network(), 10 * batches(), items=40).memory
     assert small.images == 640 * 3 * 36 * 8
     assert small.teacher == 640 * 8 * (8 * 36 + 4)  # what the global pool reads, and the logits
     assert small.step > 0
     assert small.compensation == 0
     assert not small.images_on_disk
     assert small.peak == small.images + small.teacher + small.step
-    tight = found(network(), 10 * batches(), length=40, config=settings(finetune={"memory_limit": 10_000})).memory
+    tight = found(network(), 10 * batches(), items=40, config=settings(finetune={"memory_limit": 10_000})).memory
     assert tight.images_on_disk
     assert tight.teacher_on_disk
     assert tight.peak == tight.step
@@ -205,7 +196,7 @@ def test_without_a_finetune() -> None:
 def test_steps_of_blocks_and_large_batches() -> None:
     """A finetune by blocks, or with batches larger than all images, is timed as well."""
     assert found(network(), config=settings(finetune={"blocks": ["1"]})).cost.step_seconds > 0
-    cost = found(network(), 10 * batches(), length=40, config=settings(finetune={"batch_size": 128})).cost
+    cost = found(network(), 10 * batches(), items=40, config=settings(finetune={"batch_size": 128})).cost
     assert cost.steps == 5
 
 
@@ -240,7 +231,7 @@ def test_nothing_is_logged_of_the_steps(caplog: pytest.LogCaptureFixture) -> Non
 def test_errors_are_those_of_a_job(model: nn.Module, items: Any, config: Any, error: type[QFTError]) -> None:
     """What a job would refuse before it trains is refused in the same words."""
     told = []
-    for run in (lambda h: inspect(h, config, about()), lambda h: job.run(h, config)):
+    for run in (lambda h: inspect(h, config, items=4), lambda h: job.run(h, config)):
         with pytest.raises(error) as caught:
             run(SmallHost(model, batches() if items is None else items))
         told.append(str(caught.value))

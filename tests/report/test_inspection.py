@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qft_plugin import ConfigError
 from qft_plugin.report.inspection import (
     Cost,
     Inspection,
@@ -26,6 +27,7 @@ INT8 = PlannedLayer(
     shape=(8, 3, 3, 3),
     bits=4,
     activation_bits=8,
+    scales=8,
     granularity="per channel",
     reason="",
     not_int8="",
@@ -37,6 +39,8 @@ FLOAT = dataclasses.replace(
     shape=(),
     bits=None,
     activation_bits=None,
+    scales=0,
+    granularity="",
     reason="<i>why</i>",
     not_int8="<i>why</i>",
 )
@@ -87,7 +91,7 @@ def test_the_table_says_everything() -> None:
     for words in (
         "Net under nncf: 1 of 2 layers expected in int8, 1 KB of floats to a file of about 2.5 KB, in about 21 seconds",
         "conv     conv2d  8x3x3x3  4       8      per channel  expected",
-        "gate<b>  conv2d           float   float  per channel  no        <i>why</i>",
+        "gate<b>  conv2d           float   float               no        <i>why</i>",
         "x           input    8     3         0     input      conv.weight",
         "cross-layer factors  8",
         "teacher            0.8      100 ms for a batch of 64",
@@ -144,12 +148,13 @@ def test_the_page_stands_alone(tmp_path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     page = Page()
     page.feed(text)
-    assert not {"script", "link", "img", "iframe", "i", "b"} & set(page.tags)
-    assert not {"src", "href", "onclick"} & page.attributes.keys()
+    assert not {"script", "img", "iframe", "i", "b"} & set(page.tags)
+    assert not {"src", "onclick"} & page.attributes.keys()
+    assert (page.tags.count("link"), page.attributes["href"]) == (1, "data:,")  # no icon is asked for
     assert "://" not in text
     assert "@import" not in text
     assert "prefers-color-scheme: dark" in text
-    assert page.attributes["content"] == "width=device-width, initial-scale=1"
+    assert 'content="width=device-width, initial-scale=1"' in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert page.tags.count("tr") == sum(len(rows) for _, rows in tables(FOUND))
     assert [p.name for p in tmp_path.iterdir()] == ["dry.html"]
@@ -161,6 +166,9 @@ def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         FOUND.save_html(tmp_path / "dry.html")
     assert [p.name for p in tmp_path.iterdir()] == ["dry.html"]
+    for path in (tmp_path / "dry.txt", tmp_path / "none" / "dry.html"):
+        with pytest.raises(ConfigError, match=r"path should be a \.html file in an existing folder"):
+            FOUND.save_html(path)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,12 @@
 
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from qft_plugin.errors import ConfigError
+from qft_plugin.files import write_whole
 from qft_plugin.packages import missing
 from qft_plugin.report.page import charts, numbers, table, words
 from qft_plugin.report.page.layer_charts import charts_of
@@ -37,18 +37,23 @@ def save_page(
         ConfigError: the path cannot be written, a file is something else, or a latency is no time.
         HostError: jinja2 is not installed.
     """
+    target = page_path(path)
+    write_whole(target, page(report, file=file, latency=latency))
+    return target
+
+
+def page_path(path: str | os.PathLike[str]) -> Path:
+    """Check where a page is to be written, before any work.
+
+    Raises:
+        ConfigError: the folder does not exist, or the file has another suffix.
+    """
     target = Path(path)
     if target.suffix != ".html" or not target.parent.is_dir():
         raise ConfigError(
             f"save_html: path should be a .html file in an existing folder. Found {os.fspath(path)!r}. "
             "Make the folder, or change the name."
         )
-    content = page(report, file=file, latency=latency)
-    # A folder beside it is on the same disk, so that the file can be moved to its place at once.
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".qft_") as folder:
-        draft = Path(folder) / target.name
-        draft.write_text(content, encoding="utf-8", newline="\n")
-        os.replace(draft, target)
     return target
 
 
