@@ -100,7 +100,8 @@ def main() -> None:
     start = time.perf_counter()
     train(net, train_images, train_labels)
     print(f"float network trained in {time.perf_counter() - start:.1f} s")
-    dataset = nncf.Dataset(list(train_images[:CALIBRATION_IMAGES].split(BATCH)))
+    batches = list(train_images[:CALIBRATION_IMAGES].split(BATCH))
+    dataset = nncf.Dataset(batches)
     example = train_images[:8]
 
     four_bits = nncf.AdvancedQuantizationParameters(
@@ -108,9 +109,13 @@ def main() -> None:
     )
     per_tensor = QFTConfig(hardware=HardwareSpec(rescale="layerwise"))
     ways: dict[str, Callable[[], nn.Module]] = {
-        "NNCF, 8-bit weights": lambda: nncf.quantize(net, dataset),
+        "NNCF, 8-bit weights": lambda: nncf.quantize(net, dataset, subset_size=len(batches)),
         "NNCF, 4-bit weights": lambda: nncf.quantize(
-            net, dataset, target_device=nncf.TargetDevice.NPU, advanced_parameters=four_bits
+            net,
+            dataset,
+            subset_size=len(batches),
+            target_device=nncf.TargetDevice.NPU,
+            advanced_parameters=four_bits,
         ),
         "QFT, 4-bit, per tensor": lambda: nncf.quantize(net, dataset, algorithm=per_tensor),
         "QFT, 4-bit, per channel": lambda: nncf.quantize(net, dataset, algorithm="qft"),

@@ -69,6 +69,8 @@ def load_config(path: str | os.PathLike[str]) -> QFTConfig:
         ConfigError: the file cannot be read, or holds something else; the message begins with its name.
     """
     source = _checked(path)
+    if not source.is_file():
+        raise ConfigError(f"{source}: should be a file of settings. Found none. Look at its name and its folder.")
     try:
         text = source.read_text(encoding="utf-8")
         data = json.loads(text) if source.suffix == ".json" else _from_toml(text)

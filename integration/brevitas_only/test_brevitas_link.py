@@ -326,6 +326,13 @@ def test_a_model_that_brevitas_rebuilds(adds):
     assert dof_map.size == (8 if adds else 16)
 
 
+@pytest.mark.parametrize("convert", [torch.Tensor.byte, torch.Tensor.double])
+def test_an_example_of_another_dtype(convert):
+    """It is refused with how to convert it, before the model runs."""
+    with pytest.raises(DataError, match=r"example_input should be of the model's dtype torch\.float32\. Found"):
+        link(build("residual"), convert(images("residual")))
+
+
 def test_links_of_another_example():
     """Linking with an image of another size finds the same links."""
     model = Residual().eval()

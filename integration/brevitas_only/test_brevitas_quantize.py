@@ -11,8 +11,8 @@ import torch
 from brevitas_models import CLOSE, assert_same_state, few, integers, relative, run, state_of, weight_scalings
 from torch import nn
 
-from qft_plugin import HardwareSpec, ModelError, QFTError
-from qft_plugin.brevitas import fold, quantize
+from qft_plugin import ConfigError, DataError, HardwareSpec, ModelError, QFTError
+from qft_plugin.brevitas import fold, initialize, inspect, quantize
 from qft_plugin.graph.torch_model import tensors_in
 
 RUNS = tuple(nets.NETS)
@@ -121,3 +121,22 @@ def test_a_dead_channel_of_the_first_images():
     nn.init.constant_(model.down.bias, -100.0)
     result = quantize(model, data, config=few())
     assert torch.isfinite(run(result, data[0])).all()
+
+
+def test_arguments_in_the_wrong_place():
+    """Settings where the example stands, a dict of settings, a network that has quantizers already."""
+    model, data = nets.build("residual"), nets.items("residual")
+    for call in (quantize, inspect):
+        with pytest.raises(ConfigError, match=r"Found a QFTConfig\. Pass the settings by name: config="):
+            call(model, data, few())
+        with pytest.raises(ConfigError, match=r"config should be a QFTConfig\. Found dict"):
+            call(model, data, config={"weight_bits": 4})
+    result = quantize(model, data, config=few())
+    with pytest.raises(ModelError, match=r"should be a float network\. Found quantizers of"):
+        quantize(result, data, config=few())
+    with pytest.raises(ConfigError, match=r"Found a QFTConfig\. Pass the settings by name"):
+        inspect(result, data, few())
+    with pytest.raises(ConfigError, match=r"config should be a QFTConfig\. Found dict"):
+        initialize(result, data, {"equalize": False})
+    with pytest.raises(DataError, match="Found one Tensor of shape"):
+        quantize(model, data[0], config=few())

@@ -1,5 +1,7 @@
 """The settings of NNCF and of the algorithm, each with its effect on the result."""
 
+import logging
+
 import pytest
 import torch
 
@@ -164,6 +166,20 @@ def test_what_nncf_calibrates_on(monkeypatch, settings, sizes):
     monkeypatch.setattr(nncf.Dataset, "get_inference_data", counted)
     host.quantize(nets.build("residual"), dataset, four_bits(finetune=None), **settings)
     assert seen[len(items) :] in (sizes, [*sizes[:1], *sizes])  # the first item is an example for its tracer, too
+
+
+def test_nncf_says_nothing_about_batches_that_are_made_here(caplog):
+    """It would warn of fewer items than its default of 300, which are no items of the user's; it does of the user's."""
+    model, items = nets.build("residual"), nets.items("residual")
+    logger = logging.getLogger("nncf")
+    logger.addHandler(caplog.handler)
+    try:
+        host.quantize(model, nncf.Dataset(items), four_bits(finetune=None))
+        assert "samples" not in caplog.text
+        host.quantize(model, nncf.Dataset(items), four_bits(finetune=None), subset_size=300)
+        assert "Dataset contains only" in caplog.text
+    finally:
+        logger.removeHandler(caplog.handler)
 
 
 @pytest.mark.parametrize(("settings", "words"), [

@@ -19,7 +19,7 @@ from qft_plugin.graph.torch_model import accepts
 from qft_plugin.job.host import Problem, Start
 from qft_plugin.job.start import initialize, start
 from qft_plugin.report.progress import phase
-from qft_plugin.training.data import Inputs, as_call
+from qft_plugin.training.data import Inputs, as_call, check_batches
 from qft_plugin.training.integers import DeployedWeight, deployed_weights
 from qft_plugin.training.loss import Network
 from qft_plugin.training.student import Unfold
@@ -55,7 +55,12 @@ class Brevitas:
     name: str = "brevitas"
 
     def items(self) -> Iterable[Any]:
-        """Return the batches."""
+        """Return the batches.
+
+        Raises:
+            DataError: there can be none in it.
+        """
+        check_batches(self.data)
         return self.data
 
     def read(self, inputs: Inputs, config: QFTConfig) -> Source:

@@ -11,7 +11,7 @@ from torch import nn
 from qft_plugin.brevitas._attach import teacher
 from qft_plugin.brevitas._host import Brevitas
 from qft_plugin.brevitas._read import Source, check, made_in_inference_mode
-from qft_plugin.brevitas._run import checked_config
+from qft_plugin.brevitas._run import checked_config, config_beside
 from qft_plugin.brevitas._twin import weight_scaling
 from qft_plugin.brevitas._version import check_version
 from qft_plugin.config import QFTConfig
@@ -51,7 +51,8 @@ def inspect(
     check_version()
     check_model(model)
     own = any(weight_scaling(m) is not None for m in model.modules())
-    config = checked_config(config, model) if own else config or QFTConfig()
+    config = config_beside(example_input, config)
+    config = checked_config(config, model) if own else config
     with torch.inference_mode(False), torch.enable_grad(), joined(model) as world, shown(verbose and world.is_first):
         if own:
             check(model)

@@ -19,7 +19,7 @@ from qft_plugin.brevitas._read import (
 from qft_plugin.brevitas._scalings import ActivationScaling, CrossLayerFactors, Neighbours, WeightScaling
 from qft_plugin.brevitas._twin import weight_scaling
 from qft_plugin.brevitas._version import check_version
-from qft_plugin.errors import ModelError
+from qft_plugin.errors import DataError, ModelError
 from qft_plugin.graph.layer_graph import PINNED, DofMap
 from qft_plugin.graph.placement import Placement, quantizer_after, quantizers_before
 from qft_plugin.graph.record import record
@@ -52,8 +52,25 @@ def link(model: nn.Module, example_input: Any, *, explicit: bool = False) -> Dof
     """
     check_version()
     check(model)
-    link_on(model, as_call(example_input, accepts=accepts(model)), explicit=explicit)
+    call = as_call(example_input, accepts=accepts(model))
+    _check_dtype(model, call)
+    link_on(model, call, explicit=explicit)
     return dof_map_of(model)
+
+
+def _check_dtype(model: nn.Module, call: Call) -> None:
+    """Refuse images that are bytes, or floats of another kind than the model's: what torch says of them misleads.
+
+    Raises:
+        DataError: it says how to convert them.
+    """
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    for t in (*call[0], *call[1].values()):
+        if t.dtype == torch.uint8 or (t.is_floating_point() and t.dtype != like.dtype):
+            raise DataError(
+                f"example_input should be of the model's dtype {like.dtype}. Found {t.dtype}. Convert it as for "
+                f"inference, for example image.to({like.dtype}) / 255."
+            )
 
 
 def dof_map_of(model: nn.Module) -> DofMap:

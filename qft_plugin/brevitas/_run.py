@@ -11,9 +11,10 @@ from torch import nn
 from qft_plugin.brevitas._host import Brevitas
 from qft_plugin.brevitas._link import shared_factors
 from qft_plugin.brevitas._read import check, made_in_inference_mode
+from qft_plugin.brevitas._twin import weight_scaling
 from qft_plugin.brevitas._version import check_version
 from qft_plugin.config import QFTConfig
-from qft_plugin.errors import ConfigError
+from qft_plugin.errors import ConfigError, ModelError
 from qft_plugin.graph.channel_affine import Rescaled
 from qft_plugin.graph.torch_model import check_finite, check_model
 from qft_plugin.job.run import Callback, run
@@ -142,9 +143,14 @@ def quantize(
         DataError: the data cannot be used.
         HostError: Brevitas is missing, too old, or runs in its TorchScript mode.
     """
-    config = config or QFTConfig()
     check_version()
+    config = config_beside(example_input, config)
     check_model(model)
+    if any(weight_scaling(m) is not None for m in model.modules()):
+        raise ModelError(
+            f"quantize: the model should be a float network. Found quantizers of qft_plugin.brevitas in "
+            f"{type(model).__qualname__}. Pass the network without them, or call initialize and finetune on this one."
+        )
     with torch.inference_mode(False), torch.enable_grad(), joined(model) as world, shown(verbose and world.is_first):
         if made_in_inference_mode(model):
             model = copy.deepcopy(model)  # a copy that is made here is an ordinary one
@@ -158,9 +164,31 @@ def _say_if_not_linked(function: str, model: nn.Module) -> None:
         logger.info("%s: the model is not linked yet; that is done first, on the first images of the data", function)
 
 
+def config_beside(example_input: Any, config: Any) -> QFTConfig:
+    """Return the settings, the defaults where there are none, unless something else stands in their place.
+
+    Args:
+        example_input: what was given as an input.
+        config: what was given as settings.
+
+    Raises:
+        ConfigError: one of the two is another thing.
+    """
+    if isinstance(example_input, QFTConfig):
+        raise ConfigError(
+            "example_input should be an input of the model. Found a QFTConfig. Pass the settings by name: config=..."
+        )
+    if config is not None and not isinstance(config, QFTConfig):
+        raise ConfigError(
+            f"config should be a QFTConfig. Found {type(config).__name__}. Make one: QFTConfig(...), or "
+            "qft_plugin.config_from_dict of a dict of settings."
+        )
+    return config or QFTConfig()
+
+
 def checked_config(config: QFTConfig | None, model: Any) -> QFTConfig:
     """Refuse what only a model itself decides."""
-    config, default = config or QFTConfig(), QFTConfig()
+    config, default = config_beside(None, config), QFTConfig()
     for names, found, usual in (
         (BY_QUANTIZERS, config, default),
         (BY_QUANTIZERS_OF_HARDWARE, config.hardware, default.hardware),

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,11 +59,12 @@ def save_qonnx(
         ParityError: the file differs from the model; nothing is written.
     """
     require("onnx", "qonnx", extra="brevitas,export")
-    # Imported late: exporting needs packages that training does not, and warns of some that are missing.
     import onnx
-    from brevitas.export import export_qonnx
 
-    with shown(verbose), _exported(export_qonnx, model, path, example_input, check=check, free_batch=False) as made:
+    with (
+        shown(verbose),
+        _exported(_exporter("export_qonnx"), model, path, example_input, check=check, free_batch=False) as made,
+    ):
         file = onnx.load(made.draft)
         qonnx.widen_bias_constants(file)
         onnx.save(file, made.draft)
@@ -104,7 +106,6 @@ def save_qcdq(
     """
     require("onnx", "openvino", *(["onnxruntime"] if check else []), extra="brevitas,export")
     import onnx
-    from brevitas.export import export_onnx_qcdq
 
     doubly = [name for name, layer in _quantized_layers(model) if _differs_by_input(layer)]
     if doubly:
@@ -113,7 +114,10 @@ def save_qcdq(
             f"the weights of {', '.join(doubly)}. Call qft_plugin.brevitas.fold first; a doubly per-channel quantizer "
             "can be saved as QONNX only."
         )
-    with shown(verbose), _exported(export_onnx_qcdq, model, path, example_input, check=check, free_batch=True) as made:
+    with (
+        shown(verbose),
+        _exported(_exporter("export_onnx_qcdq"), model, path, example_input, check=check, free_batch=True) as made,
+    ):
         file = onnx.load(made.draft)
         qcdq.strip_weight_clips(file)
         qcdq.shift_after_concatenations(file)
@@ -123,6 +127,19 @@ def save_qcdq(
         others = kept_images(model) if images is None else calls_of(model, images)
         report = qcdq.inspect_file(made.draft, watched=made.watched, example=made.example, images=others)
     return replace(report, path=made.target)
+
+
+def _exporter(name: str) -> Callable[..., Any]:
+    """Import a function of Brevitas' exporters.
+
+    It is late: exporting needs packages that training does not. Brevitas warns of one that would speed up rotations of
+    weights, of which a user of these functions makes none.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fast_hadamard_transform package not found", UserWarning)
+        from brevitas import export
+    found: Callable[..., Any] = getattr(export, name)
+    return found
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -11,7 +12,7 @@ from qft_plugin.cli import doctor as health
 from qft_plugin.cli.hosts import Format, Host, Order, Storage, host_for, inspected, loaded
 from qft_plugin.cli.images import Preparation
 from qft_plugin.cli.quantize import quantize_to_file
-from qft_plugin.cli.saying import FAILED, check_writable, hushed, said, wrong_use
+from qft_plugin.cli.saying import FAILED, check_writable, hushed, said, tell, wrong_use
 from qft_plugin.cli.sources import batches_of, check_data_name, check_model_name, model_of
 from qft_plugin.config import QFTConfig
 from qft_plugin.config_file import load_config
@@ -19,6 +20,8 @@ from qft_plugin.errors import ConfigError, DataError
 from qft_plugin.files import write_whole
 from qft_plugin.packages import require
 from qft_plugin.report.data import Report
+from qft_plugin.report.display import shown
+from qft_plugin.report.progress import phase
 
 EPILOG: Final = "Exit codes: 0 all is well, 1 the job failed, 2 wrong arguments, 130 interrupted."
 
@@ -101,21 +104,24 @@ def quantize(
         _check_images(images, data, settings)
         prepare = _preparation(size, resize, mean, std, scale=scale, grey=grey)
         with hushed(quiet):
-            loaded(chosen)
+            with shown(not quiet), phase(f"loading {chosen.value}"):
+                loaded(chosen)
             if report is not None:
                 require("jinja2", extra="report")
             batches, first = batches_of(data, prepare, batch_size=batch, images=images)
             order = Order(chosen, form, storage, settings, out, report, json_report)
             result = quantize_to_file(order, model, batches, first, quiet=quiet)
         if not quiet:
-            typer.echo(result)
+            tell(result)
 
 
 @app.command(epilog=EPILOG)
 def inspect(
     model: Model,
     data: Data,
-    host: Annotated[Host, typer.Option(help="Whose quantizers are looked at.")],
+    host: Annotated[
+        Host | None, typer.Option(help="Whose quantizers are looked at; by default NNCF's, where it is installed.")
+    ] = None,
     config: Config = None,
     images: Images = None,
     size: Size = None,
@@ -140,26 +146,31 @@ def inspect(
         _check_images(images, data, settings)
         prepare = _preparation(size, resize, mean, std, scale=scale, grey=grey)
         with hushed(quiet):
-            loaded(host)
+            chosen = host or (Host.nncf if find_spec("nncf") is not None else Host.brevitas)
+            with shown(not quiet), phase(f"loading {chosen.value}"):
+                loaded(chosen)
             batches, first = batches_of(data, prepare, batch_size=batch, images=images)
-            found = inspected(host, model_of(model, first)[0], batches, settings, quiet=quiet)
+            found = inspected(chosen, model_of(model, first)[0], batches, settings, quiet=quiet)
             if json_report is not None:
                 write_whole(json_report, found.to_json())
             if html is not None:
                 found.save_html(html)
         if not quiet:
-            typer.echo(str(found))
+            tell(str(found))
 
 
 @app.command(epilog=EPILOG)
 def report(
     source: Annotated[Path, typer.Argument(metavar="REPORT", help="A report that `qft quantize --json` wrote.")],
-    html: Annotated[Path, typer.Option(help="Where the page is written, .html.")],
+    html: Annotated[
+        Path | None, typer.Option(help="Where the page is written, .html; by default beside the report.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Make a page of a saved report."""
     with said(debug=debug):
-        check_writable(html, ".html")
+        page = source.with_suffix(".html") if html is None else html
+        check_writable(page, ".html")
         require("jinja2", extra="report")
         try:
             made: Any = Report.from_json(source.read_text(encoding="utf-8"))
@@ -168,7 +179,9 @@ def report(
                 f"{source} should be a report that `qft quantize --json` wrote. Found {type(error).__name__}: {error}. "
                 "Look at the name of the file."
             ) from error
-        made.save_html(html)
+        made.save_html(page)
+        if html is None:
+            typer.echo(str(page))
 
 
 @app.command(epilog=EPILOG)

@@ -8,7 +8,9 @@ import torch
 from qft_plugin.cli.hosts import Order, described, quantized, saved
 from qft_plugin.cli.sources import model_of
 from qft_plugin.files import write_whole
+from qft_plugin.report.display import shown
 from qft_plugin.report.kept import report_of
+from qft_plugin.report.progress import phase
 
 
 def quantize_to_file(order: Order, name: str, batches: Iterable[Any], first: Any, *, quiet: bool) -> str:
@@ -24,7 +26,8 @@ def quantize_to_file(order: Order, name: str, batches: Iterable[Any], first: Any
     Returns:
         What to say about the file; the job has said itself what it reached.
     """
-    model, call = model_of(name, first)
+    with shown(not quiet), phase("loading the network"):
+        model, call = model_of(name, first)
     torch.manual_seed(0 if order.config.finetune is None else order.config.finetune.seed)
     made = quantized(order.host, model, batches, order.config, quiet=quiet)
     example: Any = call[1] or (call[0][0] if len(call[0]) == 1 else call[0])

@@ -4,6 +4,8 @@ import contextlib
 import io
 import logging
 import os
+import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Final, NoReturn
 import typer
 
 from qft_plugin.errors import QFTError, QFTWarning
+from qft_plugin.report.display import broken
 
 FAILED: Final = 1
 WRONG_USE: Final = 2
@@ -56,6 +59,11 @@ def said(*, debug: bool) -> Iterator[None]:
             raise
         typer.echo(f"Error: {type(error).__name__}: {error}\nRun it with --debug to see where.", err=True)
         raise typer.Exit(FAILED) from None
+
+
+def tell(text: str) -> None:
+    """Say a result; long lines are broken between words where it is said to a terminal, and stay whole elsewhere."""
+    typer.echo(broken(text, shutil.get_terminal_size().columns) if sys.stdout.isatty() else text)
 
 
 def _one_line(text: str) -> str:

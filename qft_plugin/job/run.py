@@ -242,7 +242,7 @@ def train(
     with phase("finetune") as advance:
 
         def told(step: Step) -> None:
-            advance(note=f"loss {step.loss:.4g}", total=step.total)
+            advance(note=f"loss {step.loss:#.3g}", total=step.total)
             if callback is not None:
                 callback(step)
 

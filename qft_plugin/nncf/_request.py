@@ -71,8 +71,10 @@ class Request:
             # Every item costs memory: NNCF keeps small statistics of each, which glibc puts between large free blocks.
             count, size = min(len(inputs), RANGE_IMAGES), inputs.at_once(BATCH)
             replay = _Again(inputs, [min(size, count - start) for start in range(0, count, size)], min(size, count))
+        # NNCF warns of a dataset with fewer items than it would look at, but these batches are no items of the user's.
+        settings = {"subset_size": len(replay), **self.settings}
         with _without_bars():
-            quantized: nn.Module = self.original(model, nncf.Dataset(replay), **self.settings)
+            quantized: nn.Module = self.original(model, nncf.Dataset(replay), **settings)
         return quantized
 
 

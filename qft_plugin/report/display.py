@@ -2,7 +2,9 @@
 
 import contextlib
 import logging
+import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -16,6 +18,12 @@ AT_ONCE: Final = 1.0
 
 REFRESHES: Final = 4
 """How often in a second the line in a terminal is drawn."""
+
+BAR: Final = 16
+"""Columns of a bar: beside it, a finetune's steps, loss and time left fit into the 80 of a usual terminal."""
+
+LABEL: Final = re.compile(r" *(?:\S+(?: \S+)* {2,})?")
+"""What stands before the text of a line: spaces, and a name that two or more spaces follow."""
 
 
 @contextlib.contextmanager
@@ -99,7 +107,7 @@ def _lives(console: Any) -> Iterator[Display]:
     from rich.progress import Progress as Bars
 
     texts = TextColumn("{task.description}"), TextColumn("{task.fields[far]}")
-    columns = (SpinnerColumn(), texts[0], BarColumn(bar_width=24), TimeElapsedColumn(), texts[1])
+    columns = (SpinnerColumn(), texts[0], BarColumn(bar_width=BAR), TimeElapsedColumn(), texts[1])
     bars = Bars(*columns, console=console, refresh_per_second=REFRESHES, transient=True)
     before = sys.stdout, sys.stderr
     with bars, _handlers_follow(before):
@@ -136,8 +144,25 @@ class Terminal:
         self._console.print(f"{sign} {phase.name} [dim]{words}[/]", highlight=False)
 
     def say(self, text: str) -> None:
-        """Let lines stay."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        """Let lines stay, broken between words where the terminal is narrower."""
+        self._console.print(broken(text, self._console.width), highlight=False, markup=False, soft_wrap=True)
+
+
+def broken(text: str, width: int) -> str:
+    """Break long lines between words; what follows stands below where the text of the line begins.
+
+    Args:
+        text: lines, some of which begin with a name and two or more spaces.
+        width: columns that they should fit into; a word that is longer stays whole.
+    """
+    lines: list[str] = []
+    for line in text.splitlines():
+        found = LABEL.match(line)
+        indent = found.end() if found else 0
+        after = " " * (indent if indent <= width // 2 else 0)
+        wrapped = textwrap.wrap(line, width, subsequent_indent=after, break_long_words=False, break_on_hyphens=False)
+        lines += wrapped or [line]
+    return "\n".join(lines)
 
 
 def _live() -> contextlib.AbstractContextManager[Display] | None:

@@ -1,9 +1,11 @@
 """Unlabeled inputs: read once from any iterable, checked, and kept as tensors that can be cut into batches."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -190,6 +192,24 @@ def as_call(sample: Any, *, accepts: Callable[..., bool]) -> Call:
 
 def _words(t: Tensor) -> str:
     return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
+
+
+def check_batches(items: object) -> None:
+    """Refuse what is no iterable of batches, or is one whose items are surely none.
+
+    Raises:
+        DataError: it says what to pass.
+    """
+    if isinstance(items, (Tensor, np.ndarray)):
+        raise DataError(
+            f"Dataset: should be an iterable of batches. Found one {type(items).__name__} of shape "
+            f"{list(items.shape)}. Pass a list of batches, as list(images.split(64)) of a tensor."
+        )
+    if isinstance(items, (str, os.PathLike)) or not isinstance(items, Iterable):
+        raise DataError(
+            f"Dataset: should be an iterable of batches of images. Found {items!r:.80}. Pass a list or a DataLoader; "
+            "the command qft reads folders of images."
+        )
 
 
 def read_inputs(

@@ -134,11 +134,23 @@ def test_inspect_shows_what_the_host_finds(host: HostStandIn) -> None:
     """It is called with the model, the images and the settings."""
     common = ("inspect", f"{NET}:make", "--data", "images", "--host", "brevitas")
     done = qft(*common, "--json", "i.json", "--html", "i.html")
-    assert (done.exit_code, done.output) == (0, "Net 5 4\n")
+    assert (done.exit_code, done.stdout) == (0, "Net 5 4\n")
+    assert "loading brevitas ..." in done.stderr
     assert json.loads(Path("i.json").read_text()) == "Net 5 4"
     assert Path("i.html").read_text() == "<p>Net 5 4</p>"
     assert qft(*common, "--quiet").output == ""
     assert host.calls == [("inspect", True), ("inspect", False)]
+
+
+@pytest.mark.parametrize(("installed", "chosen"), [(True, "nncf"), (False, "brevitas")])
+def test_inspect_takes_the_host_that_is_there(
+    host: HostStandIn, monkeypatch: pytest.MonkeyPatch, *, installed: bool, chosen: str
+) -> None:
+    """NNCF, where it is installed and nothing is asked for."""
+    monkeypatch.setattr(commands, "find_spec", lambda _: installed or None)
+    monkeypatch.setattr(commands, "loaded", lambda asked: asked)
+    monkeypatch.setattr(commands, "inspected", lambda asked, *_, quiet: asked.value)
+    assert qft("inspect", f"{NET}:make", "--data", "images").stdout == f"{chosen}\n"
 
 
 WRONG = {
@@ -308,6 +320,7 @@ def test_a_saved_report_becomes_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("r.json").write_text(REPORT.to_json())
     assert qft("report", "r.json", "--html", "r.html").exit_code == 0
     assert Path("r.html").read_text() == "<p>Net</p>"
+    assert qft("report", "r.json").stdout == "r.html\n"
     Path("other.json").write_text('{"layers": 3}')
     done = qft("report", "other.json", "--html", "o.html")
     assert done.exit_code == 1

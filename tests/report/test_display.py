@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from qft_plugin.report import progress
-from qft_plugin.report.display import shown
+from qft_plugin.report.display import broken, shown
 from qft_plugin.report.progress import Progress, Running, following, phase
 
 
@@ -144,6 +144,28 @@ def test_in_a_terminal_ticks_stay(terminal: Terminal, monkeypatch: pytest.Monkey
     text = terminal.getvalue()
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
     assert sys.stderr is terminal
+
+
+def test_long_lines_are_broken_between_words(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows stands below the text, beside the name of the line."""
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "30")
+    with shown(True) as told:
+        told.say("Net, quantized\n  loss     it is nearly the same as before\n  seconds  3.0")
+    lines = [line.rstrip() for line in plain(terminal.getvalue()).replace("\r", "\n").splitlines() if line.strip()]
+    assert lines == [
+        "Net, quantized",
+        "  loss     it is nearly the",
+        "           same as before",
+        "  seconds  3.0",
+    ]
+
+
+def test_breaking_loses_nothing() -> None:
+    """A word that is longer than a line stays whole, and so do empty lines and names that leave no room."""
+    path = "/a/" + "very/" * 9 + "long.xml"
+    assert broken(f"file  {path} is there\n\nend", 30) == f"file\n      {path}\n      is there\n\nend"
+    assert broken("a name of twenty-three  some words", 30) == "a name of twenty-three  some\nwords"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qft_plugin.config import FinetuneConfig
 from qft_plugin.errors import DataError
-from qft_plugin.training.data import Inputs, as_call, read_inputs
+from qft_plugin.training.data import Inputs, as_call, check_batches, read_inputs
 
 LIKE = torch.zeros(1)
 PLENTY = 2**30
@@ -182,6 +182,25 @@ def test_items_must_be_alike(items: list[Any], words: str) -> None:
     """A change of shape, dtype or names in the middle of a dataset is refused by the number of the item."""
     with pytest.raises(DataError, match=words):
         read(items)
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        (torch.zeros(4, 3, 2, 2), r"Found one Tensor of shape \[4, 3, 2, 2\]\. Pass a list of batches"),
+        (torch.zeros(4, 3).numpy(), r"Found one ndarray of shape \[4, 3\]"),
+        ("images", r"Found 'images'\. Pass a list or a DataLoader"),
+        (Path("images"), r"Found .*Path"),
+        (None, r"Found None"),
+        (3, r"Found 3"),
+    ],
+)
+def test_what_is_no_iterable_of_batches(items: object, words: str) -> None:
+    """It is refused by what it is, not by what its items would be."""
+    with pytest.raises(DataError, match=rf"Dataset: should be an iterable of batches.*{words}"):
+        check_batches(items)
+    check_batches([])
+    check_batches(iter([]))
 
 
 def test_an_empty_dataset_is_refused() -> None:
