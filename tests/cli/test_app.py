@@ -149,7 +149,7 @@ def test_inspect_takes_the_host_that_is_there(
     """NNCF, where it is installed and nothing is asked for."""
     monkeypatch.setattr(commands, "find_spec", lambda _: installed or None)
     monkeypatch.setattr(commands, "loaded", lambda asked: asked)
-    monkeypatch.setattr(commands, "inspected", lambda asked, *_, quiet: asked.value)
+    monkeypatch.setattr(commands, "inspected", lambda asked, *_, **__: asked.value)
     assert qft("inspect", f"{NET}:make", "--data", "images").stdout == f"{chosen}\n"
 
 
