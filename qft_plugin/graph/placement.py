@@ -71,12 +71,14 @@ class Placement:
         on_tensor: quantizer of everything that reads a tensor, by name of the tensor.
         on_input: quantizer of one input of one operation, by operation and number of the input.
         weights: the quantizer of each weight.
+        multiplied: inputs of operations that a host multiplies by a factor for each channel before it quantizes them.
     """
 
     activations: Mapping[str, ActivationGrid]
     on_tensor: Mapping[str, str]
     on_input: Mapping[tuple[str, int], str]
     weights: Mapping[str, WeightPlace]
+    multiplied: frozenset[tuple[str, int]] = frozenset()
 
 
 def quantizers_before(
@@ -244,14 +246,15 @@ def quantizer_after(graph: LayerGraph, placement: Placement, layer: Layer) -> st
     """Find the quantizer of a layer's output edge, looking forward through its activation function.
 
     Rounding changes places with functions that keep the grid: the largest of quantized values is the quantized
-    largest value.
+    largest value. A factor between layer and quantizer is in float: it is no part of the layer's rescale factor.
     """
     tensor = layer.outputs[0]
     while True:
         users = [(op, i) for op in graph.ops for i, name in enumerate(op.inputs) if name == tensor]
         found = placement.on_tensor.get(tensor)
         if found is None and users:
-            found = placement.on_input.get((users[0][0].name, users[0][1]))
+            read = users[0][0].name, users[0][1]
+            found = None if read in placement.multiplied else placement.on_input.get(read)
         passed = len(users) == 1 and (users[0][0].function in PASSES_TO_OUTPUT or _keeps_grid(users[0][0]))
         if found is not None or not passed or len(users[0][0].outputs) != 1:
             return found
