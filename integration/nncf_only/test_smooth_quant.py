@@ -162,6 +162,6 @@ def test_saved_and_restored(outputs, tmp_path):
     model, items, job = quantize(**ASKED)
     host.save_openvino(job.model, tmp_path / "m.xml", items[0])
     config, state = nncf.torch.get_config(job.model), job.model.state_dict()
-    restored = nncf.torch.load_from_config(copy.deepcopy(model), config, items[0])
+    restored = nncf.torch.load_from_config(copy.deepcopy(model), config)
     restored.load_state_dict(state)
     assert torch.equal(*(found for net in (job.model, restored.eval()) for found in outputs(net, items[0])))
