@@ -43,10 +43,10 @@ def alphas(**values):
 ASKED = alphas(matmul=0.9)
 
 
-def quantize(config=None, **settings):
-    """Quantize the transformer of the collection."""
+def quantize(config=None, *, name="transformer", **settings):
+    """Quantize a network of the collection, the transformer for example."""
     torch.manual_seed(0)
-    model, items = nets.build("transformer"), nets.items("transformer")
+    model, items = nets.build(name), nets.items(name)
     return model, items, host.quantize(model, nncf.Dataset(items), config or four_bits(), **settings)
 
 
@@ -116,6 +116,22 @@ def test_errors_of_layers(monkeypatch):
     linear = [layer for layer in job.report.layers if layer.kind == "linear"]
     assert [layer.activation_bits for layer in linear] == [8] * LAYERS
     assert all(layer.errors.weight < 0.5 for layer in linear)
+
+
+@pytest.mark.parametrize(("name", "count"), [("inverted", 5), ("one_d", 3)])
+def test_in_front_of_convolutions(name, count, monkeypatch):
+    """Factors in front of plain and depthwise convolutions are undone too, where the user asks for them."""
+    found, measure = [], run.measure
+    monkeypatch.setattr(run, "measure", lambda *args: found.append(Parts(*args)) or measure(*args))
+    config = four_bits(analyse=True)
+    model, _, job = quantize(config, name=name, **alphas(convolution=0.5, matmul=0.5))
+    _, _, without = quantize(config, name=name, **TYPE)
+    (call, _), *_ = found[0].batches(16)
+    with torch.no_grad():
+        expected = model(*call[0])
+    torch.testing.assert_close(found[0].run(found[0].none(), call).logits, expected, rtol=FOLDED, atol=FOLDED)
+    assert len(smoothing(job.model)) >= count
+    assert job.result.start_loss < ALIKE * without.result.start_loss
 
 
 def test_integers_that_a_layer_reads():

@@ -231,8 +231,8 @@ def _host_settings(original: Callable[..., Any], host: dict[str, Any], config: Q
     activations = advanced.activations_quantization_params or QuantizationParameters()
     if activations.per_channel is None:
         advanced.activations_quantization_params = replace(activations, per_channel=False)
-    # SmoothQuant does so for what a transformer's linear layers read, with factors that do not train and that every
-    # image is multiplied by. Whoever sets an alpha of his own gets it.
+    # Likewise SmoothQuant, for what the linear layers of transformers read: its factors do not train, and what they
+    # multiply costs time. Who sets an alpha of their own gets it.
     if advanced.smooth_quant_alpha is None and advanced.smooth_quant_alphas == default.smooth_quant_alphas:
         advanced.smooth_quant_alphas = AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)
     advanced.overflow_fix = OverflowFix.DISABLE
