@@ -57,6 +57,7 @@ class SmallPlaced:
 
     placement: Placement
     tensors: Mapping[str, Tensor]
+    input_factors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def with_placement(self, placement: Placement) -> "SmallPlaced":
         return replace(self, placement=placement)

@@ -225,6 +225,33 @@ def relative(found, expected):
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("axes", [[1], [1, 2]])
+@pytest.mark.parametrize("operation", ["multiply", "add"])
+def test_quantized_after_a_number_for_each_channel(axes, operation):
+    """OpenVINO confuses the channels of a mean over the axes before the last one, and not those of a wide one."""
+    x = RANDOM.normal(size=(8, *[5] * len(axes), 16)).astype(np.float32)
+    numbers = RANDOM.uniform(0.1, 2, (1, 16)).astype(np.float32)
+
+    def build(quantized=True):
+        given = opset13.parameter([-1, *x.shape[1:]], np.float32)
+        mean = opset13.reduce_mean(given, np.array(axes), False)
+        result = getattr(opset13, operation)(mean, numbers)
+        ends = [np.float32(end) for end in (-4, 4, -4, 4)]
+        return openvino.Model([opset13.fake_quantize(result, *ends, 256) if quantized else result], [given])
+
+    def wrong(model):
+        expected = getattr(np, operation)(x.mean(tuple(axes)), numbers)
+        return bool(np.abs(openvino.Core().compile_model(model, "CPU")(x)[0] - expected).max() > 8 / 255)
+
+    model = build()
+    assert wrong(model)
+    assert openvino_defects.widen_reductions(model) == 1
+    assert openvino_defects.widen_reductions(model) == 0
+    assert not wrong(model)
+    assert openvino_defects.widen_reductions(build(quantized=False)) == 0
+    assert not wrong(build(quantized=False))
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -102,7 +102,7 @@ def test_mixed_preset(name, outputs):
 
 
 def test_transformer_model_type(outputs):
-    """`model_type=TRANSFORMER`, with NNCF's SmoothQuant in front, works."""
+    """`model_type=TRANSFORMER` works; `test_smooth_quant.py` is about the SmoothQuant that it stands for in NNCF."""
     model, items, job = quantize("transformer", model_type=nncf.ModelType.TRANSFORMER)
     assert len(weight_quantizers(job)) >= 8
     assert relative_error(outputs(job.model, items[0]), outputs(model, items[0])) < CLOSE

@@ -5,7 +5,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -48,10 +48,12 @@ class Placed:
     Attributes:
         placement: where they are, and their grids.
         tensors: weights and biases of the folded network by name.
+        input_factors: none.
     """
 
     placement: Placement
     tensors: Mapping[str, Tensor]
+    input_factors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def with_placement(self, placement: Placement) -> "Placed":
         """Return the same with other grids."""

@@ -60,12 +60,14 @@ def bias_shared_products(model: Any) -> int:
 def widen_reductions(model: Any) -> int:
     """Let means, maxima and other reductions go over one axis more, of length 1, in place.
 
-    OpenVINO's CPU plugin merges the operations after a reduction into it, with wrong results in two cases (2026.4):
+    OpenVINO's CPU plugin merges the operations after a reduction into it, with wrong results in three cases (2026.4):
 
     - it reduces the last of three axes, and the operations have a number for each channel, such as the scale of an
       integer tensor: all channels get that of the first. A reduction over the middle axis becomes one of these where a
       transposition stands before it.
-    - a maximum or minimum is quantized to 8 bits.
+    - a maximum or minimum is quantized to 8 bits;
+    - it removes axes before the last one, and its result is quantized after operations with a number for each channel,
+      such as those of NNCF's SmoothQuant: channels get each other's.
 
     Nothing is merged where the additional axis is removed in between. Reductions in layer norms, RMS norms and softmax
     stay: OpenVINO knows these by their shape.
@@ -97,10 +99,12 @@ def widen_reductions(model: Any) -> int:
             continue
         places = sorted(int(axis) % rank for axis in np.ravel(axes.data))
         transposed = op.input_value(0).get_node().get_type_name() == "Transpose"
-        if not is_merged_wrongly(kind, rank, places, transposed=transposed):
+        kept = op.get_attributes()["keep_dims"]
+        by_channel = not kept and rank - 1 not in places and _is_quantized_by_channel(op)
+        if not by_channel and not is_merged_wrongly(kind, rank, places, transposed=transposed):
             continue
         added = places[-1] + 1
-        removed = [added] if op.get_attributes()["keep_dims"] else [*places, added]
+        removed = [added] if kept else [*places, added]
         wide = opset13.unsqueeze(op.input_value(0), opset13.constant(np.int64(added)))
         reduced = make[kind](wide, opset13.constant(np.array([*places, added], np.int64)), True)
         _replace(op.output(0), opset13.squeeze(reduced, opset13.constant(np.array(removed, np.int64))).output(0))
@@ -145,6 +149,17 @@ def _zeros(readers: Sequence[Any]) -> Any | None:
         return None
     constants = [v.get_node() for v in readers[0].input_values() if v.get_node().get_type_name() == "Constant"]
     return readers[0] if constants and not np.any(constants[0].data) else None
+
+
+def _is_quantized_by_channel(op: Any) -> bool:
+    """Whether a quantizer reads the result of an operation after one with a number for each channel."""
+    numbers, readers = False, _readers(op)
+    while len(readers) == 1 and readers[0].get_type_name() != "FakeQuantize":
+        (reader,) = readers
+        constants = [v.get_node() for v in reader.input_values() if v.get_node().get_type_name() == "Constant"]
+        numbers = numbers or any(np.size(constant.data) > 1 for constant in constants)
+        readers = _readers(reader)
+    return numbers and len(readers) == 1
 
 
 def _of_a_norm(op: Any) -> bool:

@@ -73,6 +73,7 @@ class Placement:
         weights: the quantizer of each weight.
         untrained: bits, and number of scales, of each weight that the host quantizes by itself (an embedding's), by
             its name.
+        multiplied: inputs of operations that a host multiplies by a factor for each channel before it quantizes them.
     """
 
     activations: Mapping[str, ActivationGrid]
@@ -80,6 +81,7 @@ class Placement:
     on_input: Mapping[tuple[str, int], str]
     weights: Mapping[str, WeightPlace]
     untrained: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    multiplied: frozenset[tuple[str, int]] = frozenset()
 
 
 def quantizers_before(
@@ -247,14 +249,15 @@ def quantizer_after(graph: LayerGraph, placement: Placement, layer: Layer) -> st
     """Find the quantizer of a layer's output edge, looking forward through its activation function.
 
     Rounding changes places with functions that keep the grid: the largest of quantized values is the quantized
-    largest value.
+    largest value. A factor between layer and quantizer is in float: it is no part of the layer's rescale factor.
     """
     tensor = layer.outputs[0]
     while True:
         users = [(op, i) for op in graph.ops for i, name in enumerate(op.inputs) if name == tensor]
         found = placement.on_tensor.get(tensor)
         if found is None and users:
-            found = placement.on_input.get((users[0][0].name, users[0][1]))
+            read = users[0][0].name, users[0][1]
+            found = None if read in placement.multiplied else placement.on_input.get(read)
         passed = len(users) == 1 and (users[0][0].function in PASSES_TO_OUTPUT or _keeps_grid(users[0][0]))
         if found is not None or not passed or len(users[0][0].outputs) != 1:
             return found

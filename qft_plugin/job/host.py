@@ -96,6 +96,14 @@ class Placed(Protocol):
         """The weights and biases that `Host.place` was given, as the host holds them now, real units."""
         ...
 
+    @property
+    def input_factors(self) -> Mapping[str, Tensor]:
+        """By what the host multiplies what a layer reads, `[in]`, by name of the weight, which it has divided by it.
+
+        These factors are not trained. They are there for the layers only that the host multiplies the inputs of.
+        """
+        ...
+
     def with_placement(self: T, placement: Placement) -> T:
         """Return the same with other grids of the same quantizers; called before there is a student."""
         ...

@@ -58,6 +58,11 @@ class Parts:
             self.quantized = solve(dof)
             tensors = {name: source.tensors[name] for name in names_of(dof.map.layers)}
             folded = fold_network(dof.map, start.log_c + dof.log_c, tensors)
+            for layer in dof.map.layers:
+                factor = start.placed.input_factors.get(layer.weight)
+                if factor is not None:
+                    W = folded[layer.weight]
+                    folded[layer.weight] = W / layer.axes.per_in(factor.to(W), W)
         self.floating = {name: laid_out(t, problem.inputs) for name, t in folded.items()}
         placement = start.placed.placement
         self.reads = {

@@ -18,6 +18,7 @@ from qft_plugin.graph.torch_model import Call, Functional, repeatable, replace_m
 from qft_plugin.nncf._place import Placed
 from qft_plugin.nncf._read import Source, add_factors
 from qft_plugin.nncf._replay import Replay, replay
+from qft_plugin.nncf._smooth import smoothing
 from qft_plugin.tensors.fake_quantize import fake_quantize
 from qft_plugin.training.loss import Prediction
 from qft_plugin.training.solve import Solution
@@ -59,12 +60,14 @@ class _FixedQuantizer(nn.Module):
 class _Capture(nn.Module):
     """Keeps the value that passes; a copy, because what reads it may change it in place."""
 
-    def __init__(self) -> None:
+    def __init__(self, factor: Tensor | None) -> None:
+        """Say by what SmoothQuant has multiplied the value, which is undone: the teacher has no such factor."""
         super().__init__()
+        self.factor = factor
         self.value: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        self.value = x.clone()
+        self.value = x.clone() if self.factor is None else x / self.factor
         return x
 
 
@@ -94,10 +97,12 @@ class Observed:
         """
         self.model = model
         self._with_outputs = at.outputs
-        self._captures = [_Capture() for _ in at.inputs]
-        for place, capture in zip(at.inputs, self._captures, strict=True):
-            port = _ports_of_input(source, place.index)[place.op]
-            get_hook_storage(model).register_pre_function_hook(names[place.op], port, capture)
+        self._captures: list[_Capture] = []
+        factors = smoothing(model)
+        for place in at.inputs:
+            port = names[place.op], _ports_of_input(source, place.index)[place.op]
+            self._captures.append(_Capture(factors.get(port)))
+            get_hook_storage(model).register_pre_function_hook(*port, self._captures[-1])
 
     def predict(self, run: Callable[[], Any]) -> Prediction:
         """Call the model through `run` and collect the compared activations and outputs."""

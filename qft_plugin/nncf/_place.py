@@ -17,6 +17,7 @@ from qft_plugin.graph.torch_model import tensor_of
 from qft_plugin.nncf._graph import tensor_name
 from qft_plugin.nncf._read import Source, port_of
 from qft_plugin.nncf._request import Request
+from qft_plugin.nncf._smooth import quantize_after_multiplying, smoothing
 from qft_plugin.training.data import Inputs
 
 
@@ -33,6 +34,7 @@ class Placed:
         other_hooks: likewise of constants that the offline subgraph does not know, such as embeddings.
         factors: the operation and the port that each factor in front of an addition belongs to, by name of the factor.
         in_result: the name of each operation where every module is the user's again.
+        input_factors: by what SmoothQuant has multiplied what a layer reads, `[in]`, by name of the weight.
     """
 
     model: nn.Module
@@ -43,6 +45,7 @@ class Placed:
     other_hooks: Mapping[str, tuple[str, ...]]
     factors: Mapping[str, tuple[str, int]]
     in_result: Mapping[str, str]
+    input_factors: Mapping[str, Tensor]
 
     def with_placement(self, placement: Placement) -> "Placed":
         """Return the same with other grids."""
@@ -65,6 +68,7 @@ def place(source: Source, tensors: Mapping[str, Tensor], request: Request, input
             if name not in source.addend_factors:
                 tensor_of(model, name).copy_(tensor)
     quantized = request.place(model, inputs)
+    quantize_after_multiplying(quantized)
     hardware = request.hardware
     _drop_quantizers_of_divisions(quantized, source)
     if hardware.activation_bits is None:
@@ -112,13 +116,26 @@ def place(source: Source, tensors: Mapping[str, Tensor], request: Request, input
                 what = source.ports.get((op, port))
                 if what is not None and not isinstance(what, Const):
                     on_input[factors.get((op, what.index), (op, what.index))] = names[0]
-    placement = Placement(activations, on_tensor, on_input, weights, untrained)
+    multiplied = smoothing(quantized)
+    smoothed = {(op, what.index) for op, port in multiplied if isinstance(what := source.ports.get((op, port)), Ref)}
+    placement = Placement(activations, on_tensor, on_input, weights, untrained, frozenset(smoothed))
     held = {
         name: tensor if name in source.addend_factors else tensor_of(quantized, name).detach()
         for name, tensor in tensors.items()
     }
     entries = {name: (a.addition, port_of(source.ports, a)) for a, name in source.addends.items()}
-    return Placed(quantized, placement, held, hooks, weight_hooks, other_hooks, entries, source.in_result)
+    by_weight = _by_weight(source, multiplied)
+    return Placed(quantized, placement, held, hooks, weight_hooks, other_hooks, entries, source.in_result, by_weight)
+
+
+def _by_weight(source: Source, multiplied: Mapping[tuple[str, int], Tensor]) -> dict[str, Tensor]:
+    """Return the factors in front of layers, `[in]`, by name of the weight."""
+    weights = {op.name: op.argument(1, "weight") for op in source.graph.ops if op.function in LAYERS}
+    return {
+        weight.name: factor.flatten()
+        for (op, _), factor in multiplied.items()
+        if isinstance(weight := weights.get(op), Const)
+    }
 
 
 def _drop_quantizers_of_divisions(model: nn.Module, source: Source) -> None:

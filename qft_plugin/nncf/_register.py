@@ -15,6 +15,7 @@ import torch
 from nncf.quantization.advanced_parameters import (
     AdvancedBiasCorrectionParameters,
     AdvancedQuantizationParameters,
+    AdvancedSmoothQuantParameters,
     OverflowFix,
     QuantizationParameters,
 )
@@ -243,6 +244,10 @@ def _host_settings(original: Callable[..., Any], host: dict[str, Any], config: Q
     activations = advanced.activations_quantization_params or QuantizationParameters()
     if activations.per_channel is None:
         advanced.activations_quantization_params = replace(activations, per_channel=False)
+    # Likewise SmoothQuant, for what the linear layers of transformers read: its factors do not train, and what they
+    # multiply costs time. Who sets an alpha of their own gets it.
+    if advanced.smooth_quant_alpha is None and advanced.smooth_quant_alphas == default.smooth_quant_alphas:
+        advanced.smooth_quant_alphas = AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)
     advanced.overflow_fix = OverflowFix.DISABLE
     advanced.disable_bias_correction = True
     return {**host, "advanced_parameters": advanced}

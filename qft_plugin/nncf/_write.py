@@ -21,15 +21,11 @@ from qft_plugin.graph.placement import ActivationGrid
 from qft_plugin.graph.torch_model import replace_modules, tensor_of
 from qft_plugin.nncf._attach import rename_hooks
 from qft_plugin.nncf._place import Placed
+from qft_plugin.nncf._smooth import SQMultiply
 from qft_plugin.tensors.grid import largest_integer
 from qft_plugin.training.dof import Dof
 from qft_plugin.training.integers import DeployedWeight
 from qft_plugin.training.solve import solve
-
-try:
-    from nncf.torch.quantization.layers import SQMultiply
-except ImportError:  # NNCF 2.17
-    from nncf.quantization.algorithms.smooth_quant.torch_backend import SQMultiply
 
 
 @torch.no_grad()

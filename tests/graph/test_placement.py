@@ -82,6 +82,14 @@ def test_quantizer_after(layer: str, placement: Placement, expected: str | None)
     assert quantizer_after(graph, placement, map_dof(graph).layer(f"{layer}.weight")) == expected
 
 
+def test_a_factor_in_front_of_a_quantizer() -> None:
+    """A quantizer behind a factor for each channel is that of what reads it, and not of the layer before it."""
+    graph = branched()
+    placement = replace(placed({}, {("c", 0): "q"}), multiplied=frozenset({("c", 0)}))
+    assert quantizers_before(graph, placement, map_dof(graph).layer("c.weight")) == ("q",)
+    assert quantizer_after(graph, placement, map_dof(graph).layer("b.weight")) is None
+
+
 def test_no_quantizer_is_found_through_a_join() -> None:
     """An addition makes new values: the quantizers of its inputs are not that of its reader."""
     graph = chain(

@@ -1,5 +1,7 @@
 """Networks of which a part is quantized: nothing is the float network, everything the quantized one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small_host import SmallHost, SmallPlaced, SmallSource
@@ -46,6 +48,21 @@ def test_nothing_quantized_is_the_float_network() -> None:
         assert parts.difference(found, found, images=count) == Difference(count, 0.0, count)
         assert found.logits is not None
         torch.testing.assert_close(found.logits, model(call[0][0]).detach(), rtol=SAME, atol=SAME)
+
+
+def test_float_weights_are_divided_by_the_factors_of_a_host() -> None:
+    """Where a host multiplies what a layer reads, the float weight belongs to the product, as the quantized does."""
+    model, items = network(), batches()
+    config = settings()
+    start, problem = looked(model, items, config)
+    plain = Parts(start, problem, config)
+    layer = plain.layers[1]
+    factor = torch.linspace(0.5, 2, len(layer.in_index), dtype=torch.float64)
+    placed = replace(start.placed, input_factors={layer.weight: factor})
+    parts = Parts(replace(start, placed=placed), problem, config)
+    for name, W in plain.floating.items():
+        expected = W / factor[:, None, None] if name == layer.weight else W
+        torch.testing.assert_close(parts.floating[name], expected, rtol=SAME, atol=0)
 
 
 def test_everything_quantized_is_the_quantized_network_bit_by_bit() -> None:
