@@ -27,6 +27,7 @@ h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; }
 th { background: var(--soft); white-space: nowrap; }
+td:nth-child(2) { white-space: nowrap; }
 li { margin: .4rem 0; overflow-wrap: anywhere; }
 </style>
 </head>
