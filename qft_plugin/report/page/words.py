@@ -7,6 +7,9 @@ from typing import Final
 from qft_plugin.report.page.numbers import counted, known, number, percent
 from qft_plugin.report.record import Record
 
+TOLD_AS_TIMES: Final = 1.5
+"""Factor from which on a smaller loss is told by it; below, in percent."""
+
 AGREEMENTS: Final = (
     (0.98, "good", "hardly differs from the float network"),
     (0.95, "good", "is close to the float network"),
@@ -72,7 +75,8 @@ def _finetune(report: Record) -> list[str]:
         ]
     if final <= 0:
         return [f"The finetune took the loss from {number(start)} to 0."]
-    return [f"The finetune made the loss {number(start / final, 2)} times smaller, {number(start)} to {number(final)}."]
+    much = f"{number(start / final, 2)} times" if start / final >= TOLD_AS_TIMES else percent(1 - final / start)
+    return [f"The finetune made the loss {much} smaller, {number(start)} to {number(final)}."]
 
 
 def _images(report: Record) -> list[str]:

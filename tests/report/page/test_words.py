@@ -42,6 +42,12 @@ def test_a_gain_is_told() -> None:
     assert "128 images of 1,000 that were held out" in said
 
 
+def test_a_small_gain_is_told_in_percent() -> None:
+    """Not as 1.0 times smaller."""
+    said = " ".join(verdict(dataclasses.replace(REPORT, start_loss=0.00143, final_loss=0.0014)))
+    assert "made the loss 2.1 % smaller, 0.00143 to 0.00140." in said.replace("\N{NO-BREAK SPACE}", " ")
+
+
 def test_no_gain_and_no_finetune_are_told() -> None:
     """A finetune that kept its start says so; a job without one too."""
     same = dataclasses.replace(REPORT, final_loss=REPORT.start_loss)
