@@ -1,6 +1,7 @@
 """A dry run in each host: what it says is what `quantize` then does."""
 
 import copy
+import importlib
 import random
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import four_bits
+from hosts import EACH_HOST, host_of
 from torch import nn
 
 from qft_plugin import ConfigError, DataError, HardwareSpec, ModelError
@@ -99,6 +101,23 @@ def test_errors_are_those_of_quantize(host):
                 call(network, data, config)
             told.append(str(caught.value))
         assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("name", EACH_HOST)
+def test_phases_are_shown_unless_not_asked_for(name, capfd):
+    """On stderr, as those of a job, without bars of the host's own."""
+    host_of(name)
+    host, items = importlib.import_module(f"qft_plugin.{name}"), nets.items("residual")
+    data = items if name == "brevitas" else __import__("nncf").Dataset(items)
+    host.inspect(nets.build("residual"), data, config=four_bits(), verbose=False)
+    assert "qft_plugin:" not in capfd.readouterr().err
+    host.inspect(nets.build("residual"), data, config=four_bits())
+    shown = capfd.readouterr()
+    phases = [line.split(": ")[1].removesuffix(" ...") for line in shown.err.splitlines() if line.endswith(" ...")]
+    assert phases[:3] == ["images", "reading the model", "teacher"]
+    assert phases[-1] == "timing"
+    assert not {"finetune", "compensation", "writing"} & set(phases)
+    assert "\N{BOX DRAWINGS HEAVY HORIZONTAL}" not in shown.out  # of which rich draws bars
 
 
 def test_an_iterator_is_told():

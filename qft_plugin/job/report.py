@@ -159,7 +159,10 @@ def report_of_job(
         about: what the job itself knows.
     """
     source, inputs = problem.source, problem.inputs
+    layers = layers_of(about.host, problem, start, deployed, config=config)
+    listed = {layer.name for layer in layers}  # a module that is not looked into may have no weight
     named = names_of_layers(source.graph, start.dof.map, deployed)
+    named = {op: names for op, names in named.items() if names[0] in listed}
     return Report(
         host=about.host.name,
         versions=versions_of(about.host.name),
@@ -172,7 +175,7 @@ def report_of_job(
         losses=() if result is None else result.losses,
         agreement=about.agreement if result is None else result.agreement,
         start_agreement=None if result is None else result.start_agreement,
-        layers=layers_of(about.host, problem, start, deployed, config=config),
+        layers=layers,
         nodes=nodes_of(source.graph, start.placed.placement, named),
         warnings=tuple(about.warnings),
         seconds=dict(about.seconds),
