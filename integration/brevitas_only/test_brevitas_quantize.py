@@ -11,8 +11,8 @@ import torch
 from brevitas_models import CLOSE, assert_same_state, few, integers, relative, run, state_of, weight_scalings
 from torch import nn
 
-from qft_plugin import ConfigError, DataError, HardwareSpec, ModelError, QFTError
-from qft_plugin.brevitas import fold, initialize, inspect, quantize
+from qft_plugin import ConfigError, DataError, HardwareSpec, ModelError, QFTError, QFTWarning
+from qft_plugin.brevitas import finetune, fold, initialize, inspect, quantize
 from qft_plugin.graph.torch_model import tensors_in
 
 RUNS = tuple(nets.NETS)
@@ -140,3 +140,5 @@ def test_arguments_in_the_wrong_place():
         initialize(result, data, {"equalize": False})
     with pytest.raises(DataError, match="Found one Tensor of shape"):
         quantize(model, data[0], config=few())
+    with pytest.warns(QFTWarning, match=r"teacher should be the float network\. Found one with quantizers"):
+        finetune(result, copy.deepcopy(result), data, few())

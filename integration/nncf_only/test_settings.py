@@ -168,6 +168,15 @@ def test_what_nncf_calibrates_on(monkeypatch, settings, sizes):
     assert seen[len(items) :] in (sizes, [*sizes[:1], *sizes])  # the first item is an example for its tracer, too
 
 
+def test_nncf_calibrates_on_its_default_number_of_items():
+    """Of more than 300, the last does not count."""
+    model, images = nets.build("residual"), [image[None] for item in nets.items("residual") for image in item]
+    items = [images[i % len(images)] for i in range(300)]
+    config = four_bits(finetune=None, activation_range="host", compensate=False)
+    usual, more = (host.quantize(model, nncf.Dataset(i), config) for i in (items, [*items, 1000 * items[0]]))
+    assert torch.equal(input_quantizer(usual).scale, input_quantizer(more).scale)
+
+
 def test_nncf_says_nothing_about_batches_that_are_made_here(caplog):
     """It would warn of fewer items than its default of 300, which are no items of the user's; it does of the user's."""
     model, items = nets.build("residual"), nets.items("residual")

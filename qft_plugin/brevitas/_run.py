@@ -14,7 +14,7 @@ from qft_plugin.brevitas._read import check, made_in_inference_mode
 from qft_plugin.brevitas._twin import weight_scaling
 from qft_plugin.brevitas._version import check_version
 from qft_plugin.config import QFTConfig
-from qft_plugin.errors import ConfigError, ModelError
+from qft_plugin.errors import ConfigError, ModelError, warn
 from qft_plugin.graph.channel_affine import Rescaled
 from qft_plugin.graph.torch_model import check_finite, check_model
 from qft_plugin.job.run import Callback, run
@@ -98,6 +98,13 @@ def finetune(
             "QFTConfig.finetune should be a FinetuneConfig. Found None. Call initialize for a start alone."
         )
     check_model(teacher)
+    proxies = [m.weight_quant for m in teacher.modules() if weight_scaling(m) is not None]
+    if not all(getattr(proxy, "disable_quant", False) for proxy in proxies):
+        warn(
+            "finetune: teacher should be the float network. Found one with quantizers of qft_plugin.brevitas, whose "
+            "errors the student learns too. Pass the network without them.",
+            stacklevel=2,
+        )
     with torch.inference_mode(False), torch.enable_grad(), joined(model) as world, shown(verbose and world.is_first):
         check_version()
         check(model)

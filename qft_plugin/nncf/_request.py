@@ -72,7 +72,7 @@ class Request:
             count, size = min(len(inputs), RANGE_IMAGES), inputs.at_once(BATCH)
             replay = _Again(inputs, [min(size, count - start) for start in range(0, count, size)], min(size, count))
         # NNCF warns of a dataset with fewer items than it would look at, but these batches are no items of the user's.
-        settings = {"subset_size": len(replay), **self.settings}
+        settings = {"subset_size": min(len(replay), self.calibration_items), **self.settings}
         with _without_bars():
             quantized: nn.Module = self.original(model, nncf.Dataset(replay), **settings)
         return quantized

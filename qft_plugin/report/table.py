@@ -31,7 +31,7 @@ def summary(report: Record) -> str:
         phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.seconds.items() if seconds >= BRIEF)
         rows.append(("seconds", ": ".join(filter(None, [f"{sum(report.seconds.values()):.1f}", phases]))))
     if report.peak_memory:
-        rows.append(("peak memory", f"{report.peak_memory / 2**30:.2f} GiB"))
+        rows.append(("peak memory", f"{report.peak_memory / 1e9:.2f} GB"))
     width = max(len(name) for name, _ in rows)
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     head = f"{report.model}, quantized under {report.host}" + (f" ({versions})" if versions else "")

@@ -205,7 +205,7 @@ def check_batches(items: object) -> None:
             f"Dataset: should be an iterable of batches. Found one {type(items).__name__} of shape "
             f"{list(items.shape)}. Pass a list of batches, as list(images.split(64)) of a tensor."
         )
-    if isinstance(items, (str, os.PathLike)) or not isinstance(items, Iterable):
+    if isinstance(items, (str, os.PathLike)) or not (isinstance(items, Iterable) or hasattr(items, "__getitem__")):
         raise DataError(
             f"Dataset: should be an iterable of batches of images. Found {items!r:.80}. Pass a list or a DataLoader; "
             "the command qft reads folders of images."

@@ -20,7 +20,7 @@ from qft_plugin.report.table import LISTED
         "stayed float  c: why c",
         "warnings      1",
         "seconds       3.5: images 1.0, finetune 2.5",
-        "peak memory   3.00 GiB",
+        "peak memory   3.22 GB",
     ],
 )
 def test_what_is_said(line: str) -> None:

@@ -200,6 +200,7 @@ def test_what_is_no_iterable_of_batches(items: object, words: str) -> None:
     with pytest.raises(DataError, match=rf"Dataset: should be an iterable of batches.*{words}"):
         check_batches(items)
     check_batches([])
+    check_batches(torch.utils.data.TensorDataset(torch.zeros(2, 3)))  # has no __iter__, but can be iterated over
     check_batches(iter([]))
 
 
