@@ -46,6 +46,10 @@ ELEMENTS: Final = 1 << 21
 OUTERMOST: Final = 0.49
 """How far from its integer, in steps, a weight may start: it must round to it, and the clip still pass its gradient."""
 
+INWARD: Final = 0.5
+"""Share of its way from its integer that a weight keeps. The integers were chosen for each other, but after the whole way
+some weights are so near to the next integer that the first steps of a finetune turn them at random."""
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -169,8 +173,9 @@ class Compensation:
             sweeps: how often each integer is chosen anew.
 
         Returns:
-            Of the shape of `W`: for each weight the best value for the integers of the others, at most half a step from
-            the integer that was chosen. The sum of  (w y - q x)^2  over all inputs is small.
+            Of the shape of `W`: for each weight a value between its integer and the one that is best for the integers
+            of the others, which is at most half a step away (`INWARD`). The sum of  (w y - q x)^2  over all inputs is
+            small.
         """
         per_group = W.shape[0] // self._groups
         some = max(1, ELEMENTS // (self._groups * self._parts.columns))
@@ -298,7 +303,7 @@ def _descended(target: Tensor, moved: Tensor, step: Tensor, H: Tensor, *, high: 
         sweeps: over all columns.
 
     Returns:
-        The best value of each weight, kept next to its integer.
+        A value of each weight between its integer and the best one (`INWARD`).
     """
     columns, diagonal = target.shape[1], H.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     Q = _rounded(moved, step, high)
@@ -315,4 +320,4 @@ def _descended(target: Tensor, moved: Tensor, step: Tensor, H: Tensor, *, high: 
         for rest in (slice(0, start), slice(end, columns)):
             R[:, rest] -= H[:, rest, start:end] @ changes
     limit = OUTERMOST * step
-    return Q + torch.minimum(torch.maximum(R / diagonal, -limit), limit)
+    return Q + INWARD * torch.minimum(torch.maximum(R / diagonal, -limit), limit)

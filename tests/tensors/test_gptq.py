@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from qft_plugin.tensors.gptq import (
     BLOCK,
     DAMPING,
+    INWARD,
     LARGEST,
     MULTIPLES,
     OUTERMOST,
@@ -128,12 +129,14 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_uncorrelated_inputs_round_to_nearest() -> None:
-    """Where no column can make up for another, the weights stay where they are."""
+    """Where no column can make up for another, the weights go to the nearest integers, a share of the way to them."""
     W = torch.rand(1, 5, 12, dtype=torch.float64) * 2 - 1
     step = torch.full((1, 5, 1), 1 / HIGH, dtype=torch.float64)
     H = torch.diag(torch.rand(12, dtype=torch.float64) + 0.5).unsqueeze(0)
+    nearest = rounded(W, step)
     # A weight in the middle between two integers is moved next to the nearer one.
-    torch.testing.assert_close(compensated(W, step, H), W, rtol=EXACT, atol=(0.5 - OUTERMOST) / HIGH)
+    wanted = nearest + INWARD * (W - nearest)
+    torch.testing.assert_close(compensated(W, step, H), wanted, rtol=EXACT, atol=(0.5 - OUTERMOST) / HIGH)
 
 
 def test_against_the_plain_optimal_brain_update() -> None:
