@@ -85,11 +85,14 @@ def test_a_format_is_chosen(folder):
         assert ("Quant" in kinds) == count
 
 
-def test_images_of_another_size_than_the_file_is_for(folder):
+@pytest.mark.parametrize("name", EACH_HOST)
+def test_images_of_another_size_than_the_file_is_for(folder, name):
     """The size that it is for is said."""
+    host_of(name)
     net, images = small_network()
     source = exported(folder, net, torch.zeros(1, *images.shape[1:]))
-    done = CliRunner().invoke(app, ["quantize", str(source), "--data", "images", "--out", "net.onnx"])
+    out = f"net{SUFFIX[name]}"
+    done = CliRunner().invoke(app, ["quantize", str(source), "--data", "images", "--out", out])
     assert done.exit_code == 1
     assert "images [?, 3, 16, 16]. Found [32, 3, 20, 24]" in done.output
-    assert CliRunner().invoke(app, ["quantize", "no.onnx", "--data", "images", "--out", "net.onnx"]).exit_code == 1
+    assert CliRunner().invoke(app, ["quantize", "no.onnx", "--data", "images", "--out", out]).exit_code == 1

@@ -71,7 +71,9 @@ def test_a_target_with_a_finetune(host):
 
 def test_quantizers_of_a_model_have_their_bits():
     """A model that holds its quantizers has bits already: no target can change them."""
-    brevitas = pytest.importorskip("qft_plugin.brevitas")
+    pytest.importorskip("brevitas", reason="Brevitas is not installed here")
+    from qft_plugin import brevitas
+
     model, items = nets.build("residual"), nets.items("residual")
     linked = brevitas.quantize(model, items, config=four_bits(finetune=None))
     for setting in ({"average_bits": 5}, {"target_agreement": 90}, {"evaluate": len, "max_drop": 1}):

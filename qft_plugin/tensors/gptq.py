@@ -47,8 +47,8 @@ OUTERMOST: Final = 0.49
 """How far from its integer, in steps, a weight may start: it must round to it, and the clip still pass its gradient."""
 
 INWARD: Final = 0.5
-"""Share of its way from its integer that a weight keeps. The integers were chosen for each other, but after the whole way
-some weights are so near to the next integer that the first steps of a finetune turn them at random."""
+"""Share of its way from its integer that a weight keeps. The integers were chosen for each other, but after the whole
+way some weights are so near to the next integer that the first steps of a finetune turn them at random."""
 
 
 @dataclass(frozen=True)
