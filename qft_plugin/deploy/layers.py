@@ -135,18 +135,28 @@ def file_layers(model: Any, ops: Sequence[RuntimeOp], weights: Mapping[str, str]
 def _weight(op: Any) -> Any:
     """Return the largest constant in an input of a product that is a constant expression; `None` where none is."""
     for value in op.inputs()[:2]:
-        constants = _constants(value.get_source_output().get_node())
+        constants = constants_of(value.get_source_output().get_node())
         if constants:
             return max(constants, key=lambda constant: math.prod(constant.get_output_shape(0)))
     return None
 
 
-def _constants(node: Any) -> list[Any]:
+def constants_of(node: Any) -> list[Any]:
     """List the constants of a constant expression; none where something else is in it."""
-    if node.get_type_name() == "Constant":
-        return [node]
-    parts = [_constants(i.get_source_output().get_node()) for i in node.inputs()]
-    return [constant for part in parts for constant in part] if parts and all(parts) else []
+    # Each node once: an activation after many additions is reached on more ways than can be walked.
+    found, seen, left = list[Any](), set[str](), [node]
+    while left:
+        node = left.pop()
+        if node.get_name() in seen:
+            continue
+        seen.add(node.get_name())
+        if node.get_type_name() == "Constant":
+            found.append(node)
+        elif not node.inputs() or node.get_type_name() in PRODUCTS:
+            return []
+        else:
+            left += [i.get_source_output().get_node() for i in node.inputs()]
+    return found
 
 
 def module_of(weight: str) -> str:

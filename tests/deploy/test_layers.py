@@ -1,6 +1,6 @@
 """Names of the layers of a file, as far as they can be told without a runtime."""
 
-from qft_plugin.deploy.layers import RuntimeOp, module_of, precisions
+from qft_plugin.deploy.layers import RuntimeOp, constants_of, module_of, precisions
 
 OPS = [
     RuntimeOp("Multiply_1", "Convolution", "u8", ("Multiply_1", "Multiply_7", "relu")),
@@ -32,3 +32,43 @@ def test_a_weight_that_is_not_called_weight_keeps_its_name() -> None:
     """A module may have several."""
     assert module_of("attention.in_proj_weight") == "attention.in_proj_weight"
     assert module_of("conv.weight") == "conv"
+
+
+class Node:
+    """Stands in for an operation of OpenVINO's: a name, a type, and what it reads."""
+
+    def __init__(self, kind: str, *reads: "Node") -> None:
+        self.kind, self.reads, self.asked = kind, reads, 0
+
+    def get_name(self) -> str:
+        return str(id(self))
+
+    def get_type_name(self) -> str:
+        return self.kind
+
+    def get_node(self) -> "Node":
+        return self
+
+    def get_source_output(self) -> "Node":
+        return self
+
+    def inputs(self) -> tuple["Node", ...]:
+        self.asked += 1
+        return self.reads
+
+
+def test_the_constants_of_an_expression_are_found() -> None:
+    """All of them, where nothing else is in it."""
+    weight, scale = Node("Constant"), Node("Constant")
+    assert set(constants_of(Node("Multiply", Node("Convert", weight), scale))) == {weight, scale}
+    assert constants_of(Node("Multiply", weight, Node("Parameter"))) == []
+    assert constants_of(Node("Relu", Node("Convolution", weight, weight))) == []
+
+
+def test_each_operation_of_a_deep_network_is_looked_at_once() -> None:
+    """After 200 additions of an activation to itself there are 2^200 ways back to the input."""
+    x = start = Node("Relu", Node("Parameter"))
+    for _ in range(200):
+        x = Node("Add", x, x)
+    assert constants_of(x) == []
+    assert start.asked <= 2
