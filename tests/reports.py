@@ -7,10 +7,9 @@ from qft_plugin.report.data import Layer, Report
 
 def layer(name: str, bits: int | None = 4, **changes: Any) -> Layer:
     """Return a convolution."""
-    said = {"reason": "" if bits else f"why {name}", "scales": 8 if bits else 0, **changes}
-    return Layer(
-        name=name, weight=f"{name}.weight", kind="conv2d", shape=(8, 3, 3, 3), bits=bits, activation_bits=8, **said
-    )
+    reason, scales = "" if bits else f"why {name}", 8 if bits else 0
+    said = {"reason": reason, "scales": scales, "shape": (8, 3, 3, 3), "activation_bits": 8, **changes}
+    return Layer(name=name, weight=f"{name}.weight", kind="conv2d", bits=bits, **said)
 
 
 REPORT = Report(

@@ -88,7 +88,7 @@ def precisions(ops: Sequence[RuntimeOp], weights: Mapping[str, str]) -> tuple[di
     convolutions: dict[str, str] = {}
     linear: dict[str, str] = {}
     for op in ops:
-        named = next((module_of(w) for operation, w in weights.items() if op.runs(operation)), op.name)
+        named = next((module_name(w) for operation, w in weights.items() if op.runs(operation)), op.name)
         found = convolutions if op.kind in CONVOLUTIONS else linear
         found[_unused(named, found)] = op.precision
     return convolutions, linear
@@ -122,7 +122,7 @@ def file_layers(model: Any, ops: Sequence[RuntimeOp], weights: Mapping[str, str]
         precision = next((r.precision for r in ops if r.runs(name)), "")
         found.append(
             FileLayer(
-                name=name if weight is None else module_of(weight),
+                name=name if weight is None else module_name(weight),
                 bits=bits,
                 bytes=-(-math.prod(constant.get_output_shape(0)) * bits // 8),
                 precision=precision,
@@ -159,6 +159,6 @@ def constants_of(node: Any) -> list[Any]:
     return found
 
 
-def module_of(weight: str) -> str:
+def module_name(weight: str) -> str:
     """Name the module of a weight."""
     return weight.removesuffix(".weight")

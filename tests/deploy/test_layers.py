@@ -1,6 +1,6 @@
 """Names of the layers of a file, as far as they can be told without a runtime."""
 
-from qft_plugin.deploy.layers import RuntimeOp, constants_of, module_of, precisions
+from qft_plugin.deploy.layers import RuntimeOp, constants_of, module_name, precisions
 
 OPS = [
     RuntimeOp("Multiply_1", "Convolution", "u8", ("Multiply_1", "Multiply_7", "relu")),
@@ -30,8 +30,8 @@ def test_layers_have_the_names_of_their_modules() -> None:
 
 def test_a_weight_that_is_not_called_weight_keeps_its_name() -> None:
     """A module may have several."""
-    assert module_of("attention.in_proj_weight") == "attention.in_proj_weight"
-    assert module_of("conv.weight") == "conv"
+    assert module_name("attention.in_proj_weight") == "attention.in_proj_weight"
+    assert module_name("conv.weight") == "conv"
 
 
 class Node:
