@@ -268,6 +268,36 @@ def test_reductions_that_stay(body):
     assert openvino_defects.widen_reductions(openvino.Core().read_model(file.SerializeToString())) == 0
 
 
+@pytest.mark.parametrize("operation", ["MaxPool<kernel_shape = [2, 2]>(d)", "Transpose<perm = [0, 1, 3, 2]>(d)"])
+@pytest.mark.parametrize("beside", ["Concat<axis = 1>(x, x)", "Relu(x)"])
+def test_signed_quantizers_beside_a_concatenation(operation, beside):
+    """OpenVINO loses the scale of an int8 quantizer that other operations pass on to a convolution, without AMX."""
+    onnx = pytest.importorskip("onnx")
+    file = onnx.parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["" : 14]>
+        g (float[batch, 3, 8, 8] x) => (float[batch, a, b, c] out, float[batch, d, e, f] more)
+        <float s = {{0.02}}, int8 zero = {{0}}> {{
+            q = QuantizeLinear(x, s, zero) d = DequantizeLinear(q, s, zero) m = {operation}
+            w = DequantizeLinear(integers, s, zero) out = Conv(m, w)
+            more = {beside}
+        }}"""
+    )
+    integers = RANDOM.integers(-7, 8, (3, 3, 3, 3)).astype(np.int8)
+    file.graph.initializer.append(onnx.numpy_helper.from_array(integers, "integers"))
+    x = RANDOM.normal(size=(4, 3, 8, 8)).astype(np.float32)
+
+    def run(**settings):
+        model = openvino.Core().read_model(file.SerializeToString())
+        return openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", **settings})([x])[0]
+
+    expected = run(LP_TRANSFORMS_MODE="OFF")
+    assert qcdq_defects.shift_signed_quantizers(file) == beside.startswith("Concat")
+    assert qcdq_defects.shift_signed_quantizers(file) == 0
+    onnx.checker.check_model(file, full_check=True)
+    np.testing.assert_allclose(run(LP_TRANSFORMS_MODE="OFF"), expected, atol=1e-6)
+    assert relative(run(), expected) < 1e-5
+
+
 def test_convolutions_that_stay():
     """A convolution with a bias, one with a single reader, and one in float get no bias."""
     x = opset13.parameter([-1, 3, 8, 8], np.float32)

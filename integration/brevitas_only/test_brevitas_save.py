@@ -36,7 +36,7 @@ from qft_plugin.deploy.openvino import INT8
 EXACT = 1e-5
 """Relative L2: float32 sums in another order; one activation that rounds the other way is at 1e-4 and more."""
 
-ROUNDED = 2e-3
+ROUNDED = 5e-3
 """A few activations that round the other way in OpenVINO's kernels, each by one step of 8 bits."""
 
 NETS = ["residual", "in_place", "inverted", "branches", "grouped", "transposed", "twice", "one_d", "linear_only"]

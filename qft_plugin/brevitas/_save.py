@@ -85,7 +85,7 @@ def save_qcdq(
     """Save a Brevitas model as QCDQ in standard ONNX, and prove that ONNX Runtime and OpenVINO compute the same.
 
     The clips after the weights, which Brevitas exports and which keep OpenVINO from int8, are removed. Signed
-    quantizers after a concatenation, whose scale OpenVINO loses, become unsigned ones with a zero point. Other
+    quantizers whose scale OpenVINO loses beside a concatenation become unsigned ones with a zero point. Other
     constructs that it computes wrong values from are said in other words.
 
     Args:
@@ -120,7 +120,7 @@ def save_qcdq(
     ):
         file = onnx.load(made.draft)
         qcdq.strip_weight_clips(file)
-        qcdq.shift_after_concatenations(file)
+        qcdq_defects.shift_signed_quantizers(file)
         qcdq_defects.bias_shared_products(file)
         qcdq_defects.widen_reductions(file)
         onnx.save(file, made.draft)

@@ -3,9 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
-
-import numpy as np
+from typing import Any
 
 from qft_plugin.deploy.layers import FileLayer, file_layers, precisions, runtime_ops
 from qft_plugin.deploy.onnx_view import ONNXFile, constants_of, in_onnx_runtime, in_openvino
@@ -15,9 +13,6 @@ from qft_plugin.deploy.watched import Watched
 from qft_plugin.errors import ParityError
 from qft_plugin.graph.torch_model import Call
 from qft_plugin.report.progress import phase
-
-BETWEEN: Final = frozenset(["Relu", "MaxPool", "Identity", "Reshape", "Flatten", "Transpose", "Slice", "Split", "Clip"])
-"""Operations that may stand between a concatenation and its quantizer."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -100,44 +95,6 @@ def _nodes(graph: Any) -> Iterator[Any]:
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 yield from _nodes(attribute.g)
-
-
-def shift_after_concatenations(model: Any) -> int:
-    """Let signed quantizers after a concatenation count from 0 to 255 around 128, in place: the same numbers.
-
-    OpenVINO's CPU plugin loses the scale of an int8 quantizer there and rounds to whole numbers (2026.4).
-
-    Args:
-        model: an `onnx.ModelProto`.
-
-    Returns:
-        How many quantizers were changed.
-    """
-    from onnx import numpy_helper
-
-    graph = model.graph
-    makers = {name: node for node in graph.node for name in node.output}
-    constants = constants_of(graph)
-    shifted = set()
-    for node in graph.node:
-        readers = [n for n in graph.node if node.output[0] in n.input]
-        if node.op_type != "QuantizeLinear" or any(n.op_type != "DequantizeLinear" for n in readers):
-            continue
-        before = makers.get(node.input[0])
-        while before is not None and before.op_type in BETWEEN:
-            before = makers.get(before.input[0])
-        zero_points = [constants.get(n.input[2]) for n in (node, *readers) if len(n.input) > 2]
-        known = len(zero_points) == 1 + len(readers) and all(z is not None and z.dtype == np.int8 for z in zero_points)
-        if before is None or before.op_type != "Concat" or not known:
-            continue
-        for n, zero_point in zip((node, *readers), zero_points, strict=True):
-            n.input[2] = f"{n.output[0]}_zero_point"
-            unsigned = (np.asarray(zero_point, dtype=np.int16) + 128).astype(np.uint8)
-            graph.initializer.append(numpy_helper.from_array(unsigned, n.input[2]))
-        shifted.add(node.output[0])
-    for value in [v for v in graph.value_info if v.name in shifted]:
-        graph.value_info.remove(value)
-    return len(shifted)
 
 
 def inspect_file(path: Path, *, watched: Watched | None, example: Call, images: Sequence[Call] = ()) -> QCDQReport:

@@ -3,6 +3,7 @@
 The remedies are those of `openvino_defects`, which says more about each, for an `onnx.ModelProto`.
 """
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -17,6 +18,10 @@ REDUCTIONS: Final = frozenset(
 MOVES: Final = frozenset(["Reshape", "Squeeze", "Unsqueeze", "Transpose", "Flatten"])
 POOLS: Final = {"GlobalAveragePool": "ReduceMean", "GlobalMaxPool": "ReduceMax"}
 """What OpenVINO makes of them."""
+CONVOLUTIONS: Final = frozenset(["Conv", "ConvTranspose"])
+PRODUCTS: Final = CONVOLUTIONS | {"Gemm", "MatMul"}
+BETWEEN: Final = frozenset(["Relu", "MaxPool", "Identity", "Reshape", "Flatten", "Transpose", "Slice", "Split", "Clip"])
+"""Operations that may stand between a concatenation and its quantizer."""
 
 
 def bias_shared_products(model: Any) -> int:
@@ -37,7 +42,7 @@ def bias_shared_products(model: Any) -> int:
     constants = constants_of(graph)
     changed = 0
     for node in list(graph.node):
-        convolves = node.op_type in ("Conv", "ConvTranspose")
+        convolves = node.op_type in CONVOLUTIONS
         if not convolves and node.op_type != "MatMul":
             continue
         quantized = [_dequantizer(name, makers) for name in node.input[:2]]
@@ -124,6 +129,72 @@ def widen_reductions(model: Any) -> int:
         graph.node.insert(position, unsqueeze)
         changed += 1
     return changed
+
+
+def shift_signed_quantizers(model: Any) -> int:
+    """Let signed quantizers count from 0 to 255 around 128 where OpenVINO loses their scale, in place.
+
+    The numbers stay the same.
+
+    OpenVINO's CPU plugin takes int8 for uint8 where convolutions read unsigned integers only: on CPUs without AMX and
+    AVX2-VNNI-INT8. If a concatenation stands anywhere in the file, be it of shapes, it then rounds to whole numbers
+    instead of to the scale (2026.4): in a quantizer after the concatenation, and in one whose numbers other operations
+    pass on to a convolution, such as a reshape or a maximum pool.
+
+    Args:
+        model: an `onnx.ModelProto`.
+
+    Returns:
+        How many quantizers were changed.
+    """
+    from onnx import numpy_helper
+
+    graph = model.graph
+    if not any(node.op_type == "Concat" for node in graph.node):
+        return 0
+    makers = {name: node for node in graph.node for name in node.output}
+    constants = constants_of(graph)
+    shifted = set()
+    for node in graph.node:
+        readers = _readers(graph, node.output[0])
+        if node.op_type != "QuantizeLinear" or any(n.op_type != "DequantizeLinear" for n in readers):
+            continue
+        zero_points = [constants.get(n.input[2]) for n in (node, *readers) if len(n.input) > 2]
+        signed = len(zero_points) == 1 + len(readers) and all(z is not None and z.dtype == np.int8 for z in zero_points)
+        if not signed or not (_follows_concatenation(node, makers) or _is_passed_on(graph, readers)):
+            continue
+        for n, zero_point in zip((node, *readers), zero_points, strict=True):
+            n.input[2] = f"{n.output[0]}_zero_point"
+            unsigned = (np.asarray(zero_point, dtype=np.int16) + 128).astype(np.uint8)
+            graph.initializer.append(numpy_helper.from_array(unsigned, n.input[2]))
+        shifted.add(node.output[0])
+    for value in [v for v in graph.value_info if v.name in shifted]:
+        graph.value_info.remove(value)
+    return len(shifted)
+
+
+def _follows_concatenation(quantizer: Any, makers: Mapping[str, Any]) -> bool:
+    before = makers.get(quantizer.input[0])
+    while before is not None and before.op_type in BETWEEN:
+        before = makers.get(before.input[0])
+    return before is not None and before.op_type == "Concat"
+
+
+def _is_passed_on(graph: Any, dequantizers: Sequence[Any]) -> bool:
+    """Whether a convolution reads dequantized numbers after other operations, none of them a product or quantizer."""
+    waiting = deque(
+        node for d in dequantizers for node in _readers(graph, d.output[0]) if node.op_type not in CONVOLUTIONS
+    )
+    seen = set()
+    while waiting:
+        node = waiting.popleft()
+        if node.op_type in CONVOLUTIONS:
+            return True
+        if node.op_type in PRODUCTS or node.op_type == "QuantizeLinear" or id(node) in seen:
+            continue
+        seen.add(id(node))
+        waiting.extend(reader for name in node.output for reader in _readers(graph, name))
+    return False
 
 
 def _dequantizer(name: str, makers: Mapping[str, Any]) -> Any | None:
