@@ -2,22 +2,75 @@
 
 import contextlib
 import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
+
+if sys.platform != "win32":
+    import fcntl
+
+PREFIX: Final = ".qft_"
+"""Of the folders in which files are drafted."""
+
+IN_USE: Final = ".in_use"
+"""A file in such a folder that is locked as long as the process that made it lives."""
 
 
 @contextlib.contextmanager
 def draft_of(target: Path) -> Iterator[Path]:
     """Give a path of the same name in a folder beside the target, on the same disk; the folder is removed at the end.
 
-    What should stay is moved to its place by the caller.
+    What should stay is moved to its place by `put`. Folders that killed processes have left there are removed first.
 
     Args:
-        target: where the file will be.
+        target: where the file will be; of a symbolic link, the file that it leads to.
     """
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".qft_") as folder:
+    parent = target.resolve().parent
+    _remove_abandoned(parent)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=PREFIX) as folder, (Path(folder) / IN_USE).open("wb") as mark:
+        _lock(mark.fileno())
         yield Path(folder) / target.name
+
+
+def put(draft: Path, target: Path) -> None:
+    """Move a file to its place; it is on the disk before it takes the place of another one.
+
+    Args:
+        draft: what `draft_of` gave, or a file beside it.
+        target: where it goes; of a symbolic link, the file that it leads to.
+    """
+    with draft.open("rb+") as written:
+        os.fsync(written.fileno())
+    os.replace(draft, target.resolve())
+
+
+def put_both(draft: Path, target: Path, suffix: str) -> None:
+    """Move a file and the one beside it that belongs to it.
+
+    A process that is killed in between leaves one file without the other, and never one beside the other of an earlier
+    pair.
+
+    Args:
+        draft: the main file.
+        target: where it goes.
+        suffix: of the other file, which has the same name else.
+
+    Raises:
+        OSError: a file cannot be replaced; then both are as before, or the main one is missing.
+    """
+    other, place, earlier = draft.with_suffix(suffix), target.resolve(), draft.with_suffix(".earlier")
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(place, earlier)
+    try:
+        put(other, place.with_suffix(suffix))
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(earlier, place)
+        raise
+    put(draft, place)
 
 
 def write_whole(target: Path, text: str) -> None:
@@ -32,4 +85,22 @@ def write_whole(target: Path, text: str) -> None:
     """
     with draft_of(target) as draft:
         draft.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(draft, target)
+        put(draft, target)
+
+
+def _lock(file: int) -> bool:
+    """Lock a file for as long as it is open in this process; returns whether no other process had done so."""
+    if sys.platform == "win32":
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # locked, or on a disk that knows no locks
+        return False
+    return True
+
+
+def _remove_abandoned(parent: Path) -> None:
+    for mark in parent.glob(f"{PREFIX}*/{IN_USE}"):
+        with contextlib.suppress(OSError), mark.open("rb+") as opened:
+            if _lock(opened.fileno()):
+                shutil.rmtree(mark.parent, ignore_errors=True)

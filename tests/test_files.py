@@ -1,11 +1,22 @@
 """Files appear whole or not at all."""
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from qft_plugin.files import draft_of, write_whole
+from qft_plugin.files import draft_of, put_both, write_whole
+
+KILLED = """
+import os, pathlib, signal, sys
+from qft_plugin.files import draft_of
+with draft_of(pathlib.Path(sys.argv[1])) as draft:
+    draft.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 def test_a_file_is_replaced(tmp_path: Path) -> None:
@@ -38,3 +49,71 @@ def test_a_draft_is_on_the_same_disk(tmp_path: Path) -> None:
         assert draft.name == "a.txt"
         assert draft.parent.parent == tmp_path
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    """By the next one that writes there; a draft in use stays."""
+    target = tmp_path / "a.txt"
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(target)], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1
+    with draft_of(target) as draft:
+        assert list(tmp_path.iterdir()) == [draft.parent]
+        draft.write_text("first")
+        write_whole(tmp_path / "b.txt", "")
+        assert draft.read_text() == "first"
+
+
+def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
+    """What it leads to is replaced."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    link = tmp_path / "a.txt"
+    link.symlink_to(folder / "b.txt")
+    write_whole(link, "text")
+    assert link.is_symlink()
+    assert (folder / "b.txt").read_text() == "text"
+    assert len(list(folder.iterdir())) == 1
+
+
+def pair(folder: Path, text: str) -> tuple[Path, Path]:
+    """Write two files that belong together."""
+    files = folder / "a.xml", folder / "a.bin"
+    for file in files:
+        file.write_text(text)
+    return files
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2, 3])
+def test_an_interrupted_pair_never_mixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int) -> None:
+    """After any number of moves, the main file that is there belongs to the other."""
+    xml, other = pair(tmp_path, "old")
+    replace, done = os.replace, []
+
+    def interrupted(*paths: Path) -> None:
+        if len(done) == moves:
+            raise RuntimeError
+        done.append(replace(*paths))
+
+    with draft_of(xml) as draft:
+        pair(draft.parent, "new")
+        monkeypatch.setattr(os, "replace", interrupted)
+        if moves < 3:
+            with pytest.raises(RuntimeError):
+                put_both(draft, xml, ".bin")
+        else:
+            put_both(draft, xml, ".bin")
+    found = xml.read_text() if xml.exists() else None
+    assert found == {0: "old", 1: None, 2: None, 3: "new"}[moves]
+    assert other.read_text() == ("old" if moves < 2 else "new")
+
+
+def test_a_pair_that_cannot_be_replaced_stays(tmp_path: Path) -> None:
+    """The old one is whole again."""
+    xml, other = pair(tmp_path, "old")
+    with draft_of(xml) as draft:
+        draft.write_text("new")
+        with pytest.raises(FileNotFoundError):
+            put_both(draft, xml, ".bin")
+    assert xml.read_text() == other.read_text() == "old"

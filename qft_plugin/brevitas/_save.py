@@ -21,7 +21,7 @@ from qft_plugin.deploy.files import checked_path, refused
 from qft_plugin.deploy.images import calls_of, example_of, kept_images
 from qft_plugin.deploy.watched import Grid, Quantizer, Watched
 from qft_plugin.errors import DeployabilityError
-from qft_plugin.files import draft_of
+from qft_plugin.files import draft_of, put
 from qft_plugin.graph.torch_model import Call, evaluating, in_float32, tensors_in
 from qft_plugin.packages import require
 from qft_plugin.report.display import shown
@@ -184,7 +184,7 @@ def _exported(
                 dynamic_axes=axes,
             )
         yield _Exported(target, draft, watched(model) if check else None, (args, kwargs))
-        os.replace(draft, target)
+        put(draft, target)
 
 
 def watched(model: nn.Module) -> Watched:

@@ -16,7 +16,7 @@ from qft_plugin.deploy.openvino_defects import bias_shared_products, widen_reduc
 from qft_plugin.deploy.proof import Proof, Proved, prove
 from qft_plugin.deploy.watched import Watched
 from qft_plugin.errors import DeployabilityError
-from qft_plugin.files import draft_of
+from qft_plugin.files import draft_of, put_both
 from qft_plugin.graph.torch_model import Call
 from qft_plugin.report.progress import phase
 
@@ -123,8 +123,7 @@ def save(
         with phase("writing"):
             openvino.save_model(model, draft, compress_to_fp16=False)
         report = inspect_file(draft, watched=watched, example=example, images=images)
-        os.replace(draft.with_suffix(".bin"), target.with_suffix(".bin"))
-        os.replace(draft, target)
+        put_both(draft, target, ".bin")
     return replace(report, path=target)
 
 

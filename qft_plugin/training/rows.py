@@ -1,16 +1,19 @@
 """Tensors with a row for each image, collected batch by batch: in memory, or above a limit in a mapped file."""
 
-import os
 import tempfile
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 class Rows:
-    """Collects batches of rows: in memory up to a limit, above it in a file that is mapped into memory."""
+    """Collects batches of rows: in memory up to a limit, above it in a file that is mapped into memory.
+
+    The file has no name, so that nothing is left of it however the process ends.
+    """
 
     def __init__(self, memory_limit: int) -> None:
         """Start empty; nothing is written before more than `memory_limit` bytes have come."""
@@ -30,8 +33,8 @@ class Rows:
         self._chunks.append(rows)
         if self._bytes > self._limit:
             if self._file is None:
-                # Not a context manager: the file outlives this method and is removed in `finish`.
-                self._file = tempfile.NamedTemporaryFile(prefix="qft_", suffix=".rows", delete=False)  # noqa: SIM115
+                # Not a context manager: the file outlives this method and is closed in `finish`.
+                self._file = tempfile.TemporaryFile(prefix="qft_", suffix=".rows")  # noqa: SIM115
             for chunk in self._chunks:
                 self._file.write(chunk.flatten().view(torch.uint8).numpy().tobytes())
             self._chunks.clear()
@@ -42,12 +45,11 @@ class Rows:
         if self._file is None:
             return self._joined()
         shape = (self._count, *self._like.shape[1:])
-        self._file.close()
-        size = self._count * self._like[0:0].new_empty(self._like.shape[1:]).numel()
-        mapped = torch.from_file(self._file.name, shared=False, size=size, dtype=self._like.dtype).view(shape)
-        os.unlink(self._file.name)  # the mapping keeps the content until the tensor is gone
-        self._file = None
-        return mapped
+        self._file.flush()
+        # The mapping keeps the content; what is changed in memory stays there.
+        content = np.memmap(self._file, np.uint8, mode="c")
+        self.discard()
+        return torch.from_numpy(content).view(self._like.dtype).view(shape)
 
     def _joined(self) -> Tensor:
         """Return the batches as one tensor; each is given up when it has been copied, so that none is held twice."""
@@ -63,10 +65,10 @@ class Rows:
         return rows
 
     def discard(self) -> None:
-        """Remove the file of an unfinished collection."""
+        """Close the file."""
         if self._file is not None:
             self._file.close()
-            os.unlink(self._file.name)
+            self._file = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class KeptRows:
         return Kept(self._values.finish(), None if self._largest is None else self._largest.finish())
 
     def discard(self) -> None:
-        """Remove the files of an unfinished collection."""
+        """Close the files."""
         self._values.discard()
         if self._largest is not None:
             self._largest.discard()
