@@ -1,9 +1,11 @@
 """One contract for all hosts: the same tests under each of them, and the same result where both are installed."""
 
 import gc
+import random
 import warnings
 
 import nets
+import numpy as np
 import pytest
 import torch
 from conftest import few_steps, four_bits, relative_error
@@ -54,6 +56,20 @@ def test_batches_of_the_dataset_do_not_matter(host):
         for size in (1, 24, len(images))
     ]
     assert relative_error(starts[0], starts[2]) == relative_error(starts[1], starts[2]) == 0
+
+
+@pytest.mark.parametrize("finetune", [None, few_steps()], ids=["start", "finetune"])
+def test_random_numbers_go_on_as_before(host, finetune):
+    """Those of torch, numpy and Python: what comes after a job does not depend on it."""
+    model, items = nets.build("residual"), nets.items("residual")
+    host.quantize(model, items, four_bits(finetune=finetune))  # what is done once in a process is done
+
+    def states():
+        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+
+    before = states()
+    host.quantize(model, items, four_bits(finetune=finetune))
+    assert states() == before
 
 
 class AlwaysRandom(nn.Module):

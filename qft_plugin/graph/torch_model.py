@@ -185,9 +185,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Let torch's random numbers go on as if none had been drawn: new layers draw weights, which are replaced."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        yield
+
+
+@contextlib.contextmanager
 def repeatable() -> Iterator[None]:
     """Draw the same random numbers each time, so that two networks with a dropout that is active can be compared."""
-    with torch.random.fork_rng():
+    with random_state_kept():
         torch.manual_seed(0)
         yield
 

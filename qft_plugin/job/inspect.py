@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qft_plugin.config import FinetuneConfig, QFTConfig
 from qft_plugin.errors import QFTWarning
-from qft_plugin.graph.torch_model import tensors_in
+from qft_plugin.graph.torch_model import random_state_kept, tensors_in
 from qft_plugin.job.expected import Measured, Scale, batch_size_of, cost_of, file_bytes, memory_of
 from qft_plugin.job.health import warn_of_targets
 from qft_plugin.job.host import Host, Placed, PlacedT, Problem, Source, SourceT, Start
@@ -139,7 +139,7 @@ def _random_state_kept() -> Iterator[None]:
     """Give every generator that a dataset may draw from its state back."""
     python, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002  (the state that users' code shares)
     try:
-        with torch.random.fork_rng():
+        with random_state_kept():
             yield
     finally:
         random.setstate(python)

@@ -11,6 +11,7 @@ import itertools
 import logging
 import math
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ T = TypeVar("T")
 
 STARTED: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """The environment variables that `torchrun` gives each of its processes."""
+
+PATIENCE: Final = 10.0
+"""Seconds after which a process says that it waits for others."""
 
 CPU: Final = torch.device("cpu")
 
@@ -176,12 +180,38 @@ def _make_group(device: torch.device) -> bool:
     backend = "gloo"
     if device.type != "cpu":
         backend = f"cpu:gloo,{device.type}:{distributed.get_default_backend_for_device(device)}"
-    store, rank, size = _meeting()
+    with _said_when_waiting():
+        store, rank, size = _meeting()
     # Each group gets keys of its own in the store: those of an earlier one would be taken for answers.
     prefix = f"qft_plugin/{next(_numbers)}"
     own = distributed.PrefixStore(prefix, store)  # type: ignore[attr-defined]
-    distributed.init_process_group(backend, store=own, rank=rank, world_size=size)
+    with _said_when_waiting():
+        distributed.init_process_group(backend, store=own, rank=rank, world_size=size)
     return True
+
+
+@contextlib.contextmanager
+def _said_when_waiting() -> Iterator[None]:
+    """Say for whom this process waits, where the others do not come soon."""
+    rank, size, host, port = (os.environ[name] for name in STARTED)
+    timer = threading.Timer(
+        PATIENCE,
+        logger.warning,
+        (
+            "Process %s of %s waits for the others at %s:%s, as RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say. "
+            "Start all of them with torchrun, or unset WORLD_SIZE to run alone.",
+            rank,
+            size,
+            host,
+            port,
+        ),
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @functools.cache

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from qft_plugin.config import FinetuneConfig
 from qft_plugin.errors import ConfigError, DataError
 from qft_plugin.job import activation_ranges, bias_correction, compensation
+from qft_plugin.training import distributed as training
 from qft_plugin.training.data import HEAD_IMAGES, Inputs, read_inputs
 from qft_plugin.training.distributed import ALONE, World, agreed, check_alike, joined, once
 from qft_plugin.training.loss import Loss, Prediction, Whole, distillation_loss
@@ -46,6 +48,20 @@ def test_every_image_belongs_to_one_process(size: int, count: int, start: int) -
         by_range.append(own[world.row_range(start, start + count)])
     assert torch.equal(torch.cat(by_index).sort().values, index.sort().values)
     assert torch.equal(torch.cat(by_range).sort().values, asked)
+
+
+def test_a_process_that_waits_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A variable that an earlier program left behind does not stop a job in silence."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(training, "PATIENCE", 0.01)
+    with caplog.at_level("WARNING", "qft_plugin"):
+        with training._said_when_waiting():
+            time.sleep(0.2)
+        with training._said_when_waiting():
+            pass
+        time.sleep(0.05)
+    assert [r.getMessage()[:53] for r in caplog.records] == ["Process 0 of 2 waits for the others at here:1, as RAN"]
 
 
 def read(world: World, *, head_items: int = 0, count: int = 700, max_images: int = 650) -> Inputs:
