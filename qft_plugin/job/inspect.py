@@ -18,13 +18,14 @@ from torch import Tensor
 from qft_plugin.config import FinetuneConfig, QFTConfig
 from qft_plugin.errors import QFTWarning
 from qft_plugin.graph.torch_model import random_state_kept, tensors_in
+from qft_plugin.job.accumulators import check_accumulators
 from qft_plugin.job.expected import Measured, Scale, batch_size_of, cost_of, file_bytes, memory_of
 from qft_plugin.job.health import warn_of_targets
 from qft_plugin.job.host import Host, Placed, PlacedT, Problem, Source, SourceT, Start
 from qft_plugin.job.layers import layers_of
 from qft_plugin.job.planned import activations_of, degrees_of, float_bytes, planned_layers
 from qft_plugin.job.report import compared_at
-from qft_plugin.job.run import check_accumulators, check_start, predicted, targets_of, train
+from qft_plugin.job.run import check_start, predicted, targets_of, train
 from qft_plugin.job.understand import images, understand
 from qft_plugin.report.inspection import Inspection
 from qft_plugin.report.progress import following, phase

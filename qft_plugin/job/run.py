@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -14,6 +14,7 @@ from qft_plugin.config import FinetuneConfig, QFTConfig
 from qft_plugin.errors import ConfigError, QFTError, collected_warnings, warn
 from qft_plugin.graph.layer_graph import DofMap
 from qft_plugin.graph.torch_model import Call
+from qft_plugin.job.accumulators import check_accumulators
 from qft_plugin.job.health import check_squares, is_finite, not_finite, warn_of_targets
 from qft_plugin.job.host import Host, Placed, PlacedT, Problem, Source, SourceT, Start
 from qft_plugin.job.layer_errors import Measured, measure, with_errors
@@ -26,10 +27,10 @@ from qft_plugin.tensors.partial_gradients import PartialBackward
 from qft_plugin.training.blocks import split
 from qft_plugin.training.data import Inputs
 from qft_plugin.training.distributed import agreed
-from qft_plugin.training.dof import Dof, parameter_groups
+from qft_plugin.training.dof import parameter_groups
 from qft_plugin.training.efqat import PartialTraining, release
 from qft_plugin.training.finetune import FinetuneResult, Goal, finetune
-from qft_plugin.training.integers import DeployedWeight, accumulator_bits, deployed_weights
+from qft_plugin.training.integers import deployed_weights
 from qft_plugin.training.loss import Loss, Network, Prediction
 from qft_plugin.training.phases import Options, Phase, Step
 from qft_plugin.training.solve import solve
@@ -282,26 +283,6 @@ def _warn_of_loss(result: FinetuneResult, settings: FinetuneConfig) -> None:
             "of activations that are all 0: 1), with which a classifier names another class than the float network on "
             "a quarter to all of the images. Use more bits (weight_bits, layer_bits, HardwareSpec.bias_bits, "
             "activation_bits), less sparsity, or feed more images (FinetuneConfig.images_fed).",
-            stacklevel=3,
-        )
-
-
-def check_accumulators(dof: Dof, deployed: Mapping[str, DeployedWeight]) -> None:
-    """Warn of every layer whose accumulator could overflow.
-
-    Args:
-        dof: the degrees of freedom.
-        deployed: the integers of all quantized weights by name.
-    """
-    width = dof.hardware.accumulator_bits
-    if width is None:
-        return
-    wide = {name: bits for name, bits in accumulator_bits(dof, deployed).items() if bits > width}
-    if wide:
-        warn(
-            f"An accumulator of {width} bits should hold every sum. Found inputs that would overflow it: "
-            f"{', '.join(f'{name} needs {bits}' for name, bits in wide.items())}. Use fewer bits for its weights "
-            "(QFTConfig.layer_bits) or for its input (layer_activation_bits).",
             stacklevel=3,
         )
 

@@ -25,6 +25,7 @@ from qft_plugin.graph.placement import (
     quantizer_after,
     quantizers_before,
 )
+from qft_plugin.job.accumulators import check_biases
 from qft_plugin.job.activation_ranges import BATCH, activation_grids
 from qft_plugin.job.bias_correction import BIAS_IMAGES, correctable, corrections, output_means
 from qft_plugin.job.compensation import compensated
@@ -69,6 +70,7 @@ def initialize(host: Host[SourceT, PlacedT], problem: Problem[SourceT], config: 
     if config.bias_correction:
         with phase("bias correction"):
             _correct_biases(begin, problem)
+    check_biases(begin.dof)
     return begin
 
 

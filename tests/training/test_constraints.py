@@ -17,7 +17,7 @@ from qft_plugin.errors import QFTWarning
 from qft_plugin.graph.dof_map import map_dof
 from qft_plugin.graph.layer_graph import LayerGraph
 from qft_plugin.graph.placement import ActivationGrid, Placement, WeightPlace
-from qft_plugin.job.run import check_accumulators
+from qft_plugin.job.accumulators import check_accumulators, check_biases
 from qft_plugin.job.start import _with_bits
 from qft_plugin.tensors.axes import Axes
 from qft_plugin.training.activation_scales import Ties, tied_grids
@@ -370,6 +370,19 @@ def test_a_layer_that_could_overflow_is_named() -> None:
     for width in (20, None):
         dof.hardware = HardwareSpec(accumulator_bits=width)
         check_accumulators(dof, deployed_weights(dof))
+
+
+@pytest.mark.parametrize(("bias", "needed"), [(127, None), (128, 9), (-128, None), (-129, 9), (70_000, 18)])
+def test_a_bias_that_is_clipped_is_named(bias: int, needed: int | None) -> None:
+    """A warning names it with the bits that it needs; one that fits, or stays in float, is silent."""
+    dof = one_linear([127], (0, 255, 0), bias)
+    check_biases(dof)
+    dof.hardware = HardwareSpec(bias_bits=8)
+    if needed is None:
+        check_biases(dof)
+    else:
+        with pytest.warns(QFTWarning, match=rf"A bias of 8 bits .*0\.bias needs {needed}"):
+            check_biases(dof)
 
 
 def fork() -> tuple[LayerGraph, Placement]:
