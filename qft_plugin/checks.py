@@ -46,6 +46,12 @@ def check_flag(owner: object, name: str) -> None:
         raise ConfigError(f"{type(owner).__name__}.{name} should be True or False. Found {found!r}.")
 
 
+def check_callback(callback: object) -> None:
+    """Check before a job that what it calls after each step can be called."""
+    if callback is not None and not callable(callback):
+        raise ConfigError(f"callback should be a function of one Step, or None. Found {callback!r}.")
+
+
 def check_instance(owner: object, name: str, kind: type[Any]) -> None:
     """Check that a setting is of a class."""
     found = getattr(owner, name)

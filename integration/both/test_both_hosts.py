@@ -12,7 +12,7 @@ from conftest import few_steps, four_bits, relative_error
 from torch import nn
 from torch.nn import functional
 
-from qft_plugin import QFTWarning
+from qft_plugin import ConfigError, QFTWarning
 from qft_plugin.graph.torch_model import tensors_in
 
 NETS = ["residual", "preactivation", "branches", "grouped", "one_d", "linear_only", "bias_and_norm"]
@@ -70,6 +70,17 @@ def test_random_numbers_go_on_as_before(host, finetune):
     before = states()
     host.quantize(model, items, four_bits(finetune=finetune))
     assert states() == before
+
+
+def test_a_callback_that_cannot_be_called_is_refused_before_any_work(host):
+    """A finetune would end at its first step."""
+
+    def data():
+        raise AssertionError
+        yield
+
+    with pytest.raises(ConfigError, match="callback should be a function of one Step"):
+        host.run(nets.build("residual"), data(), four_bits(), callback=3)
 
 
 class AlwaysRandom(nn.Module):

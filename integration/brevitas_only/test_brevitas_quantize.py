@@ -11,8 +11,8 @@ import torch
 from brevitas_models import CLOSE, assert_same_state, few, integers, relative, run, state_of, weight_scalings
 from torch import nn
 
-from qft_plugin import ConfigError, DataError, HardwareSpec, ModelError, QFTError, QFTWarning
-from qft_plugin.brevitas import finetune, fold, initialize, inspect, quantize
+from qft_plugin import ConfigError, DataError, DeployabilityError, HardwareSpec, ModelError, QFTError, QFTWarning
+from qft_plugin.brevitas import finetune, fold, initialize, inspect, quantize, save_qcdq, save_qonnx
 from qft_plugin.graph.torch_model import tensors_in
 
 RUNS = tuple(nets.NETS)
@@ -142,3 +142,19 @@ def test_arguments_in_the_wrong_place():
         quantize(model, data[0], config=few())
     with pytest.warns(QFTWarning, match=r"teacher should be the float network\. Found one with quantizers"):
         finetune(result, copy.deepcopy(result), data, few())
+
+
+def test_a_folded_model_is_refused():
+    """Its layers are of Brevitas, and named; quantizing it anew would quantize what is quantized."""
+    items = nets.items("residual")
+    folded = fold(quantize(nets.build("residual"), items, config=few(finetune=None)))
+    with pytest.raises(ModelError, match=r"float network\. Found weight quantizers of Brevitas in stem, conv1"):
+        quantize(folded, items, config=few())
+
+
+@pytest.mark.parametrize("save", [save_qcdq, save_qonnx])
+def test_a_float_model_is_not_saved(save, tmp_path):
+    """A file of a float network would pass a proof that compares nothing."""
+    with pytest.raises(DeployabilityError, match="should have quantizers of Brevitas"):
+        save(nets.build("residual"), tmp_path / "net.onnx", nets.items("residual")[0])
+    assert not list(tmp_path.iterdir())

@@ -11,8 +11,9 @@ from torch import nn
 from qft_plugin.brevitas._host import Brevitas
 from qft_plugin.brevitas._link import shared_factors
 from qft_plugin.brevitas._read import check, made_in_inference_mode
-from qft_plugin.brevitas._twin import weight_scaling
+from qft_plugin.brevitas._twin import is_quantized_layer, weight_scaling
 from qft_plugin.brevitas._version import check_version
+from qft_plugin.checks import check_callback
 from qft_plugin.config import QFTConfig
 from qft_plugin.errors import ConfigError, ModelError, warn
 from qft_plugin.graph.channel_affine import Rescaled
@@ -94,6 +95,7 @@ def finetune(
     Raises:
         ConfigError: a setting contradicts the model, or teacher and student cannot be compared.
     """
+    check_callback(callback)
     config = checked_config(config, model)
     if config.finetune is None:
         raise ConfigError(
@@ -154,12 +156,19 @@ def quantize(
         HostError: Brevitas is missing, too old, or runs in its TorchScript mode.
     """
     check_version()
+    check_callback(callback)
     config = config_beside(example_input, config)
     check_model(model)
     if any(weight_scaling(m) is not None for m in model.modules()):
         raise ModelError(
             f"quantize: the model should be a float network. Found quantizers of qft_plugin.brevitas in "
             f"{type(model).__qualname__}. Pass the network without them, or call initialize and finetune on this one."
+        )
+    others = [name for name, m in model.named_modules() if is_quantized_layer(m)]
+    if others:
+        raise ModelError(
+            "quantize: the model should be a float network. Found weight quantizers of Brevitas in "
+            f"{', '.join(others)}. Pass the network from before it was quantized."
         )
     with torch.inference_mode(False), torch.enable_grad(), joined(model) as world, shown(verbose and world.is_first):
         if made_in_inference_mode(model):

@@ -11,10 +11,10 @@ from typing import Any, Final
 
 import torch
 from brevitas.core.quant import IntQuant
-from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from brevitas.quant_tensor import QuantTensor
 from torch import Tensor, nn
 
+from qft_plugin.brevitas._twin import is_quantized_layer
 from qft_plugin.deploy import qcdq, qcdq_defects, qonnx
 from qft_plugin.deploy.dropout import without_dropout
 from qft_plugin.deploy.files import checked_path, refused
@@ -164,6 +164,11 @@ def _exported(
 ) -> Iterator[_Exported]:
     """Export a model to a draft; the draft takes the place of the target where nothing was raised."""
     target = checked_path(path, ".onnx")
+    if not any(is_quantized_layer(m) or isinstance(m, IntQuant) for m in model.modules()):
+        raise DeployabilityError(
+            f"The model should have quantizers of Brevitas. Found none in {type(model).__qualname__}. Pass what "
+            "quantize or fold returned."
+        )
     model, example_input = in_float32(model, example_input)
     args, kwargs = example_of(model, example_input)
     inputs = (*args, *kwargs.values())
@@ -257,11 +262,7 @@ class _Exportable(nn.Module):
 
 
 def _quantized_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, QuantWeightBiasInputOutputLayer) and module.weight_quant.is_quant_enabled
-    ]
+    return [(name, module) for name, module in model.named_modules() if is_quantized_layer(module)]
 
 
 def _differs_by_input(layer: Any) -> bool:

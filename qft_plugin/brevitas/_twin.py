@@ -30,6 +30,11 @@ def activation_scaling(proxy: nn.Module) -> ActivationScaling | None:
     return kept if isinstance(kept, ActivationScaling) else None
 
 
+def is_quantized_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer of Brevitas with a quantized weight, by whichever quantizer."""
+    return isinstance(module, QuantWeightBiasInputOutputLayer) and module.weight_quant.is_quant_enabled
+
+
 def weight_scaling(layer: nn.Module) -> WeightScaling | None:
     """Return the trained state of a layer's weight quantizer, `None` where it is not one of this plugin."""
     kept = layer.weight_quant.__dict__.get(KEPT) if hasattr(layer, "weight_quant") else None

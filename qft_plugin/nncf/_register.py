@@ -21,6 +21,7 @@ from nncf.quantization.advanced_parameters import (
 )
 from torch import nn
 
+from qft_plugin.checks import check_callback
 from qft_plugin.config import QFTConfig
 from qft_plugin.errors import ConfigError, HostError
 from qft_plugin.graph.torch_model import random_state_kept
@@ -131,6 +132,7 @@ def quantize(
 
 @random_state_kept()
 def _quantize(original: Callable[..., Any], model: Any, dataset: Any, asked: _Asked, host: dict[str, Any]) -> Job:
+    check_callback(asked.callback)
     config, request = checked_request(original, dataset, _config(asked.algorithm), host)
     with opened(model, request, verbose=asked.verbose) as opened_host:
         return run_to_target(opened_host, config, callback=asked.callback)
