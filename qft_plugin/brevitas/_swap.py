@@ -3,8 +3,9 @@
 import copy
 import itertools
 import logging
-from collections.abc import Container, Mapping
-from typing import Any
+import threading
+from collections.abc import Callable, Container, Mapping
+from typing import Any, Final
 
 import brevitas.nn as qnn
 import torch
@@ -28,6 +29,8 @@ from qft_plugin.graph.torch_model import SAME, Call, first_outputs, largest_chan
 from qft_plugin.training.data import Inputs
 
 logger = logging.getLogger("qft_plugin")
+
+TRACING: Final = threading.Lock()
 
 
 class _NotFollowedError(Exception):
@@ -122,7 +125,7 @@ def _traced(model: nn.Module, call: Call, expected: list[Tensor]) -> fx.GraphMod
         _NotFollowedError: it does not, or cannot be made or run.
     """
     try:
-        traced = fx.symbolic_trace(model).eval()
+        traced = _graph_of(model).eval()
         # Not by a call of the module, which prints where it failed.
         found = list(tensors_in(traced.forward(*call[0], **call[1])))
     except Exception as error:  # a forward may use anything that torch.fx cannot follow
@@ -132,6 +135,33 @@ def _traced(model: nn.Module, call: Call, expected: list[Tensor]) -> fx.GraphMod
     if not same or not largest_change(expected, found) <= SAME:
         raise _NotFollowedError("the graph of torch.fx computes something else")
     return traced
+
+
+class _Tracer(fx.Tracer):
+    """Follows its own thread: torch.fx changes how the modules of the whole process are called while it traces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+def _graph_of(model: nn.Module) -> fx.GraphModule:
+    with TRACING:  # what one thread has changed, another would put back to something else
+        tracer = _Tracer()
+        graph = tracer.trace(model)
+    return fx.GraphModule(tracer.root, graph, type(model).__name__)
 
 
 def _quantize_activations(

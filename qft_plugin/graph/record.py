@@ -1,5 +1,6 @@
 """A network as torch sees it run: recording its calls into a `LayerGraph`, and looking at single calls later."""
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -100,15 +101,19 @@ def record(model: nn.Module, call: Call) -> LayerGraph:
     """
     recorder = _Recorder(model, call)
     names = {id(module): name.replace(".", "/") for name, module in model.named_modules()}
+    own = threading.get_ident()
 
     def enter(module: nn.Module, _: Any) -> None:
+        if threading.get_ident() != own:
+            return
         inherited = recorder.path[-1] if recorder.path else ""
         recorder.path.append(names.get(id(module), inherited))
 
     def leave(_: nn.Module, __: Any, ___: Any) -> None:
-        recorder.path.pop()
+        if threading.get_ident() == own:
+            recorder.path.pop()
 
-    # Global hooks, so that nothing is put onto the model; the modes of other threads do not record.
+    # Global hooks, so that nothing is put onto the model. They are called in other threads too, which do not record.
     handles = [
         nn.modules.module.register_module_forward_pre_hook(enter),
         nn.modules.module.register_module_forward_hook(leave, always_call=True),
