@@ -42,9 +42,15 @@ def put(draft: Path, target: Path) -> None:
         draft: what `draft_of` gave, or a file beside it.
         target: where it goes; of a symbolic link, the file that it leads to.
     """
+    place = target.resolve()
+    if draft.stat().st_dev != place.parent.stat().st_dev:  # beside a link to another disk
+        with draft_of(place) as near:
+            shutil.copyfile(draft, near)
+            put(near, place)
+        return
     with draft.open("rb+") as written:
         os.fsync(written.fileno())
-    os.replace(draft, target.resolve())
+    os.replace(draft, place)
 
 
 def put_both(draft: Path, target: Path, suffix: str) -> None:
@@ -56,7 +62,7 @@ def put_both(draft: Path, target: Path, suffix: str) -> None:
     Args:
         draft: the main file.
         target: where it goes.
-        suffix: of the other file, which has the same name else.
+        suffix: of the other file, which has the same name else; where that is a link, it stays one too.
 
     Raises:
         OSError: a file cannot be replaced; then both are as before, or the main one is missing.
@@ -65,7 +71,7 @@ def put_both(draft: Path, target: Path, suffix: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.replace(place, earlier)
     try:
-        put(other, place.with_suffix(suffix))
+        put(other, target.with_suffix(suffix))
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.replace(earlier, place)

@@ -4,11 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from qft_plugin.files import draft_of, put_both, write_whole
+from qft_plugin.files import draft_of, put, put_both, write_whole
 
 KILLED = """
 import os, pathlib, signal, sys
@@ -75,6 +76,34 @@ def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
     assert link.is_symlink()
     assert (folder / "b.txt").read_text() == "text"
     assert len(list(folder.iterdir())) == 1
+
+
+def test_a_pair_through_links(tmp_path: Path) -> None:
+    """Programs look for the second file beside the name that they were given: it goes where its own name leads."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (tmp_path / "a.xml").symlink_to(folder / "b.xml")
+    with draft_of(tmp_path / "a.xml") as draft:
+        pair(draft.parent, "new")
+        put_both(draft, tmp_path / "a.xml", ".bin")
+    assert [(tmp_path / name).read_text() for name in ("a.xml", "a.bin")] == ["new", "new"]
+    assert [path.name for path in folder.iterdir()] == ["b.xml"]
+
+
+def test_a_link_to_another_disk(tmp_path: Path) -> None:
+    """What cannot be moved there at once is copied beside its place first."""
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is one disk")
+    with tempfile.TemporaryDirectory(dir=other) as folder:
+        link = tmp_path / "a.bin"
+        link.symlink_to(Path(folder) / "b.bin")
+        draft = tmp_path / "draft"
+        draft.write_text("text")
+        put(draft, link)
+        assert link.is_symlink()
+        assert link.read_text() == "text"
+        assert [path.name for path in Path(folder).iterdir()] == ["b.bin"]
 
 
 def pair(folder: Path, text: str) -> tuple[Path, Path]:
