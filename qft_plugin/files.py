@@ -68,12 +68,12 @@ def put_both(draft: Path, target: Path, suffix: str) -> None:
         OSError: a file cannot be replaced; then both are as before, or the main one is missing.
     """
     other, place, earlier = draft.with_suffix(suffix), target.resolve(), draft.with_suffix(".earlier")
-    with contextlib.suppress(FileNotFoundError):
+    if place.exists():
         os.replace(place, earlier)
     try:
         put(other, target.with_suffix(suffix))
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+        if earlier.exists():
             os.replace(earlier, place)
         raise
     put(draft, place)
