@@ -3,13 +3,12 @@
 The remedies are those of `openvino_defects`, which says more about each, for an `onnx.ModelProto`.
 """
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 
-from qft_plugin.deploy.onnx_view import constants_of
+from qft_plugin.deploy.onnx_view import PRODUCTS, constants_of
 from qft_plugin.deploy.openvino_defects import TINY, is_merged_wrongly
 
 REDUCTIONS: Final = frozenset(
@@ -19,7 +18,6 @@ MOVES: Final = frozenset(["Reshape", "Squeeze", "Unsqueeze", "Transpose", "Flatt
 POOLS: Final = {"GlobalAveragePool": "ReduceMean", "GlobalMaxPool": "ReduceMax"}
 """What OpenVINO makes of them."""
 CONVOLUTIONS: Final = frozenset(["Conv", "ConvTranspose"])
-PRODUCTS: Final = CONVOLUTIONS | {"Gemm", "MatMul"}
 BETWEEN: Final = frozenset(["Relu", "MaxPool", "Identity", "Reshape", "Flatten", "Transpose", "Slice", "Split", "Clip"])
 """Operations that may stand between a concatenation and its quantizer."""
 
@@ -156,8 +154,10 @@ def shift_signed_quantizers(model: Any) -> int:
     constants = constants_of(graph)
     shifted = set()
     for node in graph.node:
+        if node.op_type != "QuantizeLinear":
+            continue
         readers = _readers(graph, node.output[0])
-        if node.op_type != "QuantizeLinear" or any(n.op_type != "DequantizeLinear" for n in readers):
+        if any(n.op_type != "DequantizeLinear" for n in readers):
             continue
         zero_points = [constants.get(n.input[2]) for n in (node, *readers) if len(n.input) > 2]
         signed = len(zero_points) == 1 + len(readers) and all(z is not None and z.dtype == np.int8 for z in zero_points)
@@ -182,12 +182,10 @@ def _follows_concatenation(quantizer: Any, makers: Mapping[str, Any]) -> bool:
 
 def _is_passed_on(graph: Any, dequantizers: Sequence[Any]) -> bool:
     """Whether a convolution reads dequantized numbers after other operations, none of them a product or quantizer."""
-    waiting = deque(
-        node for d in dequantizers for node in _readers(graph, d.output[0]) if node.op_type not in CONVOLUTIONS
-    )
+    waiting = [node for d in dequantizers for node in _readers(graph, d.output[0]) if node.op_type not in CONVOLUTIONS]
     seen = set()
     while waiting:
-        node = waiting.popleft()
+        node = waiting.pop()
         if node.op_type in CONVOLUTIONS:
             return True
         if node.op_type in PRODUCTS or node.op_type == "QuantizeLinear" or id(node) in seen:
