@@ -32,6 +32,7 @@ from qft_plugin.graph.layer_graph import PINNED, DofMap
 from qft_plugin.graph.torch_model import replace_modules, tensor_of
 from qft_plugin.job.host import Start
 from qft_plugin.report.kept import hand_report_on
+from qft_plugin.tensors.grid import signed_peak
 from qft_plugin.training.integers import DeployedWeight, folded_tensors
 from qft_plugin.training.rounding import moved_to
 from qft_plugin.training.solve import rescale_factor
@@ -225,8 +226,7 @@ def _fix_bias(name: str, layer: Any, scaling: WeightScaling, bits: int) -> None:
         )
     largest = 2.0 ** (bits - 1)
     scale = (before.log_s.exp() * scaling.folded_step()).expand(layer.bias.shape if scaling.per_channel else ())
-    steps = (layer.bias / scale).round()
-    peak = int(max(float(steps.amax()), -float(steps.amin()) - 1))
+    peak = signed_peak((layer.bias / scale).round())
     if peak >= largest:
         raise DeployabilityError(
             f"Layer {name}: its bias should fit {bits} bits of the accumulator's scale. Found {peak} steps. "

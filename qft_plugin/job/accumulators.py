@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from qft_plugin.errors import warn
-from qft_plugin.tensors.grid import integer_range
+from qft_plugin.tensors.grid import integer_range, signed_peak
 from qft_plugin.training.dof import Dof, LayerDof
 from qft_plugin.training.integers import DeployedWeight, accumulator_bits
 from qft_plugin.training.solve import accumulator_step, scales_of
@@ -48,8 +48,7 @@ def check_biases(dof: Dof) -> None:
         bias, step = layer.folded_bias(channels), accumulator_step(dof, layer, scales)
         if bias is None or step is None:
             continue
-        steps = (bias / step).round()
-        peak = int(max(float(steps.amax()), -float(steps.amin()) - 1))
+        peak = signed_peak((bias / step).round())
         if peak > high:
             needed[layer.layer.bias] = peak.bit_length() + 1
     if needed:

@@ -12,6 +12,11 @@ def largest_integer(bits: int) -> int:
     return (1 << (bits - 1)) - 1
 
 
+def signed_peak(values: Tensor) -> int:
+    """Return the largest number that signed integers must reach to hold these: -128 needs no more than 127."""
+    return int(max(float(values.amax()), -float(values.amin()) - 1))
+
+
 def integer_range(bits: int, *, signed: bool, narrow: bool = False) -> tuple[int, int]:
     """Return the smallest and the largest integer of a grid.
 
