@@ -29,7 +29,7 @@ def draft_of(target: Path) -> Iterator[Path]:
         target: where the file will be; of a symbolic link, the file that it leads to.
     """
     parent = target.resolve().parent
-    _remove_abandoned(parent)
+    remove_abandoned(parent)
     with tempfile.TemporaryDirectory(dir=parent, prefix=PREFIX) as folder, (Path(folder) / IN_USE).open("wb") as mark:
         _lock(mark.fileno())
         yield Path(folder) / target.name
@@ -94,19 +94,43 @@ def write_whole(target: Path, text: str) -> None:
         put(draft, target)
 
 
-def _lock(file: int) -> bool:
-    """Lock a file for as long as it is open in this process; returns whether no other process had done so."""
+@contextlib.contextmanager
+def used_alone(folder: Path) -> Iterator[bool]:
+    """Tell whether no other process is inside such a block with the same folder; where locks are unknown, it is so.
+
+    Args:
+        folder: it is there.
+    """
     if sys.platform == "win32":
-        return False
+        yield True
+        return
+    opened = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # locked, or on a disk that knows no locks
-        return False
-    return True
+        yield _lock(opened) is not False
+    finally:
+        os.close(opened)
 
 
-def _remove_abandoned(parent: Path) -> None:
-    for mark in parent.glob(f"{PREFIX}*/{IN_USE}"):
+def remove_abandoned(folder: Path) -> None:
+    """Remove the drafts that processes have left in a folder which were killed."""
+    for mark in folder.glob(f"{PREFIX}*/{IN_USE}"):
         with contextlib.suppress(OSError), mark.open("rb+") as opened:
             if _lock(opened.fileno()):
                 shutil.rmtree(mark.parent, ignore_errors=True)
+
+
+def _lock(file: int) -> bool | None:
+    """Lock a file for as long as it is open in this process.
+
+    Returns:
+        False where another process has locked it, `None` on a disk or a system that knows no locks.
+    """
+    if sys.platform == "win32":
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True

@@ -15,7 +15,8 @@ from qft_plugin.brevitas._write import write
 from qft_plugin.config import QFTConfig
 from qft_plugin.deploy.images import keep_images, kept_images
 from qft_plugin.errors import warn
-from qft_plugin.graph.torch_model import accepts
+from qft_plugin.graph.torch_model import accepts, tensors_in
+from qft_plugin.job.checkpoint import digest, digests
 from qft_plugin.job.host import Problem, Start
 from qft_plugin.job.start import initialize, start
 from qft_plugin.report.progress import phase
@@ -53,6 +54,14 @@ class Brevitas:
     example_input: Any = None
     head_items: int = 0
     name: str = "brevitas"
+
+    def asked(self) -> Mapping[str, str]:
+        """Return which of the functions for users runs, and digests of teacher and example, where they are others."""
+        asked = {"calibrates": str(self.calibrates), "swaps": str(self.swaps)}
+        if self.float_model is not None and self.float_model is not self.model:
+            asked |= {f"teacher {name}": found for name, found in digests(self.float_model).items()}
+        example = list(tensors_in(self.example_input))
+        return asked | {f"example_input {number}": digest(t) for number, t in enumerate(example)}
 
     def items(self) -> Iterable[Any]:
         """Return the batches.

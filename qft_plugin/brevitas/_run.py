@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from qft_plugin.config import QFTConfig
 from qft_plugin.errors import ConfigError, ModelError, warn
 from qft_plugin.graph.channel_affine import Rescaled
 from qft_plugin.graph.torch_model import check_finite, check_model, random_state_kept
+from qft_plugin.job.checkpoint import kept_in
 from qft_plugin.job.run import Callback, run
 from qft_plugin.job.target import run_to_target
 from qft_plugin.report.display import shown
@@ -43,7 +45,14 @@ BY_QUANTIZERS_OF_HARDWARE: Final = ("rescale", "doubly_per_channel", "activation
 
 
 @random_state_kept()
-def initialize(model: nn.Module, data: Iterable[Any], config: QFTConfig | None = None, *, verbose: bool = True) -> None:
+def initialize(
+    model: nn.Module,
+    data: Iterable[Any],
+    config: QFTConfig | None = None,
+    *,
+    verbose: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> None:
     """Choose where a finetune of a linked model starts, in place: ranges, MMSE scales, equalization, compensation.
 
     A model that is not linked is linked first, on the first images, and a log line (INFO) says so.
@@ -53,13 +62,16 @@ def initialize(model: nn.Module, data: Iterable[Any], config: QFTConfig | None =
         data: batches of unlabeled inputs: tensors, tuples of tensors, or dicts of tensors.
         config: the settings; bit widths and granularity are those of the model's quantizers.
         verbose: show the phases on stderr while they run, and the report at the end.
+        checkpoint: a folder in which the work is kept every minute and when it is interrupted; the same call goes on
+            from there, to the same result. `None` keeps nothing. It needs safetensors.
     """
     config = checked_config(config, model)
     with torch.inference_mode(False), torch.no_grad(), joined(model) as world, shown(verbose and world.is_first):
         check_version()
         check(model)
         _say_if_not_linked("initialize", model)
-        run(Brevitas(model, data, None, calibrates=True), config)
+        with kept_in(checkpoint, processes=world.size) as keeper:
+            run(Brevitas(model, data, None, calibrates=True), config, keeper=keeper)
 
 
 @random_state_kept()
@@ -71,6 +83,7 @@ def finetune(
     *,
     callback: Callback | None = None,
     verbose: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> FinetuneResult:
     """Train all degrees of freedom of a linked model against its float teacher, in place.
 
@@ -88,6 +101,8 @@ def finetune(
         config: the settings; `config.finetune` should not be `None`.
         callback: called with a `qft_plugin.brevitas.Step` after each step.
         verbose: show the phases on stderr while they run, and the report at the end.
+        checkpoint: a folder in which the work is kept every minute and when it is interrupted; the same call goes on
+            from there, to the same result. `None` keeps nothing. It needs safetensors.
 
     Returns:
         How it went: the losses before, on the way, and at the end.
@@ -113,7 +128,9 @@ def finetune(
         check_version()
         check(model)
         _say_if_not_linked("finetune", model)
-        result = run(Brevitas(model, data, teacher, calibrates=False), config, callback=callback).result
+        with kept_in(checkpoint, processes=world.size) as keeper:
+            host = Brevitas(model, data, teacher, calibrates=False)
+            result = run(host, config, callback=callback, keeper=keeper).result
     assert result is not None
     return result
 
@@ -127,6 +144,7 @@ def quantize(
     *,
     callback: Callback | None = None,
     verbose: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Turn a float model into a finetuned, linked Brevitas model: preprocess, swap, link, initialize, finetune.
 
@@ -146,6 +164,8 @@ def quantize(
         config: the settings.
         callback: called with a `qft_plugin.brevitas.Step` after each step.
         verbose: show the phases on stderr while they run, and the report at the end.
+        checkpoint: a folder in which the work is kept every minute and when it is interrupted; the same call goes on
+            from there, to the same result. `None` keeps nothing. It needs safetensors.
 
     Returns:
         A linked model; `fold` makes it an ordinary one.
@@ -175,7 +195,8 @@ def quantize(
             model = copy.deepcopy(model)  # a copy that is made here is an ordinary one
         check_finite(dict(model.named_parameters()))
         host = Brevitas(model, data, model, calibrates=True, swaps=True, example_input=example_input)
-        return run_to_target(host, config, callback=callback).model
+        with kept_in(checkpoint, processes=world.size) as keeper:
+            return run_to_target(host, config, callback=callback, keeper=keeper).model
 
 
 def _say_if_not_linked(function: str, model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from qft_plugin.tensors.gptq import Compensation, Moved, moments_of, parts_of
 from qft_plugin.tensors.grid import largest_integer, to_integer
 from qft_plugin.training.data import Inputs
 from qft_plugin.training.dof import Dof, LayerDof
+from qft_plugin.training.keeping import Keeper, Saved, named, taken
 from qft_plugin.training.rows import KeptRows
 from qft_plugin.training.solve import scales_of, solve
 
@@ -39,6 +40,12 @@ LIVE: Final = 3
 
 SEARCHED: Final = 1 << 20
 """Weights of the largest kernel whose step is chosen with its integers: each step that is tried costs as much again."""
+
+PART: Final = "compensation"
+"""The name under which the chosen weights are kept."""
+
+TENSORS: Final = "tensors/"
+MULTIPLES: Final = "multiples/"
 
 FEW: Final = 16
 """With fewer images in one call the inputs of the quantized layers say too little about those of other images."""
@@ -69,9 +76,11 @@ def compensated(
 
     A model that takes a few images at a time only is compensated on the inputs of the float network.
 
+    Layers that an earlier run of the same job has chosen stay as they are.
+
     Args:
         student: the network.
-        problem: its graph and images.
+        problem: its graph and images, and what keeps the layers that are done.
         dof: the degrees of freedom, weights as they are now.
         tensors: weights and biases by name, real units, of the folded float network.
         ranges: notes the activations of the float network.
@@ -79,34 +88,66 @@ def compensated(
     Returns:
         The weights and biases that change, and the steps.
     """
-    kernels, inputs, found = _kernels(problem, dof, tensors), problem.inputs, Changes({}, {})
+    every, inputs = _kernels(problem, dof, tensors), problem.inputs
+    found, done = _earlier(problem.keeper, tensors)
+    kernels = [kernel for kernel in every if kernel.layer.weight not in done]
     if not kernels:
         return found
     solution = solve(dof)
     live = {name: tensor.clone() for name, tensor in solution.tensors.items()}
+    for kernel in every:
+        if kernel.layer.weight in done and kernel.layer.weight in found.tensors:
+            kernel.use(live, found)
     count = images_at_once(problem.source.graph, inputs)
     at_once = count >= FEW
     size = count if at_once else inputs.at_once(BATCH)
     calls = [*inputs.batches(size, at_most=count if at_once else _seen(inputs))]
     floating = _Floating(kernels, len(calls))
     try:
-        with phase("compensation", total=len(kernels)) as advance:
+        with problem.keeper.interruptible(), phase("compensation", total=len(kernels)) as advance:
+
+            def is_done(kernel: _Kernel) -> None:
+                done.append(kernel.layer.weight)
+                advance()
+                problem.keeper.tick(PART, lambda: _saved(found, done))
+
             for call in calls:
                 ranges.run(student, tensors, call, _watchers(kernels, floating.note))
             if at_once:
 
                 def quantized(kernel: _Kernel, x: Tensor) -> None:
                     _choose(kernel, kernel.rows(x), floating.taken(kernel), live, found)
-                    advance()
+                    is_done(kernel)
 
                 student.trace(replace(solution, tensors=live), calls[0], _watchers(kernels, quantized))
             else:
                 for kernel in kernels:
                     _choose(kernel, floating.taken(kernel), None, live, found)
-                    advance()
+                    is_done(kernel)
     finally:
         floating.discard()
+    problem.keeper.save(PART, _saved(found, done))
     return found
+
+
+def _saved(found: Changes, done: Sequence[str]) -> Saved:
+    """Return what the next run needs of the layers that are done."""
+    return Saved({"layers": list(done)}, {**named(TENSORS, found.tensors), **named(MULTIPLES, found.multiples)})
+
+
+def _earlier(keeper: Keeper, tensors: Mapping[str, Tensor]) -> tuple[Changes, list[str]]:
+    """Return what an earlier run of the same job has chosen, and for which layers.
+
+    Args:
+        keeper: has it.
+        tensors: weights and biases by name, which say where and how tensors lie in memory.
+    """
+    saved = keeper.saved(PART)
+    if saved is None:
+        return Changes({}, {}), []
+    changed = {name: torch.empty_like(tensors[name]).copy_(t) for name, t in taken(TENSORS, saved.tensors).items()}
+    multiples = {name: t.to(tensors[name].device) for name, t in taken(MULTIPLES, saved.tensors).items()}
+    return Changes(changed, multiples), list(saved.facts["layers"])
 
 
 def images_at_once(graph: LayerGraph, inputs: Inputs) -> int:
@@ -185,22 +226,38 @@ class _Kernel:
         if not alike:
             moved = Moved(moments_of(x, parts, y - x).double(), moments_of(y, parts).double(), rows=x.shape[1])
         by = Compensation(self.W, moments_of(x, parts).double(), groups=self.layer.groups, moved=moved)
-        name, step = self.layer.weight, self.step
+        name = self.layer.weight
         if self.steps:
-            found.multiples[name] = by.multiples(self.W, step, high=self.high, alike=self.steps == 1)
-            multiple = found.multiples[name]
-            step = step * (self.layer.axes.per_out(multiple, self.W) if multiple.dim() else multiple)
-        found.tensors[name] = by.kernel(self.W, step, high=self.high)
-        rounded = to_integer(found.tensors[name], step, low=-self.high, high=self.high).mul_(step)
-        live[name].copy_(rounded)
-        if self.bias is None or self.layer.bias is None:
-            return
-        got, wanted = (
-            t.reshape(self.layer.groups, -1, parts.columns) @ mean.transpose(1, 2)
-            for t, mean in ((rounded, x_mean), (self.W, y_mean))
-        )
-        found.tensors[self.layer.bias] = self.bias + (wanted - got).flatten()
-        live[self.layer.bias].copy_(found.tensors[self.layer.bias])
+            found.multiples[name] = by.multiples(self.W, self.step, high=self.high, alike=self.steps == 1)
+        found.tensors[name] = by.kernel(self.W, self._chosen_step(found), high=self.high)
+        if self.bias is not None and self.layer.bias is not None:
+            got, wanted = (
+                t.reshape(self.layer.groups, -1, parts.columns) @ mean.transpose(1, 2)
+                for t, mean in ((self._rounded(found), x_mean), (self.W, y_mean))
+            )
+            found.tensors[self.layer.bias] = self.bias + (wanted - got).flatten()
+        self.use(live, found)
+
+    def use(self, live: dict[str, Tensor], found: Changes) -> None:
+        """Let the network that runs have the weight and the bias that were chosen.
+
+        Args:
+            live: tensors of the network that runs.
+            found: the choice.
+        """
+        live[self.layer.weight].copy_(self._rounded(found))
+        if self.bias is not None and self.layer.bias is not None:
+            live[self.layer.bias].copy_(found.tensors[self.layer.bias])
+
+    def _chosen_step(self, found: Changes) -> Tensor:
+        multiple = found.multiples.get(self.layer.weight)
+        if multiple is None:
+            return self.step
+        return self.step * (self.layer.axes.per_out(multiple, self.W) if multiple.dim() else multiple)
+
+    def _rounded(self, found: Changes) -> Tensor:
+        step = self._chosen_step(found)
+        return to_integer(found.tensors[self.layer.weight], step, low=-self.high, high=self.high).mul_(step)
 
 
 def _kernels(problem: Problem[Source], dof: Dof, tensors: Mapping[str, Tensor]) -> list[_Kernel]:

@@ -23,6 +23,7 @@ from qft_plugin.graph.torch_model import Call
 from qft_plugin.training.data import Inputs
 from qft_plugin.training.dof import Dof
 from qft_plugin.training.integers import DeployedWeight
+from qft_plugin.training.keeping import FORGETFUL, Keeper
 from qft_plugin.training.loss import Network, Prediction
 from qft_plugin.training.solve import Solution
 from qft_plugin.training.student import Unfold, Watcher
@@ -179,11 +180,13 @@ class Problem(Generic[SourceT_co]):
         source: the network as its host read it.
         inputs: the images, in the fastest layout.
         at: where teacher and student are compared.
+        keeper: keeps the work now and then, and has what an earlier run of the same job has kept.
     """
 
     source: SourceT_co
     inputs: Inputs
     at: Comparison
+    keeper: Keeper = FORGETFUL
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,13 @@ class Host(Protocol[SourceT, PlacedT]):
     @property
     def head_items(self) -> int:
         """How many of the first items of the dataset every one of several processes keeps, at least."""
+        ...
+
+    def asked(self) -> Mapping[str, str]:
+        """Return what the user asked the host for beside model, images and settings: equal words for equal requests.
+
+        A checkpoint of another request is not gone on with. It is called before the model is read.
+        """
         ...
 
     def items(self) -> Iterable[Any]:

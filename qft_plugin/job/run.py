@@ -15,6 +15,7 @@ from qft_plugin.errors import ConfigError, QFTError, collected_warnings, warn
 from qft_plugin.graph.layer_graph import DofMap
 from qft_plugin.graph.torch_model import Call
 from qft_plugin.job.accumulators import check_accumulators
+from qft_plugin.job.checkpoint import identity_of
 from qft_plugin.job.health import check_squares, is_finite, not_finite, warn_of_targets
 from qft_plugin.job.host import Host, Placed, PlacedT, Problem, Source, SourceT, Start
 from qft_plugin.job.layer_errors import Measured, measure, with_errors
@@ -29,8 +30,9 @@ from qft_plugin.training.data import Inputs
 from qft_plugin.training.distributed import agreed
 from qft_plugin.training.dof import parameter_groups
 from qft_plugin.training.efqat import PartialTraining, release
-from qft_plugin.training.finetune import FinetuneResult, Goal, finetune
+from qft_plugin.training.finetune import PART, FinetuneResult, Goal, finetune
 from qft_plugin.training.integers import deployed_weights
+from qft_plugin.training.keeping import FORGETFUL, Keeper, take_state
 from qft_plugin.training.loss import Loss, Network, Prediction
 from qft_plugin.training.phases import Options, Phase, Step
 from qft_plugin.training.solve import solve
@@ -72,7 +74,13 @@ class Job:
         return f"Job({self.report!r})"
 
 
-def run(host: Host[SourceT, PlacedT], config: QFTConfig, *, callback: Callback | None = None) -> Job:
+def run(
+    host: Host[SourceT, PlacedT],
+    config: QFTConfig,
+    *,
+    callback: Callback | None = None,
+    keeper: Keeper = FORGETFUL,
+) -> Job:
     """Quantize a model: the steps of a job, each of which is described where it stands.
 
     Of several processes, all fail together up to where training begins.
@@ -81,11 +89,12 @@ def run(host: Host[SourceT, PlacedT], config: QFTConfig, *, callback: Callback |
         host: has the user's model and dataset, and the quantizers.
         config: the settings.
         callback: called after each finetuning step.
+        keeper: keeps the work now and then, and has what an earlier run of the same job has kept.
     """
     with following() as progress:
         with phase("images"):
             inputs = images(host.model, host.items(), config, head_items=host.head_items)
-        return finished(run_on(inputs, host, config=config, callback=callback).job, progress)
+        return finished(run_on(inputs, host, config=config, callback=callback, keeper=keeper).job, progress)
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,12 @@ class Ended:
 
 
 def run_on(
-    inputs: Inputs, host: Host[SourceT, PlacedT], *, config: QFTConfig, callback: Callback | None = None
+    inputs: Inputs,
+    host: Host[SourceT, PlacedT],
+    *,
+    config: QFTConfig,
+    callback: Callback | None = None,
+    keeper: Keeper = FORGETFUL,
 ) -> Ended:
     """Quantize a model on images that were read: all of a job but its first step, and but telling of it.
 
@@ -113,11 +127,13 @@ def run_on(
         host: has the user's model and the quantizers.
         config: the settings.
         callback: called after each finetuning step.
+        keeper: as in `run`.
     """
+    keeper.identify(lambda: identity_of(host.model, inputs, config, host=host.name, asked=host.asked()))
     with collected_warnings() as warned, following() as progress:
         with agreed(inputs.world):
             with phase("reading the model"):
-                problem = understand(host.read(inputs, config), inputs, config)
+                problem = replace(understand(host.read(inputs, config), inputs, config), keeper=keeper)
             targets = targets_of(host, problem, config)
             start = host.initialize(problem, config)
         result = train(start, problem, targets, config, callback=callback)
@@ -327,6 +343,9 @@ def _finetuned(
         problem.inputs.world.share_state(dof)
     try:
         partial = None if part is None else PartialTraining(dof, part)
+        saved = problem.keeper.saved(PART)
+        if saved is not None:
+            take_state(dof, partial, saved)
         return finetune(
             functools.partial(predicted, start, settings, copies=copies),
             dof,
@@ -339,6 +358,7 @@ def _finetuned(
                 penalty=dof.penalty,
                 partial=partial,
                 not_finite=functools.partial(_not_finite, start, problem),
+                keeper=problem.keeper,
             ),
         )
     finally:

@@ -20,6 +20,7 @@ from qft_plugin.job.run import Callback, Ended, Job, analysed, finished, run, ru
 from qft_plugin.job.understand import images, understand
 from qft_plugin.report.progress import following, phase
 from qft_plugin.training.data import Inputs
+from qft_plugin.training.keeping import FORGETFUL, Keeper
 from qft_plugin.training.loss import classes_of
 
 MOST_JOBS: Final = 5
@@ -36,7 +37,13 @@ CLOSE: Final = 0.02
 """Share of the bits that all layers take, below which two choices need no third one between them."""
 
 
-def run_to_target(host: Host[SourceT, PlacedT], config: QFTConfig, *, callback: Callback | None = None) -> Job:
+def run_to_target(
+    host: Host[SourceT, PlacedT],
+    config: QFTConfig,
+    *,
+    callback: Callback | None = None,
+    keeper: Keeper = FORGETFUL,
+) -> Job:
     """Quantize a model so that the target of the settings is met, or as `job.run.run` does where they have none.
 
     The images are read once. A mean bit width takes an analysis of the layers and one job; a target of accuracy takes
@@ -46,12 +53,13 @@ def run_to_target(host: Host[SourceT, PlacedT], config: QFTConfig, *, callback: 
         host: has the user's model and dataset, and the quantizers; bit widths are those of the settings.
         config: the settings.
         callback: called after each finetuning step of each job.
+        keeper: keeps the work now and then, and has what an earlier run of the same call has kept.
 
     Raises:
         ConfigError: the target does not fit the model, or several processes train.
     """
     if not config.has_target:
-        return run(host, config, callback=callback)
+        return run(host, config, callback=callback, keeper=keeper)
     with following() as progress:
         with phase("images"):
             inputs = images(host.model, host.items(), config, head_items=host.head_items)
@@ -61,7 +69,7 @@ def run_to_target(host: Host[SourceT, PlacedT], config: QFTConfig, *, callback: 
                 "bit widths in one process, and pass them as QFTConfig.layer_bits."
             )
         plain = replace(config, average_bits=None, target_agreement=None, evaluate=None, max_drop=None, analyse=False)
-        jobs = _Jobs(host, inputs, plain, callback)
+        jobs = _Jobs(host, inputs, plain, callback, keeper)
         best = _of_size(jobs, config) if config.average_bits is not None else _as_small_as_possible(jobs, config)
         report = replace(best.ended.job.report, decisions=tuple(jobs.decisions))
         reason = f"{_setting(config)}: raised to {WIDE} bits"
@@ -104,8 +112,11 @@ class _Tried:
 class _Jobs:
     """Runs jobs with different bit widths on the same images, and notes what is decided."""
 
-    def __init__(self, host: Host[Any, Any], inputs: Inputs, config: QFTConfig, callback: Callback | None) -> None:
+    def __init__(
+        self, host: Host[Any, Any], inputs: Inputs, config: QFTConfig, callback: Callback | None, keeper: Keeper
+    ) -> None:
         self.host, self.inputs, self._config, self._callback = host, inputs, config, callback
+        self._keeper, self._count = keeper, 0
         self.decisions: list[str] = []
         self.warnings: list[str] = []
 
@@ -124,7 +135,9 @@ class _Jobs:
     def run(self, raised: Sequence[Candidate]) -> Ended:
         """Run a job with some layers raised."""
         bits = {**self._config.layer_bits, **{glob.escape(c.weight): WIDE for c in raised}}
-        return run_on(self.inputs, self.host, config=replace(self._config, layer_bits=bits), callback=self._callback)
+        config, self._count = replace(self._config, layer_bits=bits), self._count + 1
+        keeper = self._keeper.inner(f"job_{self._count}")
+        return run_on(self.inputs, self.host, config=config, callback=self._callback, keeper=keeper)
 
     def warn(self, message: str) -> None:
         """Warn, in the report of the result too."""

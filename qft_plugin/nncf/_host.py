@@ -37,6 +37,10 @@ class NNCF:
     head_items: int
     name: str = "nncf"
 
+    def asked(self) -> Mapping[str, str]:
+        """Return the other arguments of `nncf.quantize`, in words."""
+        return {name: repr(value) for name, value in self.request.settings.items()}
+
     def items(self) -> Iterable[Any]:
         """Iterate over the model's inputs."""
         return self.request.items()

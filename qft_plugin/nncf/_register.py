@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -25,6 +26,7 @@ from qft_plugin.checks import check_callback
 from qft_plugin.config import QFTConfig
 from qft_plugin.errors import ConfigError, HostError
 from qft_plugin.graph.torch_model import random_state_kept
+from qft_plugin.job.checkpoint import kept_in
 from qft_plugin.job.run import Job
 from qft_plugin.job.target import run_to_target
 from qft_plugin.nncf._host import NNCF
@@ -32,7 +34,7 @@ from qft_plugin.nncf._read import check_model
 from qft_plugin.nncf._request import Request
 from qft_plugin.nncf._version import check_version
 from qft_plugin.report.display import shown
-from qft_plugin.training.distributed import joined
+from qft_plugin.training.distributed import joined, world_of
 from qft_plugin.training.phases import Step
 
 PLACES: Final = (nncf, nncf.quantization, nncf.quantization.quantize_model)
@@ -45,6 +47,8 @@ DOCUMENTATION: Final = """
         then, and bias correction and overflow fix, whose work the finetune does, should be left at their defaults.
     :param callback: called with a `qft_plugin.nncf.Step` after each step of that finetune.
     :param verbose: show its phases on stderr while they run, and its report at the end.
+    :param checkpoint: a folder in which its work is kept every minute and when it is interrupted; the same call goes on
+        from there, to the same result. `None` keeps nothing. It needs safetensors.
 """
 
 
@@ -71,24 +75,26 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
         algorithm: Any = None,
         callback: Any = None,
         verbose: bool = True,
+        checkpoint: Any = None,
         **host: Any,
     ) -> Any:
         if algorithm is None:
-            if callback is not None:
-                raise ConfigError('callback should come with algorithm="qft". Found no algorithm.')
+            for name, given in (("callback", callback), ("checkpoint", checkpoint)):
+                if given is not None:
+                    raise ConfigError(f'{name} should come with algorithm="qft". Found no algorithm.')
             if verbose is not True:
                 raise ConfigError(
                     f'verbose should come with algorithm="qft". Found {verbose!r} and no algorithm: NNCF itself has no '
                     "such argument. Leave it out."
                 )
             return original(model, calibration_dataset, **host)
-        asked = _Asked(algorithm, callback, verbose)
+        asked = _Asked(algorithm, callback, verbose, checkpoint)
         return _quantize(original, model, calibration_dataset, asked, host).model
 
     signature = inspect.signature(original)
     extra = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
-        for name, default in (("algorithm", None), ("callback", None), ("verbose", True))
+        for name, default in (("algorithm", None), ("callback", None), ("verbose", True), ("checkpoint", None))
     ]
     quantize.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*signature.parameters.values(), *extra]
@@ -106,6 +112,7 @@ class _Asked:
     algorithm: Any
     callback: Callable[[Step], None] | None
     verbose: bool
+    checkpoint: str | os.PathLike[str] | None
 
 
 def quantize(
@@ -123,10 +130,10 @@ def quantize(
         calibration_dataset: `nncf.Dataset` of unlabeled inputs.
         config: the settings; `None` for the defaults.
         verbose: show the phases on stderr while they run, and the report at the end.
-        **host: the other arguments of `nncf.quantize`, and `callback`.
+        **host: the other arguments of `nncf.quantize`, and `callback` and `checkpoint`.
     """
     original = getattr(nncf.quantize, MARK, nncf.quantize)
-    asked = _Asked(config or QFTConfig(), host.pop("callback", None), verbose)
+    asked = _Asked(config or QFTConfig(), host.pop("callback", None), verbose, host.pop("checkpoint", None))
     return _quantize(original, model, calibration_dataset, asked, host)
 
 
@@ -135,7 +142,9 @@ def _quantize(original: Callable[..., Any], model: Any, dataset: Any, asked: _As
     check_callback(asked.callback)
     config, request = checked_request(original, dataset, _config(asked.algorithm), host)
     with opened(model, request, verbose=asked.verbose) as opened_host:
-        return run_to_target(opened_host, config, callback=asked.callback)
+        processes = world_of(next(model.parameters()).device).size
+        with kept_in(asked.checkpoint, processes=processes) as keeper:
+            return run_to_target(opened_host, config, callback=asked.callback, keeper=keeper)
 
 
 @contextlib.contextmanager

@@ -131,6 +131,31 @@ class PartialTraining:
     def _choose(self) -> None:
         hold(self._dof, choose(magnitudes(self._dof), sizes(self._dof), self._train))
 
+    @property
+    def choices(self) -> int:
+        """How often the channels were chosen anew."""
+        return self._choices
+
+    def held(self) -> dict[str, Held]:
+        """Return the kernels of which a part trains, by name of the weight."""
+        return held_kernels(self._dof)
+
+    @torch.no_grad()
+    def take(self, parts: Mapping[str, Mapping[str, Tensor]], choices: int) -> None:
+        """Hold the kernels as an earlier run of the same job did.
+
+        Args:
+            parts: the tensors `integers`, `trained` and `rows` of each `Held`, by name of the weight.
+            choices: how often that run had chosen anew.
+        """
+        self._choices = choices
+        for name, part in parts.items():
+            kernel = self._dof.trained_weight(name)
+            W = kernel.W
+            integers = torch.empty_like(W).copy_(part["integers"])
+            kernel.held = held_part(W, integers, part["trained"].to(W.device), kernel.layer.axes)
+            kernel.held.rows.copy_(part["rows"])
+
     def settle(self) -> None:
         """Write everything back into the stored weights, so that they are the whole state."""
         settle(self._dof)

@@ -2,11 +2,12 @@
 
 import contextlib
 import copy
+import itertools
 import logging
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import astuple, dataclass
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from qft_plugin.config import FinetuneConfig
 from qft_plugin.errors import ModelError, warn
 from qft_plugin.training.data import Inputs
 from qft_plugin.training.distributed import World, agreed
+from qft_plugin.training.keeping import STATE, Saved, named, state_of, taken
 from qft_plugin.training.loss import Loss, Network, distillation_loss, whole_of
 from qft_plugin.training.order import orders, strata_of
 from qft_plugin.training.phases import PLAIN, Batch, Options, Phase, Step, Training, train
@@ -25,6 +27,11 @@ logger = logging.getLogger("qft_plugin")
 ENOUGH_STEPS: Final = 200
 """From so many steps on a finetune that gains nothing is worth a warning. A start of compensated weights is so good
 that some ten steps often do not reach it again."""
+
+PART: Final = "finetune"
+"""The name under which a training is kept."""
+
+BEST: Final = "best/"
 
 RUINED: Final = (2.0, 0.02)
 """Above so many times the loss at the start, and so much more, training has not only gained nothing but done harm.
@@ -104,11 +111,13 @@ def finetune(
     Raises:
         ModelError: the loss at the start is not finite.
     """
-    world = goal.inputs.world
+    world, saved = goal.inputs.world, options.keeper.saved(PART)
     batch_size = _batch_size(goal.inputs, config)
     total = max(len(phases), round(config.images_fed / batch_size))
+    first = 0 if saved is None else int(saved.facts["steps"])
     order = orders(goal.inputs.trained_on, batch_size, strata=strata_of(batch_size, world.size), seed=config.seed)
-    batches = _batches(goal, order, batch_size, at=lambda step: options.schedule(step / total))
+    left = enumerate(itertools.islice(order, first, None), start=first)
+    batches = _batches(goal, left, batch_size, at=lambda step: options.schedule(step / total))
 
     def evaluate() -> Judged:
         options.schedule(1.0)
@@ -117,10 +126,18 @@ def finetune(
         return _evaluate(student, goal, batch_size=config.batch_size)
 
     world.share_state(state)
-    best = _Best(state, evaluate)
-    start, start_loss = best.judged, best.judged.loss
-    _check_start(start_loss, options)
-    logger.info("finetune: %d steps of %d images, loss %.5f at the start", total, batch_size, start_loss)
+    best = _Best(state, evaluate, saved)
+    losses: list[float] = [] if saved is None else list(saved.facts["losses"])
+    _check_start(best.start.loss, options)
+    logger.info("finetune: %d steps of %d images, loss %.5f at the start", total, batch_size, best.start.loss)
+    if first:
+        logger.info("finetune: goes on after step %d of an earlier run", first)
+
+    def kept(optimizer: torch.optim.Optimizer) -> Saved:
+        choices = 0 if options.partial is None else options.partial.choices
+        facts = {"steps": len(losses), "losses": losses, "choices": choices, "best": best.facts()}
+        return Saved(facts, {**state_of(state, options.partial, optimizer), **named(BEST, best.state)})
+
     training = Training(
         student,
         state,
@@ -128,19 +145,25 @@ def finetune(
         batch_size=batch_size,
         total=total,
         look=best.look,
+        keep=lambda optimizer: options.keeper.tick(PART, lambda: kept(optimizer)),
+        resumed=saved,
         world=world,
         config=config,
         options=options,
     )
-    losses = _follow(train(training, phases), total, world, options.callback)
+    with options.keeper.interruptible():
+        _follow(train(training, phases), losses, total, world, options.callback)
     if config.learning_rate or config.scale_learning_rate:
-        _warn_of_no_gain(start_loss, best, losses, config)
+        _warn_of_no_gain(best, losses, config)
     options.schedule(1.0)
     state.load_state_dict(best.state)
     world.share_state(state)
+    if first < total:
+        ended = {"steps": total, "losses": losses, "choices": 0, "best": best.facts()}
+        options.keeper.save(PART, Saved(ended, {**named(STATE, best.state), **named(BEST, best.state)}))
     logger.info("finetune: loss %.5f after %d steps", best.judged.loss, len(losses))
-    held_out, end = goal.inputs.total - goal.inputs.trained_on, best.judged
-    return FinetuneResult(start_loss, end.loss, held_out, len(losses), tuple(losses), start.agreement, end.agreement)
+    held_out, start, end = goal.inputs.total - goal.inputs.trained_on, best.start, best.judged
+    return FinetuneResult(start.loss, end.loss, held_out, len(losses), tuple(losses), start.agreement, end.agreement)
 
 
 def _batch_size(inputs: Inputs, config: FinetuneConfig) -> int:
@@ -149,10 +172,12 @@ def _batch_size(inputs: Inputs, config: FinetuneConfig) -> int:
     return size if inputs.largest is None else min(size, inputs.largest * inputs.world.size)
 
 
-def _batches(goal: Goal, order: Iterator[Tensor], batch_size: int, *, at: Callable[[int], None]) -> Iterator[Batch]:
+def _batches(
+    goal: Goal, steps: Iterator[tuple[int, Tensor]], batch_size: int, *, at: Callable[[int], None]
+) -> Iterator[Batch]:
     """Yield the batch of each step, after telling the number of the step."""
     inputs, world = goal.inputs, goal.inputs.world
-    for step, index in enumerate(order):
+    for step, index in steps:
         at(step)
         rows = world.rows(index)
         wanted = goal.targets.rows(rows, inputs.device)
@@ -211,13 +236,29 @@ class Agreement:
 
 
 class _Best:
-    """The best state so far."""
+    """The best state so far.
 
-    def __init__(self, state: nn.Module, evaluate: Callable[[], Judged]) -> None:
+    Attributes:
+        start: how good the state before the first step is.
+        judged: how good the best state is.
+        later: the losses of the states after the start that were compared.
+        state: the best one.
+    """
+
+    def __init__(self, state: nn.Module, evaluate: Callable[[], Judged], saved: Saved | None) -> None:
         self._evaluate, self._module = evaluate, state
-        self.judged = evaluate()
-        self.later: list[float] = []
-        self.state = copy.deepcopy(state.state_dict())
+        if saved is None:
+            self.start = self.judged = evaluate()
+            self.later: list[float] = []
+            self.state = copy.deepcopy(state.state_dict())
+        else:
+            facts = saved.facts["best"]
+            self.start, self.judged, self.later = Judged(*facts["start"]), Judged(*facts["judged"]), facts["later"]
+            self.state = taken(BEST, saved.tensors)
+
+    def facts(self) -> dict[str, Any]:
+        """Return all but the state, as JSON holds it."""
+        return {"start": astuple(self.start), "judged": astuple(self.judged), "later": self.later}
 
     def look(self) -> None:
         """Keep the state as it is now if it is better."""
@@ -237,12 +278,15 @@ def _check_start(loss: float, options: Options) -> None:
 
 
 def _follow(
-    steps: Generator[tuple[float, float]], total: int, world: World, callback: Callable[[Step], None] | None
-) -> list[float]:
-    """Take all steps, or those before a loss that is not finite, and report each; returns their losses."""
-    losses: list[float] = []
+    steps: Generator[tuple[float, float]],
+    losses: list[float],
+    total: int,
+    world: World,
+    callback: Callable[[Step], None] | None,
+) -> None:
+    """Take all steps that are left, or those before a loss that is not finite, and report each; adds to the losses."""
     with contextlib.closing(steps):
-        for number, (found, rate) in enumerate(steps, start=1):
+        for number, (found, rate) in enumerate(steps, start=len(losses) + 1):
             losses.append(found)
             if not math.isfinite(found):
                 warn(
@@ -254,11 +298,11 @@ def _follow(
             with agreed(world):  # the first process alone may have a callback
                 if callback is not None:
                     callback(Step(number, total, found, rate))
-    return losses
 
 
-def _warn_of_no_gain(start_loss: float, best: _Best, losses: Sequence[float], config: FinetuneConfig) -> None:
+def _warn_of_no_gain(best: _Best, losses: Sequence[float], config: FinetuneConfig) -> None:
     """Warn where the start is returned after a training that should have changed it."""
+    start_loss = best.start.loss
     if best.judged.loss < start_loss or not best.later or not math.isfinite(losses[-1]):
         return  # where a loss is not finite, that was said
     factor, more = RUINED

@@ -13,6 +13,7 @@ from qft_plugin.config import FinetuneConfig
 from qft_plugin.graph.torch_model import Call
 from qft_plugin.training.distributed import World
 from qft_plugin.training.efqat import PartialTraining
+from qft_plugin.training.keeping import FORGETFUL, Keeper, Saved, take_moments
 from qft_plugin.training.loss import Loss, Network, Prediction, Whole, distillation_loss
 
 
@@ -76,6 +77,7 @@ class Options:
         partial: chooses which rows of the kernels train, where not all do; the rows are in the first group of the one
             phase that there is then.
         not_finite: says where, if the student computes something at the start that is not finite.
+        keeper: keeps the training as it is now and then, and has what an earlier run has kept.
     """
 
     callback: Callable[[Step], None] | None = None
@@ -83,6 +85,7 @@ class Options:
     penalty: Callable[[], Tensor | None] = lambda: None
     partial: PartialTraining | None = None
     not_finite: Callable[[], Exception] | None = None
+    keeper: Keeper = FORGETFUL
 
 
 PLAIN: Final = Options()
@@ -100,6 +103,8 @@ class Training:
         batch_size: images of a step, over all processes.
         total: how many steps there will be.
         look: called at the end of each cosine cycle.
+        keep: called between two steps, with the optimizer.
+        resumed: the training of an earlier run, from which this one goes on; `None` where it begins.
         world: the processes that train together.
         config: the settings.
         options: its optional parts.
@@ -111,6 +116,8 @@ class Training:
     batch_size: int
     total: int
     look: Callable[[], None]
+    keep: Callable[[torch.optim.Optimizer], None]
+    resumed: Saved | None
     world: World
     config: FinetuneConfig
     options: Options
@@ -139,12 +146,14 @@ def train(training: Training, phases: Sequence[Phase]) -> Generator[tuple[float,
         phases: the phases in their order.
 
     Yields:
-        Loss and learning rate of each step.
+        Loss and learning rate of each step that is left.
     """
+    taken = 0 if training.resumed is None else training.resumed.facts["steps"]
     for number, phase in enumerate(phases):
-        count = training.total * (number + 1) // len(phases) - training.total * number // len(phases)
-        with _only(_trained(phase.groups), training.state):
-            yield from _steps(training, phase, count)
+        first, end = (training.total * n // len(phases) for n in (number, number + 1))
+        if taken < end:
+            with _only(_trained(phase.groups), training.state):
+                yield from _steps(training, phase, range(max(taken - first, 0), end - first))
 
 
 @contextlib.contextmanager
@@ -161,14 +170,16 @@ def _only(trained: Sequence[Tensor], state: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _steps(training: Training, phase: Phase, count: int) -> Generator[tuple[float, float]]:
-    """Train one phase; yields loss and learning rate of each step."""
-    world, cycles, partial = training.world, training.config.restarts, training.options.partial
+def _steps(training: Training, phase: Phase, left: range) -> Generator[tuple[float, float]]:
+    """Train the steps of one phase that are left; yields loss and learning rate of each."""
+    world, cycles, partial, count = training.world, training.config.restarts, training.options.partial, left.stop
     objective = world.replicated(_Objective(training, phase))
     optimizer = torch.optim.Adam([dict(g) for g in phase.groups], fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
+    if training.resumed is not None and left.start:
+        take_moments(training.state, partial, optimizer, training.resumed)
     cycle_ends = {math.ceil(count * (i + 1) / cycles) for i in range(cycles)}
-    for step, batch in zip(range(count), training.batches, strict=False):
+    for step, batch in zip(left, training.batches, strict=False):
         if partial is not None:
             partial.refresh(step * training.batch_size, optimizer)
         factor = learning_rate_factor(step, count, cycles)
@@ -178,6 +189,7 @@ def _steps(training: Training, phase: Phase, count: int) -> Generator[tuple[floa
         yield world.total(loss).item() / world.size, rates[0] * factor
         if step + 1 in cycle_ends:
             training.look()
+        training.keep(optimizer)
 
 
 def _step(
