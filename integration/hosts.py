@@ -39,6 +39,10 @@ class UnderNNCF:
         """Quantize a model and follow the finetune."""
         self._host.quantize(model, self._nncf.Dataset(items), config, callback=callback)
 
+    def kept(self, model, items, config, folder):
+        """Return a quantized model; the job is kept in a folder."""
+        return self._host.quantize(model, self._nncf.Dataset(items), config, checkpoint=folder).model
+
     def inspect(self, model, items, config):
         """Return what a job would decide and cost."""
         return self._host.inspect(model, self._nncf.Dataset(items), config)
@@ -89,6 +93,10 @@ class UnderBrevitas:
     def run(self, model, items, config, *, callback):
         """Quantize a model and follow the finetune."""
         self._host.quantize(model, items, config=config, callback=callback)
+
+    def kept(self, model, items, config, folder):
+        """Return a quantized model, linked; the job is kept in a folder."""
+        return self._host.quantize(model, items, config=config, checkpoint=folder)
 
     def inspect(self, model, items, config):
         """Return what a job would decide and cost."""

@@ -13,10 +13,7 @@ if sys.platform != "win32":
     import fcntl
 
 PREFIX: Final = ".qft_"
-"""Of the folders in which files are drafted."""
-
-IN_USE: Final = ".in_use"
-"""A file in such a folder that is locked as long as the process that made it lives."""
+"""Of the folders in which files are drafted; each is locked as long as the process that made it lives."""
 
 
 @contextlib.contextmanager
@@ -30,9 +27,13 @@ def draft_of(target: Path) -> Iterator[Path]:
     """
     parent = target.resolve().parent
     remove_abandoned(parent)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=PREFIX) as folder, (Path(folder) / IN_USE).open("wb") as mark:
-        _lock(mark.fileno())
-        yield Path(folder) / target.name
+    folder, opened = _locked_folder(parent)
+    try:
+        yield folder / target.name
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if opened is not None:
+            os.close(opened)
 
 
 def put(draft: Path, target: Path) -> None:
@@ -101,36 +102,51 @@ def used_alone(folder: Path) -> Iterator[bool]:
     Args:
         folder: it is there.
     """
-    if sys.platform == "win32":
-        yield True
-        return
-    opened = os.open(folder, os.O_RDONLY)
+    opened, locked = _locked(folder)
     try:
-        yield _lock(opened) is not False
+        yield locked is not False
     finally:
-        os.close(opened)
+        if opened is not None:
+            os.close(opened)
 
 
-def remove_abandoned(folder: Path) -> None:
+def remove_abandoned(parent: Path) -> None:
     """Remove the drafts that processes have left in a folder which were killed."""
-    for mark in folder.glob(f"{PREFIX}*/{IN_USE}"):
-        with contextlib.suppress(OSError), mark.open("rb+") as opened:
-            if _lock(opened.fileno()):
-                shutil.rmtree(mark.parent, ignore_errors=True)
+    for folder in parent.glob(f"{PREFIX}*/"):
+        with contextlib.suppress(OSError):
+            opened, locked = _locked(folder)
+            if locked:
+                shutil.rmtree(folder, ignore_errors=True)
+            if opened is not None:
+                os.close(opened)
 
 
-def _lock(file: int) -> bool | None:
-    """Lock a file for as long as it is open in this process.
+def _locked_folder(parent: Path) -> tuple[Path, int | None]:
+    """Make a folder that nobody takes for abandoned; returns what `os.close` gives free again beside it."""
+    while True:
+        folder = Path(tempfile.mkdtemp(dir=parent, prefix=PREFIX))
+        # Before it is locked another process may see it and remove it.
+        with contextlib.suppress(FileNotFoundError):
+            opened, locked = _locked(folder)
+            if locked is not False and folder.exists():
+                return folder, opened
+            if opened is not None:
+                os.close(opened)
+
+
+def _locked(folder: Path) -> tuple[int | None, bool | None]:
+    """Lock a folder until `os.close` is called or the process ends.
 
     Returns:
-        False where another process has locked it, `None` on a disk or a system that knows no locks.
+        The open folder, and False where another process has locked it, `None` where there are no locks.
     """
     if sys.platform == "win32":
-        return None
+        return None, None
+    opened = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
+        return opened, False
+    except OSError:  # a disk that knows no locks
+        return opened, None
+    return opened, True

@@ -66,6 +66,14 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
         assert draft.read_text() == "first"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks on Windows")
+def test_what_a_process_left_that_was_killed_at_once_is_removed(tmp_path: Path) -> None:
+    """Before it wrote anything, or while it removed its draft."""
+    (tmp_path / ".qft_abandoned").mkdir()
+    write_whole(tmp_path / "a.txt", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
 def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
     """What it leads to is replaced."""
     folder = tmp_path / "elsewhere"

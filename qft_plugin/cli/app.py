@@ -86,6 +86,9 @@ def quantize(
     batch: Batch = 32,
     report: Annotated[Path | None, typer.Option(help="Write the report as a page, .html.")] = None,
     json_report: Annotated[Path | None, typer.Option("--json", help="Write the report as .json.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A folder in which the job is kept: the same command goes on with it.")
+    ] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -109,7 +112,7 @@ def quantize(
             if report is not None:
                 require("jinja2", extra="report")
             batches, first = batches_of(data, prepare, batch_size=batch, images=images)
-            order = Order(chosen, form, storage, settings, out, report, json_report)
+            order = Order(chosen, form, storage, settings, out, report, json_report, checkpoint)
             result = quantize_to_file(order, model, batches, first, quiet=quiet)
         if not quiet:
             tell(result)

@@ -54,6 +54,7 @@ class Order:
         out: the file.
         page: where the report is written as a page; `None` for nowhere.
         data: likewise as JSON.
+        checkpoint: the folder in which the job is kept; `None` for nowhere.
     """
 
     host: Host
@@ -63,6 +64,7 @@ class Order:
     out: Path
     page: Path | None
     data: Path | None
+    checkpoint: Path | None
 
 
 def host_for(out: Path, asked: Host | None) -> Host:
@@ -84,18 +86,18 @@ def loaded(host: Host) -> Any:
     return importlib.import_module(f"qft_plugin.{host.value}")
 
 
-def quantized(host: Host, model: nn.Module, batches: Iterable[Any], config: QFTConfig, *, quiet: bool) -> nn.Module:
+def quantized(order: Order, model: nn.Module, batches: Iterable[Any], *, quiet: bool) -> nn.Module:
     """Quantize a network.
 
     Args:
-        host: which host does it.
+        order: what is asked for.
         model: the float network.
         batches: of its inputs.
-        config: the settings.
         quiet: show no progress, and no report at the end.
     """
-    done = loaded(host).quantize(model, _dataset(host, batches), config=config, verbose=not quiet)
-    made: nn.Module = done.model if host is Host.nncf else done
+    host, dataset = loaded(order.host), _dataset(order.host, batches)
+    done = host.quantize(model, dataset, config=order.config, verbose=not quiet, checkpoint=order.checkpoint)
+    made: nn.Module = done.model if order.host is Host.nncf else done
     return made
 
 

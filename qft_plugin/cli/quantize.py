@@ -29,7 +29,7 @@ def quantize_to_file(order: Order, name: str, batches: Iterable[Any], first: Any
     with shown(not quiet), phase("loading the network"):
         model, call = model_of(name, first)
     torch.manual_seed(0 if order.config.finetune is None else order.config.finetune.seed)
-    made = quantized(order.host, model, batches, order.config, quiet=quiet)
+    made = quantized(order, model, batches, quiet=quiet)
     example: Any = call[1] or (call[0][0] if len(call[0]) == 1 else call[0])
     report = saved(order, made, example, quiet=quiet)
     if order.page is not None or order.data is not None:

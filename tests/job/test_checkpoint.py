@@ -1,9 +1,9 @@
 """Jobs that are kept in a folder: the same result after any interruption, and only for the same job."""
 
 import contextlib
+import itertools
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -38,7 +38,7 @@ SETTINGS = {
 }
 
 
-class Interrupted(Exception):
+class CrashError(Exception):
     """Raised by a test in the place of a crash."""
 
 
@@ -98,7 +98,7 @@ def at(number: int, do: Callable[[], Any]) -> Callback:
 
 
 def crash() -> None:
-    raise Interrupted
+    raise CrashError
 
 
 def same(one: Job, other: Job) -> None:
@@ -127,9 +127,9 @@ def test_a_job_goes_on_to_the_same_result(name: str, tmp_path: Path) -> None:
         def crash_at(step: Step, number: int = number) -> None:
             numbers.append(step.number)
             if step.number == number:
-                raise Interrupted
+                raise CrashError
 
-        with pytest.raises(Interrupted):
+        with pytest.raises(CrashError):
             job(tmp_path, SETTINGS[name], callback=crash_at)
     same(whole, job(tmp_path, SETTINGS[name], callback=lambda step: numbers.append(step.number)))
     # What a callback saw before it raised is seen again: the step was not kept yet.
@@ -158,12 +158,12 @@ def test_layers_are_compensated_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def counted(kernel: Any, *args: Any) -> None:
         if len(chosen) == 2:
             chosen.append("crash")
-            raise Interrupted
+            raise CrashError
         chosen.append(kernel.layer.weight)
         choose(kernel, *args)
 
     monkeypatch.setattr(compensation, "_choose", counted)
-    with pytest.raises(Interrupted):
+    with pytest.raises(CrashError):
         job(tmp_path)
     same(whole, job(tmp_path))
     assert chosen == ["first.weight", "second.weight", "crash", "last.weight"]
@@ -175,11 +175,11 @@ def test_an_interruption_waits_for_the_end_of_the_step(number: signal.Signals, t
     whole, handler = job(None), signal.getsignal(number)
 
     def stop(*_: Any) -> None:
-        raise Interrupted
+        raise CrashError
 
     signal.signal(number, stop)
     try:
-        with pytest.raises(Interrupted), caplog.at_level(logging.WARNING):
+        with pytest.raises(CrashError), caplog.at_level(logging.WARNING):
             job(tmp_path, callback=at(6, lambda: signal.raise_signal(number)))
         assert signal.getsignal(number) is stop
     finally:
@@ -327,9 +327,9 @@ def test_a_folder_that_cannot_be_used_is_refused_before_the_images_are_read(tmp_
         pass
     with pytest.raises(ConfigError, match="should be the path of a folder"), kept_in(3):  # type: ignore[arg-type]
         pass
-    with pytest.raises(ConfigError, match="should be None where several processes train"):
-        with kept_in(tmp_path, processes=2):
-            pass
+    several = pytest.raises(ConfigError, match="should be None where several processes train")
+    with several, kept_in(tmp_path, processes=2):
+        pass
     (tmp_path / "job.json").write_text('{"mine": 1}')
     with pytest.raises(ConfigError, match="Found something else"):
         job(tmp_path)
@@ -351,7 +351,7 @@ def test_each_job_towards_a_target_is_kept(tmp_path: Path) -> None:
     def stopped(step: Step) -> None:
         steps.append(step.number)
         if len(steps) == STEPS + 5:
-            raise Interrupted
+            raise CrashError
 
     def towards(folder: Path | None, callback: Callback | None) -> Job:
         scores = iter([1.0, 0.0, *[1.0] * 9])  # the float network, the first job, all others
@@ -360,7 +360,7 @@ def test_each_job_towards_a_target_is_kept(tmp_path: Path) -> None:
             return run_to_target(AskedHost(net(), BATCHES), config, callback=callback, keeper=keeper)
 
     whole = towards(None, None)
-    with pytest.raises(Interrupted):
+    with pytest.raises(CrashError):
         towards(tmp_path, stopped)
     later: list[int] = []
     same(whole, towards(tmp_path, lambda step: later.append(step.number)))
@@ -384,6 +384,6 @@ def test_little_time_goes_into_writing(tmp_path: Path, monkeypatch: pytest.Monke
             keeper.tick("part", lambda: checkpoint.Saved({}, {"seconds": torch.tensor(2.0)}))
             now[0] += 1.0
     assert written[0] == pytest.approx(60, abs=1)
-    apart = {b - a for a, b in zip(written, written[1:], strict=False)}
+    apart = {b - a for a, b in itertools.pairwise(written)}
     assert all(102 <= seconds <= 103 for seconds in apart)
-    assert os.listdir(tmp_path) == ["part.safetensors"]
+    assert [p.name for p in tmp_path.iterdir()] == ["part.safetensors"]
