@@ -43,6 +43,7 @@ OUTSIDE = {
     "onnx_import": {"torch", "numpy", "onnx", "onnxruntime"},
     "cli": {"torch", "numpy", "typer", "PIL", "nncf"},
     "report": {"torch", "numpy", "rich", "jinja2"},
+    "job": {"torch", "numpy", "safetensors"},
     "deploy": {"torch", "numpy", *HOSTS} - {"nncf", "brevitas"},
 }
 """What a folder may import beside the standard library; `torch` and `numpy` where nothing is said. Hosts are free."""

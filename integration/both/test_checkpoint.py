@@ -1,4 +1,4 @@
-"""Processes that are killed at any moment: the same call goes on to the same integers, and nothing is left lying about."""
+"""Processes that are killed at any moment: the same call goes on to the same integers, and leaves nothing else."""
 
 import multiprocessing
 import random
