@@ -72,8 +72,11 @@ class HostStandIn(SimpleNamespace):
         """Begin with no calls."""
         super().__init__(calls=[], **more)
 
-    def quantize(self, model: nn.Module, data: Any, *, config: Any, verbose: bool) -> nn.Module:
-        """Keep the images and the settings; make a report."""
+    def quantize(
+        self, model: nn.Module, data: Any, *, config: Any, verbose: bool, checkpoint: Path | None
+    ) -> nn.Module:
+        """Keep the images, the settings and the folder of the job; make a report."""
+        self.kept_in = checkpoint
         self.calls.append(("quantize", model, torch.cat(list(data)), config, verbose))
         keep_report(model, REPORT)
         return model

@@ -67,7 +67,7 @@ def test_quantize_passes_on_what_it_was_told(host: HostStandIn, user: Path) -> N
     """Model, images and settings reach the host; the result is said at the end."""
     done = qft(
         *("quantize", f"{NET}:make", "--data", "images", "--out", "net.onnx", "--images", 4, "--seed", 5),
-        *("--weight-bits", 3, "--per-tensor", "--images-fed", 64, "--batch", 3, "--size", "8x6"),
+        *("--weight-bits", 3, "--per-tensor", "--images-fed", 64, "--batch", 3, "--size", "8x6", "--checkpoint", "job"),
     )
     assert done.exit_code == 0, done.output
     (_, model, images, config, _), (_, _, path, example, _) = host.calls
@@ -77,6 +77,7 @@ def test_quantize_passes_on_what_it_was_told(host: HostStandIn, user: Path) -> N
     settings = QFTConfig(weight_bits=3).hardware
     assert (config.weight_bits, config.hardware.rescale, settings.rescale) == (3, "layerwise", "channelwise")
     assert (config.finetune.max_images, config.finetune.images_fed, config.finetune.seed) == (4, 64, 5)
+    assert host.kept_in == Path("job")
     assert path == Path("net.onnx")
     assert "net.onnx: 1 bytes, 2 quantized weights, each proved" in done.output
     assert "1 of 1 convolutions" in done.output
