@@ -359,6 +359,7 @@ def _finetuned(
                 partial=partial,
                 not_finite=functools.partial(_not_finite, start, problem),
                 keeper=problem.keeper,
+                resumed=saved,
             ),
         )
     finally:

@@ -16,7 +16,7 @@ from qft_plugin.config import FinetuneConfig
 from qft_plugin.errors import ModelError, warn
 from qft_plugin.training.data import Inputs
 from qft_plugin.training.distributed import World, agreed
-from qft_plugin.training.keeping import STATE, Saved, named, state_of, taken
+from qft_plugin.training.keeping import STATE, Saved, named, state_of, steps_of, taken
 from qft_plugin.training.loss import Loss, Network, distillation_loss, whole_of
 from qft_plugin.training.order import orders, strata_of
 from qft_plugin.training.phases import PLAIN, Batch, Options, Phase, Step, Training, train
@@ -111,10 +111,10 @@ def finetune(
     Raises:
         ModelError: the loss at the start is not finite.
     """
-    world, saved = goal.inputs.world, options.keeper.saved(PART)
+    world, saved = goal.inputs.world, options.resumed
     batch_size = _batch_size(goal.inputs, config)
     total = max(len(phases), round(config.images_fed / batch_size))
-    first = 0 if saved is None else int(saved.facts["steps"])
+    first = steps_of(saved)
     order = orders(goal.inputs.trained_on, batch_size, strata=strata_of(batch_size, world.size), seed=config.seed)
     left = enumerate(itertools.islice(order, first, None), start=first)
     batches = _batches(goal, left, batch_size, at=lambda step: options.schedule(step / total))
@@ -146,7 +146,6 @@ def finetune(
         total=total,
         look=best.look,
         keep=lambda optimizer: options.keeper.tick(PART, lambda: kept(optimizer)),
-        resumed=saved,
         world=world,
         config=config,
         options=options,

@@ -72,6 +72,11 @@ def named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: t for name, t in tensors.items()}
 
 
+def steps_of(training: Saved | None) -> int:
+    """Return how many steps of a training are done."""
+    return 0 if training is None else int(training.facts["steps"])
+
+
 def state_of(state: nn.Module, partial: PartialTraining | None, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return all tensors that a step of a training changes.
 

@@ -13,7 +13,7 @@ from qft_plugin.config import FinetuneConfig
 from qft_plugin.graph.torch_model import Call
 from qft_plugin.training.distributed import World
 from qft_plugin.training.efqat import PartialTraining
-from qft_plugin.training.keeping import FORGETFUL, Keeper, Saved, take_moments
+from qft_plugin.training.keeping import FORGETFUL, Keeper, Saved, steps_of, take_moments
 from qft_plugin.training.loss import Loss, Network, Prediction, Whole, distillation_loss
 
 
@@ -77,7 +77,8 @@ class Options:
         partial: chooses which rows of the kernels train, where not all do; the rows are in the first group of the one
             phase that there is then.
         not_finite: says where, if the student computes something at the start that is not finite.
-        keeper: keeps the training as it is now and then, and has what an earlier run has kept.
+        keeper: keeps the training now and then.
+        resumed: what it has kept of an earlier run of the same training, whose state `state` has already.
     """
 
     callback: Callable[[Step], None] | None = None
@@ -86,6 +87,7 @@ class Options:
     partial: PartialTraining | None = None
     not_finite: Callable[[], Exception] | None = None
     keeper: Keeper = FORGETFUL
+    resumed: Saved | None = None
 
 
 PLAIN: Final = Options()
@@ -104,7 +106,6 @@ class Training:
         total: how many steps there will be.
         look: called at the end of each cosine cycle.
         keep: called between two steps, with the optimizer.
-        resumed: the training of an earlier run, from which this one goes on; `None` where it begins.
         world: the processes that train together.
         config: the settings.
         options: its optional parts.
@@ -117,7 +118,6 @@ class Training:
     total: int
     look: Callable[[], None]
     keep: Callable[[torch.optim.Optimizer], None]
-    resumed: Saved | None
     world: World
     config: FinetuneConfig
     options: Options
@@ -148,7 +148,7 @@ def train(training: Training, phases: Sequence[Phase]) -> Generator[tuple[float,
     Yields:
         Loss and learning rate of each step that is left.
     """
-    taken = 0 if training.resumed is None else training.resumed.facts["steps"]
+    taken = steps_of(training.options.resumed)
     for number, phase in enumerate(phases):
         first, end = (training.total * n // len(phases) for n in (number, number + 1))
         if taken < end:
@@ -176,8 +176,8 @@ def _steps(training: Training, phase: Phase, left: range) -> Generator[tuple[flo
     objective = world.replicated(_Objective(training, phase))
     optimizer = torch.optim.Adam([dict(g) for g in phase.groups], fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
-    if training.resumed is not None and left.start:
-        take_moments(training.state, partial, optimizer, training.resumed)
+    if training.options.resumed is not None and left.start:
+        take_moments(training.state, partial, optimizer, training.options.resumed)
     cycle_ends = {math.ceil(count * (i + 1) / cycles) for i in range(cycles)}
     for step, batch in zip(left, training.batches, strict=False):
         if partial is not None:
