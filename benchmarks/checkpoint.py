@@ -7,7 +7,6 @@ import argparse
 import json
 import multiprocessing
 import random
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -85,12 +84,21 @@ def main() -> None:
         kept, writing, found = run(args, Path(folder) / "kept")
         size = sum(p.stat().st_size for p in (Path(folder) / "kept").iterdir())
         assert found == expected
-        shutil.rmtree(Path(folder) / "kept")
         moments = random.Random(0)
-        times = [moments.uniform(0.1, 0.9) * whole for _ in range(args.kills)]
-        killed = sum(run(args, Path(folder) / "killed", after) is None for after in times)
-        seconds, _, found = run(args, Path(folder) / "killed")
-        left = sorted(p.name for p in (Path(folder) / "killed").iterdir())
+        kills = []
+        for number in range(args.kills):
+            path, after = Path(folder) / f"killed_{number}", moments.uniform(0.1, 0.9) * whole
+            killed = run(args, path, after) is None
+            seconds, _, found = run(args, path)
+            kills.append(
+                {
+                    "after_seconds": round(after, 1),
+                    "killed": killed,
+                    "cpu_seconds_to_go_on": round(seconds, 1),
+                    "same_tensors": found == expected,
+                    "files": len(list(path.iterdir())),
+                }
+            )
     print(
         json.dumps(
             {
@@ -101,11 +109,8 @@ def main() -> None:
                 "writes": int(writing[0]),
                 "cpu_seconds_a_write": round(writing[1] / writing[0], 3),
                 "megabytes": round(size / 1e6, 2),
-                "killed": killed,
-                "killed_after_seconds": [round(t) for t in times],
-                "cpu_seconds_of_the_last_run": round(seconds, 1),
-                "same_tensors_after_kills": found == expected,
-                "files_left": left,
+                "seconds": round(whole, 1),
+                "kills": kills,
             }
         )
     )
