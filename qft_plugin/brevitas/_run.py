@@ -1,6 +1,5 @@
 """The functions for users of Brevitas: initialize, finetune, quantize."""
 
-import copy
 import logging
 from collections.abc import Iterable
 from typing import Any, Final
@@ -17,6 +16,7 @@ from qft_plugin.checks import check_callback
 from qft_plugin.config import QFTConfig
 from qft_plugin.errors import ConfigError, ModelError, warn
 from qft_plugin.graph.channel_affine import Rescaled
+from qft_plugin.graph.copies import copy_of
 from qft_plugin.graph.torch_model import check_finite, check_model, random_state_kept
 from qft_plugin.job.run import Callback, run
 from qft_plugin.job.target import run_to_target
@@ -172,7 +172,7 @@ def quantize(
         )
     with torch.inference_mode(False), torch.enable_grad(), joined(model) as world, shown(verbose and world.is_first):
         if made_in_inference_mode(model):
-            model = copy.deepcopy(model)  # a copy that is made here is an ordinary one
+            model = copy_of(model)  # a copy that is made here is an ordinary one
         check_finite(dict(model.named_parameters()))
         host = Brevitas(model, data, model, calibrates=True, swaps=True, example_input=example_input)
         return run_to_target(host, config, callback=callback).model

@@ -1,7 +1,6 @@
 """Out of Brevitas: QONNX, and QCDQ that CPUs run in int8."""
 
 import contextlib
-import copy
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from qft_plugin.deploy.images import calls_of, example_of, kept_images
 from qft_plugin.deploy.watched import Grid, Quantizer, Watched
 from qft_plugin.errors import DeployabilityError
 from qft_plugin.files import draft_of, put
+from qft_plugin.graph.copies import copy_of
 from qft_plugin.graph.torch_model import Call, evaluating, in_float32, tensors_in
 from qft_plugin.packages import require
 from qft_plugin.report.display import shown
@@ -180,7 +180,7 @@ def _exported(
             refused("torch.onnx should export the model.", "Replace the operation that it names."),
         ):
             export(
-                _Exportable(copy.deepcopy(model), tuple(kwargs)),
+                _Exportable(copy_of(model), tuple(kwargs)),
                 args=inputs,
                 export_path=str(draft),
                 dynamo=False,

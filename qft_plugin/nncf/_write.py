@@ -1,7 +1,6 @@
 """From trained degrees of freedom back to a model with NNCF's standard quantizers."""
 
 import contextlib
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from qft_plugin.graph.batch_norms import set_affine
 from qft_plugin.graph.channel_affine import ChannelAffine, Rescaled
 from qft_plugin.graph.channel_clip import ChannelHardtanh
+from qft_plugin.graph.copies import copy_of
 from qft_plugin.graph.layer_graph import PINNED, on_axis
 from qft_plugin.graph.placement import ActivationGrid
 from qft_plugin.graph.torch_model import replace_modules, tensor_of
@@ -173,7 +173,7 @@ def widened(model: nn.Module) -> nn.Module:
     Args:
         model: the result of `nncf.quantize(..., algorithm="qft")`, or a copy of it that was loaded from its config.
     """
-    model = copy.deepcopy(model)
+    model = copy_of(model)
     storage = get_hook_storage(model)
     for name, hook in list(storage.named_hooks(remove_duplicate=False)):
         # Only quantizers of weights have a narrow range.
