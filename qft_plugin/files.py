@@ -29,10 +29,12 @@ def draft_of(target: Path) -> Iterator[Path]:
         target: where the file will be; of a symbolic link, the file that it leads to.
     """
     parent = target.resolve().parent
-    _remove_abandoned(parent)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=PREFIX) as folder, (Path(folder) / IN_USE).open("wb") as mark:
-        _lock(mark.fileno())
-        yield Path(folder) / target.name
+    with contextlib.ExitStack() as draft:
+        with _alone_in(parent):  # else a process that cleans up could find the folder before it is marked
+            _remove_abandoned(parent)
+            folder = Path(draft.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=PREFIX)))
+            _lock(draft.enter_context((folder / IN_USE).open("wb")).fileno())
+        yield folder / target.name
 
 
 def put(draft: Path, target: Path) -> None:
@@ -54,7 +56,7 @@ def put(draft: Path, target: Path) -> None:
 
 
 def put_both(draft: Path, target: Path, suffix: str) -> None:
-    """Move a file and the one beside it that belongs to it.
+    """Move a file and the one beside it that belongs to it; of several processes, one pair after the other.
 
     A process that is killed in between leaves one file without the other, and never one beside the other of an earlier
     pair.
@@ -68,15 +70,16 @@ def put_both(draft: Path, target: Path, suffix: str) -> None:
         OSError: a file cannot be replaced; then both are as before, or the main one is missing.
     """
     other, place, earlier = draft.with_suffix(suffix), target.resolve(), draft.with_suffix(".earlier")
-    if place.exists():
-        os.replace(place, earlier)
-    try:
-        put(other, target.with_suffix(suffix))
-    except BaseException:
-        if earlier.exists():
-            os.replace(earlier, place)
-        raise
-    put(draft, place)
+    with _alone_in(place.parent):
+        if place.exists():
+            os.replace(place, earlier)
+        try:
+            put(other, target.with_suffix(suffix))
+        except BaseException:
+            if earlier.exists():
+                os.replace(earlier, place)
+            raise
+        put(draft, place)
 
 
 def write_whole(target: Path, text: str) -> None:
@@ -92,6 +95,21 @@ def write_whole(target: Path, text: str) -> None:
     with draft_of(target) as draft:
         draft.write_text(text, encoding="utf-8", newline="\n")
         put(draft, target)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process or thread is here for this folder, and keep them waiting."""
+    if sys.platform == "win32":
+        yield
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # on a disk that knows no locks
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
 
 
 def _lock(file: int) -> bool:

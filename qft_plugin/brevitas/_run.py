@@ -17,7 +17,8 @@ from qft_plugin.config import QFTConfig
 from qft_plugin.errors import ConfigError, ModelError, warn
 from qft_plugin.graph.channel_affine import Rescaled
 from qft_plugin.graph.copies import copy_of
-from qft_plugin.graph.torch_model import check_finite, check_model, random_state_kept
+from qft_plugin.graph.randomness import undisturbed
+from qft_plugin.graph.torch_model import check_finite, check_model
 from qft_plugin.job.run import Callback, run
 from qft_plugin.job.target import run_to_target
 from qft_plugin.report.display import shown
@@ -42,7 +43,7 @@ BY_QUANTIZERS_OF_HARDWARE: Final = ("rescale", "doubly_per_channel", "activation
 """Settings that a model says itself by the quantizers that it has."""
 
 
-@random_state_kept()
+@undisturbed()
 def initialize(model: nn.Module, data: Iterable[Any], config: QFTConfig | None = None, *, verbose: bool = True) -> None:
     """Choose where a finetune of a linked model starts, in place: ranges, MMSE scales, equalization, compensation.
 
@@ -62,7 +63,7 @@ def initialize(model: nn.Module, data: Iterable[Any], config: QFTConfig | None =
         run(Brevitas(model, data, None, calibrates=True), config)
 
 
-@random_state_kept()
+@undisturbed()
 def finetune(
     model: nn.Module,
     teacher: nn.Module,
@@ -118,7 +119,7 @@ def finetune(
     return result
 
 
-@random_state_kept()
+@undisturbed()
 def quantize(
     model: nn.Module,
     data: Iterable[Any],

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from qft_plugin.brevitas._by_module import called_layers, swap_modules
 from qft_plugin.brevitas._layers import RANGE_BATCH, RANGE_IMAGES, activation_quantizer, quantize_layers
 from qft_plugin.brevitas._plain import make_plain
-from qft_plugin.brevitas._read import check_repeatable, why_float
+from qft_plugin.brevitas._read import why_float
 from qft_plugin.brevitas._twin import make_twin
 from qft_plugin.config import QFTConfig
 from qft_plugin.errors import ModelError
@@ -25,6 +25,7 @@ from qft_plugin.graph.copies import plain_copy
 from qft_plugin.graph.dof_map import map_dof
 from qft_plugin.graph.layer_graph import Layer, LayerGraph, module_of
 from qft_plugin.graph.operations import GRID_MODULES, KEEPS_GRID, LAYERS, TRACED_ADDS
+from qft_plugin.graph.randomness import check_repeatable
 from qft_plugin.graph.record import function_name, record
 from qft_plugin.graph.torch_model import SAME, Call, first_outputs, largest_change, tensors_in
 from qft_plugin.training.data import Inputs
@@ -39,9 +40,7 @@ class _NotFollowedError(Exception):
 
 
 @torch.no_grad()
-def swap(
-    model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig
-) -> tuple[nn.Module, dict[str, Tensor]]:
+def swap(model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return a copy of a float model with quantized layers and a quantizer on the input of each.
 
     The graph of torch.fx shows everything that reads a quantized activation. A model that it cannot trace, or of which

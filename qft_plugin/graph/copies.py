@@ -95,7 +95,7 @@ def plain_copy(model: nn.Module) -> Plain:
             if isinstance(hook, prune.BasePruningMethod):
                 name = hook._tensor_name
                 kept[f"{path}.{name}".lstrip(".")] = getattr(module, f"{name}_mask") != 0
-                prune.remove(module, name)
+                prune.remove(module, name)  # type: ignore[no-untyped-call]
     return Plain(plain, kept)
 
 

@@ -25,6 +25,7 @@ from qft_plugin.graph.channel_affine import (
 from qft_plugin.graph.channel_clip import free_bounds, replace_by_relu
 from qft_plugin.graph.copies import plain_copy
 from qft_plugin.graph.layer_graph import Const, DofMap, LayerGraph, Op, Ref
+from qft_plugin.graph.randomness import check_repeatable
 from qft_plugin.graph.torch_model import (
     SAME,
     check_finite,
@@ -170,6 +171,7 @@ def read(model: nn.Module, inputs: Inputs, config: QFTConfig | None = None) -> S
     kept = {**plain.kept, **masks}
     call = inputs.first()
     outputs = first_outputs(teacher, call)
+    check_repeatable(teacher, call, outputs)
     copied = copy.deepcopy(teacher)
     for parameter in copied.parameters():
         parameter.requires_grad_(False)
