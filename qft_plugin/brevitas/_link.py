@@ -21,8 +21,8 @@ from qft_plugin.brevitas._version import check_version
 from qft_plugin.errors import DataError, ModelError
 from qft_plugin.graph.layer_graph import PINNED, DofMap
 from qft_plugin.graph.placement import Placement, quantizer_after, quantizers_before
-from qft_plugin.graph.randomness import check_repeatable, undisturbed
 from qft_plugin.graph.record import record
+from qft_plugin.graph.surroundings import check_repeatable, undisturbed
 from qft_plugin.graph.torch_model import Call, accepts, conversion_to, evaluating, first_outputs
 from qft_plugin.training.data import as_call
 

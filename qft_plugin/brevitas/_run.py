@@ -17,7 +17,7 @@ from qft_plugin.config import QFTConfig
 from qft_plugin.errors import ConfigError, ModelError, warn
 from qft_plugin.graph.channel_affine import Rescaled
 from qft_plugin.graph.copies import copy_of
-from qft_plugin.graph.randomness import undisturbed
+from qft_plugin.graph.surroundings import undisturbed
 from qft_plugin.graph.torch_model import check_finite, check_model
 from qft_plugin.job.run import Callback, run
 from qft_plugin.job.target import run_to_target

@@ -22,7 +22,7 @@ from qft_plugin.deploy.watched import Grid, Quantizer, Watched
 from qft_plugin.errors import DeployabilityError
 from qft_plugin.files import draft_of, put
 from qft_plugin.graph.copies import copy_of
-from qft_plugin.graph.randomness import undisturbed
+from qft_plugin.graph.surroundings import undisturbed
 from qft_plugin.graph.torch_model import Call, evaluating, in_float32, tensors_in, without_backward_hooks
 from qft_plugin.packages import require
 from qft_plugin.report.display import shown

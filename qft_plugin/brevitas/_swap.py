@@ -25,8 +25,8 @@ from qft_plugin.graph.copies import plain_copy
 from qft_plugin.graph.dof_map import map_dof
 from qft_plugin.graph.layer_graph import Layer, LayerGraph, module_of
 from qft_plugin.graph.operations import GRID_MODULES, KEEPS_GRID, LAYERS, TRACED_ADDS
-from qft_plugin.graph.randomness import check_repeatable
 from qft_plugin.graph.record import function_name, record
+from qft_plugin.graph.surroundings import check_repeatable
 from qft_plugin.graph.torch_model import SAME, Call, first_outputs, largest_change, tensors_in
 from qft_plugin.training.data import Inputs
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qft_plugin.errors import DeployabilityError, warn
-from qft_plugin.graph.randomness import varies
 from qft_plugin.graph.record import function_name
+from qft_plugin.graph.surroundings import varies
 from qft_plugin.graph.torch_model import Call, tensors_in
 
 ACTIVE_BY_DEFAULT: Final = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qft_plugin.config import FinetuneConfig, QFTConfig
 from qft_plugin.errors import QFTWarning
-from qft_plugin.graph.randomness import undisturbed
+from qft_plugin.graph.surroundings import undisturbed
 from qft_plugin.graph.torch_model import tensors_in
 from qft_plugin.job.accumulators import check_accumulators
 from qft_plugin.job.expected import Measured, Scale, batch_size_of, cost_of, file_bytes, memory_of

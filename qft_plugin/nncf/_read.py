@@ -25,7 +25,7 @@ from qft_plugin.graph.channel_affine import (
 from qft_plugin.graph.channel_clip import free_bounds, replace_by_relu
 from qft_plugin.graph.copies import plain_copy
 from qft_plugin.graph.layer_graph import Const, DofMap, LayerGraph, Op, Ref
-from qft_plugin.graph.randomness import check_repeatable
+from qft_plugin.graph.surroundings import check_repeatable
 from qft_plugin.graph.torch_model import (
     SAME,
     check_finite,

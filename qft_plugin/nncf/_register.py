@@ -24,7 +24,7 @@ from torch import nn
 from qft_plugin.checks import check_callback
 from qft_plugin.config import QFTConfig
 from qft_plugin.errors import ConfigError, HostError
-from qft_plugin.graph.randomness import undisturbed
+from qft_plugin.graph.surroundings import undisturbed
 from qft_plugin.job.run import Job
 from qft_plugin.job.target import run_to_target
 from qft_plugin.nncf._host import NNCF

@@ -16,7 +16,7 @@ from qft_plugin.deploy.images import call_of, calls_of, example_of, kept_images
 from qft_plugin.deploy.openvino import OpenVINOReport, Storage, checked_target, save
 from qft_plugin.deploy.watched import Grid, Quantizer, Watched
 from qft_plugin.errors import DeployabilityError
-from qft_plugin.graph.randomness import undisturbed
+from qft_plugin.graph.surroundings import undisturbed
 from qft_plugin.graph.torch_model import evaluating, in_float32, without_backward_hooks
 from qft_plugin.nncf._convert import converted
 from qft_plugin.nncf._read import HOOKS_ATTRIBUTE

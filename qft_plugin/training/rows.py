@@ -1,6 +1,7 @@
 """Tensors with a row for each image, collected batch by batch: in memory, or above a limit in a mapped file."""
 
 import contextlib
+import errno
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,6 +59,8 @@ class Rows:
         try:
             yield
         except OSError as error:
+            if error.errno == errno.ENOMEM:
+                raise
             raise ConfigError(
                 "FinetuneConfig.memory_limit should hold the images and the teacher's activations, or the folder of "
                 f"temporary files what is above it. Found {type(error).__name__}: {error.strerror}, after "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qft_plugin.errors import ModelError
-from qft_plugin.graph.randomness import varies
+from qft_plugin.graph.surroundings import varies
 from qft_plugin.training.data import Inputs
 from qft_plugin.training.loss import Network, Prediction
 from qft_plugin.training.rows import Kept, KeptRows

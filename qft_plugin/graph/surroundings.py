@@ -1,4 +1,4 @@
-"""Models that compute something else each time, and the random numbers and the precision around a job."""
+"""What surrounds a job: random numbers, precision and memory; and models that compute something else each time."""
 
 import contextlib
 import random
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qft_plugin.errors import ModelError
+from qft_plugin.errors import ModelError, OutOfMemoryError
 from qft_plugin.graph.torch_model import SAME, Call, first_outputs, largest_change, random_state_kept
 
 REPEATS: Final = 8
@@ -22,13 +22,37 @@ def undisturbed() -> Iterator[None]:
 
     A network in lower precision differs from itself by more than what a rewriting of it may change, and a file of it
     would hold casts that no runtime knows.
+
+    Raises:
+        OutOfMemoryError: there was no memory, whatever was made of that on the way.
     """
     with contextlib.ExitStack() as around:
         around.enter_context(random_state_kept())
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 around.enter_context(torch.autocast(device, enabled=False))
-        yield
+        try:
+            yield
+        except Exception as error:
+            cause = _lack_of_memory(error)
+            if cause is None or isinstance(error, OutOfMemoryError):
+                raise
+            raise OutOfMemoryError(
+                f"There should be enough memory. Found {type(cause).__name__}: {cause}. Pass fewer or smaller images at "
+                "a time. In a finetune, a smaller FinetuneConfig.batch_size takes less; a smaller memory_limit "
+                "keeps images in a file, and a smaller max_images leaves some out."
+            ) from error
+
+
+def _lack_of_memory(error: BaseException) -> BaseException | None:
+    """Find in an error and what it came from one that says that memory was missing."""
+    found: BaseException | None = error
+    while found is not None:
+        says = any(words in str(found) for words in ("allocate memory", "out of memory", "bad alloc"))
+        if isinstance(found, MemoryError) or (isinstance(found, (RuntimeError, OSError)) and says):
+            return found
+        found = found.__cause__ or found.__context__
+    return None
 
 
 @torch.no_grad()
@@ -41,7 +65,7 @@ def varies(run: Callable[[], Sequence[Tensor]]) -> bool:
     first = run()
     for _ in range(REPEATS):
         before = _drawn()
-        if not _change(first, run()) <= SAME:
+        if _change(first, run()) > SAME:  # NaN, which differs from itself, is told elsewhere
             return True
         if before == _drawn():
             break
