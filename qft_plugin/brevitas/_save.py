@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qft_plugin.brevitas._twin import is_quantized_layer
 from qft_plugin.deploy import qcdq, qcdq_defects, qonnx
 from qft_plugin.deploy.dropout import check_not_random, without_dropout
-from qft_plugin.deploy.files import check_module, checked_path, refused, written_to
+from qft_plugin.deploy.files import CONVERTING, check_module, checked_path, refused, written_to
 from qft_plugin.deploy.images import calls_of, example_of, kept_images
 from qft_plugin.deploy.watched import Grid, Quantizer, Watched
 from qft_plugin.errors import DeployabilityError
@@ -191,6 +191,7 @@ def _exported(
         # The exporter of torch 2.9 and later keeps weights in float and refuses quantized biases.
         with (
             phase("converting"),
+            CONVERTING,
             refused("torch.onnx should export the model.", "Replace the operation that it names."),
         ):
             export(

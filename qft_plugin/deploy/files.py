@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -15,6 +16,10 @@ from qft_plugin.errors import DeployabilityError, QFTError
 
 DISK: Final = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO])
 """What the operating system says of a disk that is full, and of a place that cannot be written to."""
+
+
+CONVERTING: Final = threading.Lock()
+"""Torch traces one model at a time: it keeps the names of the modules of a trace for the whole process."""
 
 
 def check_module(model: object) -> None:

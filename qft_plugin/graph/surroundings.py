@@ -38,8 +38,8 @@ def undisturbed() -> Iterator[None]:
             if cause is None or isinstance(error, OutOfMemoryError):
                 raise
             raise OutOfMemoryError(
-                f"There should be enough memory. Found {type(cause).__name__}: {cause}. Pass fewer or smaller images at "
-                "a time. In a finetune, a smaller FinetuneConfig.batch_size takes less; a smaller memory_limit "
+                f"There should be enough memory. Found {type(cause).__name__}: {cause}. Pass fewer or smaller images "
+                "at a time. In a finetune, a smaller FinetuneConfig.batch_size takes less; a smaller memory_limit "
                 "keeps images in a file, and a smaller max_images leaves some out."
             ) from error
 

@@ -11,7 +11,7 @@ from nncf.torch.quantization.layers import AsymmetricQuantizer, SymmetricQuantiz
 from torch import Tensor, nn
 
 from qft_plugin.deploy.dropout import check_not_random, without_dropout
-from qft_plugin.deploy.files import check_module
+from qft_plugin.deploy.files import CONVERTING, check_module
 from qft_plugin.deploy.images import call_of, calls_of, example_of, kept_images
 from qft_plugin.deploy.openvino import OpenVINOReport, Storage, checked_target, save
 from qft_plugin.deploy.watched import Grid, Quantizer, Watched
@@ -82,7 +82,7 @@ def save_openvino(
         example = example_of(model, example_input)
         check_not_random(model, example)
         # A list of one tensor, as a loader makes it, is that tensor.
-        with phase("converting"):
+        with phase("converting"), CONVERTING:
             ir = converted(model, example[0][0] if isinstance(example_input, list) else example_input)
         others = kept_images(model) if images is None else calls_of(model, images)
         return save(
