@@ -5,11 +5,17 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from qft_plugin.files import draft_of, put, put_both, write_whole
+
+if sys.platform != "win32":
+    import fcntl
 
 KILLED = """
 import os, pathlib, signal, sys
@@ -146,3 +152,51 @@ def test_a_pair_that_cannot_be_replaced_stays(tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
             put_both(draft, xml, ".bin")
     assert xml.read_text() == other.read_text() == "old"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+def test_two_pairs_never_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who comes second waits until both files of the first one are there."""
+    xml, other = tmp_path / "a.xml", tmp_path / "a.bin"
+    replace, both, seen = os.replace, threading.Barrier(2), []
+
+    def slowly(*paths: Path) -> None:
+        time.sleep(0.05)
+        replace(*paths)
+        if paths[1] == xml:
+            seen.append((xml.read_text(), other.read_text()))
+
+    monkeypatch.setattr(os, "replace", slowly)
+
+    def save(text: str) -> None:
+        with draft_of(xml) as draft:
+            pair(draft.parent, text)
+            both.wait(10)
+            put_both(draft, xml, ".bin")
+
+    with ThreadPoolExecutor() as threads:
+        for each in [threads.submit(save, text) for text in ("one", "two")]:
+            each.result()
+    assert sorted(seen) == [("one", "one"), ("two", "two")]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+def test_a_draft_is_not_begun_while_another_process_cleans_up(tmp_path: Path) -> None:
+    """It could be taken for one of a process that is gone, before it is marked."""
+    begun = threading.Event()
+
+    def begin() -> None:
+        with draft_of(tmp_path / "a.txt"):
+            begun.set()
+
+    opened = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        thread = threading.Thread(target=begin)
+        thread.start()
+        assert not begun.wait(0.2)
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        os.close(opened)
+    assert begun.wait(10)
+    thread.join()
