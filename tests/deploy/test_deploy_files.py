@@ -24,7 +24,7 @@ def test_what_is_no_path_of_a_file(path: object, tmp_path: Path, monkeypatch: py
 def test_a_folder_in_the_place_of_a_file(name: str, tmp_path: Path) -> None:
     """It is not replaced."""
     (tmp_path / name).mkdir()
-    with pytest.raises(DeployabilityError, match=rf"Found a folder at .*{name}"):
+    with pytest.raises(DeployabilityError, match="Found a folder at "):
         checked_path(tmp_path / "net.xml", ".xml")
 
 
