@@ -1,5 +1,7 @@
 """Checks of settings: each refuses a wrong value by the name of its field, with a `ConfigError`."""
 
+import contextlib
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -47,8 +49,18 @@ def check_flag(owner: object, name: str) -> None:
 
 
 def check_callback(callback: object) -> None:
-    """Check before a job that what it calls after each step can be called."""
-    if callback is not None and not callable(callback):
+    """Check before a job that what it calls after each step can be called, with one argument."""
+    if callback is None:
+        return
+    fits = callable(callback)
+    if callable(callback):
+        with contextlib.suppress(ValueError):  # some functions that are written in C do not say what they take
+            signature = inspect.signature(callback)
+            try:
+                signature.bind(None)
+            except TypeError:
+                fits = False
+    if not fits:
         raise ConfigError(f"callback should be a function of one Step, or None. Found {callback!r}.")
 
 

@@ -37,6 +37,10 @@ class ParityError(QFTError):
     """An exported file does not compute what the quantized network computes."""
 
 
+class OutOfMemoryError(QFTError, MemoryError):
+    """The operating system or the accelerator had no memory for a tensor; what the user has passed is as before."""
+
+
 class QFTWarning(UserWarning):
     """Something was not done as asked, or is likely not what the user wants, but the result is still valid."""
 

@@ -15,6 +15,9 @@ if sys.platform != "win32":
 PREFIX: Final = ".qft_"
 """Of the folders in which files are drafted; each is locked as long as the process that made it lives."""
 
+IN_USE: Final = ".in_use"
+"""A file in a folder that one process uses alone, locked as long as it does."""
+
 
 @contextlib.contextmanager
 def draft_of(target: Path) -> Iterator[Path]:
@@ -27,13 +30,8 @@ def draft_of(target: Path) -> Iterator[Path]:
     """
     parent = target.resolve().parent
     remove_abandoned(parent)
-    folder, opened = _locked_folder(parent)
-    try:
+    with _locked_folder(parent) as folder:
         yield folder / target.name
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if opened is not None:
-            os.close(opened)
 
 
 def put(draft: Path, target: Path) -> None:
@@ -55,7 +53,7 @@ def put(draft: Path, target: Path) -> None:
 
 
 def put_both(draft: Path, target: Path, suffix: str) -> None:
-    """Move a file and the one beside it that belongs to it.
+    """Move a file and the one beside it that belongs to it; of several processes, one pair after the other.
 
     A process that is killed in between leaves one file without the other, and never one beside the other of an earlier
     pair.
@@ -69,15 +67,16 @@ def put_both(draft: Path, target: Path, suffix: str) -> None:
         OSError: a file cannot be replaced; then both are as before, or the main one is missing.
     """
     other, place, earlier = draft.with_suffix(suffix), target.resolve(), draft.with_suffix(".earlier")
-    if place.exists():
-        os.replace(place, earlier)
-    try:
-        put(other, target.with_suffix(suffix))
-    except BaseException:
-        if earlier.exists():
-            os.replace(earlier, place)
-        raise
-    put(draft, place)
+    with _alone_in(place.parent):
+        if place.exists():
+            os.replace(place, earlier)
+        try:
+            put(other, target.with_suffix(suffix))
+        except BaseException:
+            if earlier.exists():
+                os.replace(earlier, place)
+            raise
+        put(draft, place)
 
 
 def write_whole(target: Path, text: str) -> None:
@@ -100,53 +99,86 @@ def used_alone(folder: Path) -> Iterator[bool]:
     """Tell whether no other process is inside such a block with the same folder; where locks are unknown, it is so.
 
     Args:
-        folder: it is there.
+        folder: it is there; a file in it is locked, which is removed at the end.
     """
-    opened, locked = _locked(folder)
+    mark = folder / IN_USE
+    while True:
+        opened = os.open(mark, os.O_RDWR | os.O_CREAT, 0o600)
+        locked = _lock(opened)
+        if locked is not True or _is_at(opened, mark):
+            break
+        os.close(opened)  # whoever had it has removed it
     try:
         yield locked is not False
     finally:
-        if opened is not None:
-            os.close(opened)
+        if locked is not False and sys.platform != "win32":
+            mark.unlink(missing_ok=True)
+        os.close(opened)
 
 
 def remove_abandoned(parent: Path) -> None:
     """Remove the drafts that processes have left in a folder which were killed."""
     for folder in parent.glob(f"{PREFIX}*/"):
-        with contextlib.suppress(OSError):
-            opened, locked = _locked(folder)
-            if locked:
+        with contextlib.suppress(OSError), _open(folder) as opened:
+            if opened is not None and _lock(opened):
                 shutil.rmtree(folder, ignore_errors=True)
-            if opened is not None:
-                os.close(opened)
 
 
-def _locked_folder(parent: Path) -> tuple[Path, int | None]:
-    """Make a folder that nobody takes for abandoned; returns what `os.close` gives free again beside it."""
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process or thread is here for this folder, and keep them waiting."""
+    with _open(folder) as opened:
+        if opened is not None:
+            _lock(opened, wait=True)
+        yield
+
+
+@contextlib.contextmanager
+def _locked_folder(parent: Path) -> Iterator[Path]:
+    """Make a folder that nobody takes for abandoned, and remove it at the end."""
     while True:
         folder = Path(tempfile.mkdtemp(dir=parent, prefix=PREFIX))
-        # Before it is locked another process may see it and remove it.
-        with contextlib.suppress(FileNotFoundError):
-            opened, locked = _locked(folder)
-            if locked is not False and folder.exists():
-                return folder, opened
-            if opened is not None:
-                os.close(opened)
+        with contextlib.ExitStack() as stack:
+            try:
+                opened = stack.enter_context(_open(folder))
+            except FileNotFoundError:  # before it is locked another process may take it for abandoned
+                continue
+            if opened is None or (_lock(opened) is not False and _is_at(opened, folder)):
+                stack.callback(shutil.rmtree, folder, ignore_errors=True)
+                yield folder
+                return
 
 
-def _locked(folder: Path) -> tuple[int | None, bool | None]:
-    """Lock a folder until `os.close` is called or the process ends.
-
-    Returns:
-        The open folder, and False where another process has locked it, `None` where there are no locks.
-    """
+@contextlib.contextmanager
+def _open(folder: Path) -> Iterator[int | None]:
+    """Open a folder, to lock it; `None` on a system where that cannot be."""
     if sys.platform == "win32":
-        return None, None
+        yield None
+        return
     opened = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield opened
+    finally:
+        os.close(opened)
+
+
+def _lock(opened: int, *, wait: bool = False) -> bool | None:
+    """Lock an open file or folder until it is closed or the process ends.
+
+    Returns:
+        False where another one has locked it, `None` on a system or a disk that knows no locks.
+    """
+    if sys.platform == "win32":
+        return None
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-        return opened, False
-    except OSError:  # a disk that knows no locks
-        return opened, None
-    return opened, True
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _is_at(opened: int, path: Path) -> bool:
+    """Whether an open file or folder is the one at a path."""
+    return path.exists() and os.path.samestat(os.fstat(opened), path.stat())

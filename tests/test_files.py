@@ -5,11 +5,17 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from qft_plugin.files import draft_of, put, put_both, write_whole
+from qft_plugin.files import draft_of, put, put_both, remove_abandoned, used_alone, write_whole
+
+if sys.platform != "win32":
+    pass
 
 KILLED = """
 import os, pathlib, signal, sys
@@ -154,3 +160,63 @@ def test_a_pair_that_cannot_be_replaced_stays(tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
             put_both(draft, xml, ".bin")
     assert xml.read_text() == other.read_text() == "old"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+def test_two_pairs_never_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who comes second waits until both files of the first one are there."""
+    xml, other = tmp_path / "a.xml", tmp_path / "a.bin"
+    replace, both, seen = os.replace, threading.Barrier(2), []
+
+    def slowly(*paths: Path) -> None:
+        time.sleep(0.05)
+        replace(*paths)
+        if paths[1] == xml:
+            seen.append((xml.read_text(), other.read_text()))
+
+    monkeypatch.setattr(os, "replace", slowly)
+
+    def save(text: str) -> None:
+        with draft_of(xml) as draft:
+            pair(draft.parent, text)
+            both.wait(10)
+            put_both(draft, xml, ".bin")
+
+    with ThreadPoolExecutor() as threads:
+        for each in [threads.submit(save, text) for text in ("one", "two")]:
+            each.result()
+    assert sorted(seen) == [("one", "one"), ("two", "two")]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks on Windows")
+def test_a_draft_that_another_process_takes_for_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it is locked its folder may be removed; then another one is made."""
+    make, made = tempfile.mkdtemp, list[str]()
+
+    def cleaned_up(**where: object) -> str:
+        made.append(make(**where))  # type: ignore[call-overload]
+        if len(made) == 1:
+            remove_abandoned(tmp_path)
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", cleaned_up)
+    write_whole(tmp_path / "a.txt", "text")
+    assert len(made) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_file_that_is_missing_in_a_draft_is_said(tmp_path: Path) -> None:
+    """It is no folder that is missing, for which another one would be made."""
+    with pytest.raises(FileNotFoundError), draft_of(tmp_path / "a.txt") as draft:
+        put(draft, tmp_path / "a.txt")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks on Windows")
+def test_a_folder_is_used_alone(tmp_path: Path) -> None:
+    """By one at a time, the next one after it has ended; nothing is left in it."""
+    with used_alone(tmp_path) as first, used_alone(tmp_path) as second:
+        assert (first, second) == (True, False)
+    with used_alone(tmp_path) as third:
+        assert third
+    assert not list(tmp_path.iterdir())

@@ -242,7 +242,7 @@ def test_subclasses_compute_what_they_have_computed(name):
     call = as_call(items[0], accepts=accepts(model))
     like, settings = next(model.parameters()), FinetuneConfig(max_images=32)
     inputs = read_inputs(items, accepts=accepts(model), like=like, settings=settings)
-    swapped = make_twin(swap(model, call, inputs, four_bits()))
+    swapped = make_twin(swap(model, call, inputs, four_bits())[0])
     for item in (*items, pixels(2), 100 * pixels(3)):
         assert relative(outputs(swapped, item), outputs(model, item)) < EXACT
 

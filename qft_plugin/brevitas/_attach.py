@@ -16,6 +16,7 @@ from qft_plugin.brevitas._scalings import ActivationScaling, activation_range
 from qft_plugin.errors import ConfigError
 from qft_plugin.graph.channel_clip import relu_operands
 from qft_plugin.graph.comparison import ComparedInput, Comparison, backbone_output, named_input
+from qft_plugin.graph.copies import plain_copy
 from qft_plugin.graph.layer_graph import LayerGraph
 from qft_plugin.graph.operations import NEW_MEMORY
 from qft_plugin.graph.placement import ActivationGrid, Placement, WeightPlace
@@ -283,7 +284,7 @@ def teacher(model: nn.Module, source: Source, at: Comparison, call: Call) -> Cal
     Raises:
         ConfigError: a place has another shape in the two networks, or is in one of them only.
     """
-    copied = copy.deepcopy(model).eval()
+    copied = plain_copy(model).model
     graph = record(copied, call)
     places = [_place_in_teacher(graph, place, source.graph) for place in at.inputs]
 

@@ -75,10 +75,13 @@ class Brevitas:
     def read(self, inputs: Inputs, config: QFTConfig) -> Source:
         """Link the model, after it was made from a float one where that is asked for."""
         model, call = self.model, inputs.first()
+        pruned: dict[str, Tensor] = {}
         if self.swaps:
             example = self.example_input
-            model = swap(model, call if example is None else as_call(example, accepts=accepts(model)), inputs, config)
-        return link_on(model, call, explicit=config.hardware.activation_scale == "explicit")
+            traced = call if example is None else as_call(example, accepts=accepts(model))
+            model, pruned = swap(model, traced, inputs, config)
+        source = link_on(model, call, explicit=config.hardware.activation_scale == "explicit")
+        return replace(source, kept={name: mask for name, mask in pruned.items() if name in source.weights})
 
     def teacher(self, problem: Problem[Source]) -> Network | None:
         """Return the float model as a function."""

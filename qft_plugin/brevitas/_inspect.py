@@ -1,6 +1,5 @@
 """A dry run under Brevitas."""
 
-import copy
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from qft_plugin.brevitas._run import checked_config, config_beside
 from qft_plugin.brevitas._twin import weight_scaling
 from qft_plugin.brevitas._version import check_version
 from qft_plugin.config import QFTConfig
+from qft_plugin.graph.copies import copy_of
 from qft_plugin.graph.torch_model import check_finite, check_model
 from qft_plugin.job.host import Problem
 from qft_plugin.job.inspect import inspect as job_inspect
@@ -56,10 +56,10 @@ def inspect(
     with torch.inference_mode(False), torch.enable_grad(), joined(model) as world, shown(verbose and world.is_first):
         if own:
             check(model)
-            host: Brevitas = _Own(copy.deepcopy(model), data, None, calibrates=True)
+            host: Brevitas = _Own(copy_of(model), data, None, calibrates=True)
         else:
             check_finite(dict(model.named_parameters()))
-            taken = copy.deepcopy(model) if made_in_inference_mode(model) else model
+            taken = copy_of(model) if made_in_inference_mode(model) else model
             host = Brevitas(taken, data, taken, calibrates=True, swaps=True, example_input=example_input)
         items = len(data) if isinstance(data, Sized) else None
         return job_inspect(host, config, items=items, once=isinstance(data, Iterator))

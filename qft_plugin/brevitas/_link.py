@@ -10,7 +10,6 @@ from qft_plugin.brevitas._quantizers import adopt, take_plain_inputs
 from qft_plugin.brevitas._read import (
     Source,
     check,
-    check_repeatable,
     check_unshared,
     fold_norms,
     read,
@@ -23,12 +22,14 @@ from qft_plugin.errors import DataError, ModelError
 from qft_plugin.graph.layer_graph import PINNED, DofMap
 from qft_plugin.graph.placement import Placement, quantizer_after, quantizers_before
 from qft_plugin.graph.record import record
-from qft_plugin.graph.torch_model import Call, accepts, evaluating, first_outputs
+from qft_plugin.graph.surroundings import check_repeatable, undisturbed
+from qft_plugin.graph.torch_model import Call, accepts, conversion_to, evaluating, first_outputs
 from qft_plugin.training.data import as_call
 
 logger = logging.getLogger("qft_plugin")
 
 
+@undisturbed()
 def link(model: nn.Module, example_input: Any, *, explicit: bool = False) -> DofMap:
     """Share the degrees of freedom between the layers of a model, in place.
 
@@ -68,8 +69,7 @@ def _check_dtype(model: nn.Module, call: Call) -> None:
     for t in (*call[0], *call[1].values()):
         if t.dtype == torch.uint8 or (t.is_floating_point() and t.dtype != like.dtype):
             raise DataError(
-                f"example_input should be of the model's dtype {like.dtype}. Found {t.dtype}. Convert it as for "
-                f"inference, for example image.to({like.dtype}) / 255."
+                f"example_input should be of the model's dtype {like.dtype}. Found {t.dtype}. {conversion_to(like, t)}"
             )
 
 

@@ -1,8 +1,7 @@
 """From a Brevitas model to the host-free description of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +16,9 @@ from qft_plugin.graph.folding import names_of
 from qft_plugin.graph.layer_graph import Const, DofMap, LayerGraph, Op, module_of, reads
 from qft_plugin.graph.operations import LAYERS
 from qft_plugin.graph.record import record
-from qft_plugin.graph.torch_model import SAME, Call, check_finite, check_model, first_outputs, largest_change
+from qft_plugin.graph.torch_model import Call, check_finite, check_model, first_outputs
 from qft_plugin.job.understand import proven_map
 from qft_plugin.training.student import QUANTIZER_OP, FakeQuantizer
-
-REPEATS: Final = 8
-"""How often a model that draws random numbers is run: one run may happen to drop nothing."""
 
 
 @dataclass(frozen=True)
@@ -138,33 +134,6 @@ def _check_biases(model: nn.Module) -> None:
 def made_in_inference_mode(model: nn.Module) -> bool:
     """Whether a model has tensors that can neither be trained nor changed."""
     return any(t.is_inference() for t in (*model.parameters(), *model.buffers()))
-
-
-def check_repeatable(model: nn.Module, call: Call, expected: Sequence[Tensor]) -> None:
-    """Refuse a model that is random in eval mode: there is nothing to compare it with, and no file can hold it.
-
-    Args:
-        model: in eval mode.
-        call: arguments to run it with.
-        expected: its outputs for them.
-
-    Raises:
-        ModelError: it computes something else when it is run again.
-    """
-    change = 0.0
-    state = torch.get_rng_state()
-    for _ in range(REPEATS):
-        found = first_outputs(model, call)
-        shapes = [tuple(t.shape) for t in expected] == [tuple(t.shape) for t in found]
-        change = max(change, largest_change(expected, found)) if shapes else float("inf")
-        if torch.equal(state, torch.get_rng_state()):
-            break  # no random number was drawn
-    if not change <= SAME:
-        raise ModelError(
-            "The model should compute the same in eval mode when it is run again on the same images. Found a relative "
-            f"difference of {change:.3g}. Its forward may call dropout with training=True, or draw random numbers: "
-            "leave that out, or do it in front of the model."
-        )
 
 
 def check_unshared(model: nn.Module) -> None:

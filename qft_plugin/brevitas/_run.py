@@ -1,6 +1,5 @@
 """The functions for users of Brevitas: initialize, finetune, quantize."""
 
-import copy
 import logging
 import os
 from collections.abc import Iterable
@@ -18,7 +17,9 @@ from qft_plugin.checks import check_callback
 from qft_plugin.config import QFTConfig
 from qft_plugin.errors import ConfigError, ModelError, warn
 from qft_plugin.graph.channel_affine import Rescaled
-from qft_plugin.graph.torch_model import check_finite, check_model, random_state_kept
+from qft_plugin.graph.copies import copy_of
+from qft_plugin.graph.surroundings import undisturbed
+from qft_plugin.graph.torch_model import check_finite, check_model
 from qft_plugin.job.checkpoint import kept_in
 from qft_plugin.job.run import Callback, run
 from qft_plugin.job.target import run_to_target
@@ -44,7 +45,7 @@ BY_QUANTIZERS_OF_HARDWARE: Final = ("rescale", "doubly_per_channel", "activation
 """Settings that a model says itself by the quantizers that it has."""
 
 
-@random_state_kept()
+@undisturbed()
 def initialize(
     model: nn.Module,
     data: Iterable[Any],
@@ -74,7 +75,7 @@ def initialize(
             run(Brevitas(model, data, None, calibrates=True), config, keeper=keeper)
 
 
-@random_state_kept()
+@undisturbed()
 def finetune(
     model: nn.Module,
     teacher: nn.Module,
@@ -135,7 +136,7 @@ def finetune(
     return result
 
 
-@random_state_kept()
+@undisturbed()
 def quantize(
     model: nn.Module,
     data: Iterable[Any],
@@ -192,7 +193,7 @@ def quantize(
         )
     with torch.inference_mode(False), torch.enable_grad(), joined(model) as world, shown(verbose and world.is_first):
         if made_in_inference_mode(model):
-            model = copy.deepcopy(model)  # a copy that is made here is an ordinary one
+            model = copy_of(model)  # a copy that is made here is an ordinary one
         check_finite(dict(model.named_parameters()))
         host = Brevitas(model, data, model, calibrates=True, swaps=True, example_input=example_input)
         with kept_in(checkpoint, processes=world.size) as keeper:

@@ -1,7 +1,6 @@
 """Out of Brevitas: QONNX, and QCDQ that CPUs run in int8."""
 
 import contextlib
-import copy
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,13 +15,15 @@ from torch import Tensor, nn
 
 from qft_plugin.brevitas._twin import is_quantized_layer
 from qft_plugin.deploy import qcdq, qcdq_defects, qonnx
-from qft_plugin.deploy.dropout import without_dropout
-from qft_plugin.deploy.files import checked_path, refused
+from qft_plugin.deploy.dropout import check_not_random, without_dropout
+from qft_plugin.deploy.files import CONVERTING, check_module, checked_path, refused, written_to
 from qft_plugin.deploy.images import calls_of, example_of, kept_images
 from qft_plugin.deploy.watched import Grid, Quantizer, Watched
 from qft_plugin.errors import DeployabilityError
 from qft_plugin.files import draft_of, put
-from qft_plugin.graph.torch_model import Call, evaluating, in_float32, tensors_in
+from qft_plugin.graph.copies import copy_of
+from qft_plugin.graph.surroundings import undisturbed
+from qft_plugin.graph.torch_model import Call, evaluating, in_float32, tensors_in, without_backward_hooks
 from qft_plugin.packages import require
 from qft_plugin.report.display import shown
 from qft_plugin.report.progress import phase
@@ -33,6 +34,7 @@ OPSET: Final = 14
 
 
 @once
+@undisturbed()
 def save_qonnx(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -59,6 +61,7 @@ def save_qonnx(
         ParityError: the file differs from the model; nothing is written.
     """
     require("onnx", "qonnx", extra="brevitas,export")
+    check_module(model)
     import onnx
 
     with (
@@ -73,6 +76,7 @@ def save_qonnx(
 
 
 @once
+@undisturbed()
 def save_qcdq(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -107,6 +111,7 @@ def save_qcdq(
     require("onnx", "openvino", *(["onnxruntime"] if check else []), extra="brevitas,export")
     import onnx
 
+    check_module(model)
     doubly = [name for name, layer in _quantized_layers(model) if _differs_by_input(layer)]
     if doubly:
         raise DeployabilityError(
@@ -172,15 +177,25 @@ def _exported(
     model, example_input = in_float32(model, example_input)
     args, kwargs = example_of(model, example_input)
     inputs = (*args, *kwargs.values())
-    with evaluating(model), torch.no_grad(), _attention_in_parts(), without_dropout(), draft_of(target) as draft:
+    with (
+        evaluating(model),
+        without_backward_hooks(model),
+        torch.no_grad(),
+        _attention_in_parts(),
+        without_dropout(),
+        written_to(target),
+        draft_of(target) as draft,
+    ):
+        check_not_random(model, (args, kwargs), QuantTensor)
         axes = {f"input_{i}": {0: "batch"} for i in range(len(inputs))} if free_batch else None
         # The exporter of torch 2.9 and later keeps weights in float and refuses quantized biases.
         with (
             phase("converting"),
+            CONVERTING,
             refused("torch.onnx should export the model.", "Replace the operation that it names."),
         ):
             export(
-                _Exportable(copy.deepcopy(model), tuple(kwargs)),
+                _Exportable(copy_of(model), tuple(kwargs)),
                 args=inputs,
                 export_path=str(draft),
                 dynamo=False,

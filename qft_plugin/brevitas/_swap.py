@@ -14,17 +14,19 @@ from torch import Tensor, fx, nn
 from qft_plugin.brevitas._by_module import called_layers, swap_modules
 from qft_plugin.brevitas._layers import RANGE_BATCH, RANGE_IMAGES, activation_quantizer, quantize_layers
 from qft_plugin.brevitas._plain import make_plain
-from qft_plugin.brevitas._read import check_repeatable, why_float
+from qft_plugin.brevitas._read import why_float
 from qft_plugin.brevitas._twin import make_twin
 from qft_plugin.config import QFTConfig
 from qft_plugin.errors import ModelError
 from qft_plugin.graph.batch_norms import merge_norms
 from qft_plugin.graph.channel_affine import Rescaled, free_axes
 from qft_plugin.graph.channel_clip import replace_by_relu
+from qft_plugin.graph.copies import plain_copy
 from qft_plugin.graph.dof_map import map_dof
 from qft_plugin.graph.layer_graph import Layer, LayerGraph, module_of
 from qft_plugin.graph.operations import GRID_MODULES, KEEPS_GRID, LAYERS, TRACED_ADDS
 from qft_plugin.graph.record import function_name, record
+from qft_plugin.graph.surroundings import check_repeatable
 from qft_plugin.graph.torch_model import SAME, Call, first_outputs, largest_change, tensors_in
 from qft_plugin.training.data import Inputs
 
@@ -38,7 +40,7 @@ class _NotFollowedError(Exception):
 
 
 @torch.no_grad()
-def swap(model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig) -> nn.Module:
+def swap(model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return a copy of a float model with quantized layers and a quantizer on the input of each.
 
     The graph of torch.fx shows everything that reads a quantized activation. A model that it cannot trace, or of which
@@ -50,10 +52,14 @@ def swap(model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig) -> nn.
         inputs: the images.
         config: the settings.
 
+    Returns:
+        The copy, and by name of each weight that torch has pruned, true where it is not.
+
     Raises:
         ModelError: the model holds nothing to quantize, or would compute something else with quantizers in it.
     """
-    copied = copy.deepcopy(model).eval()
+    plain = plain_copy(model)
+    copied = plain.model
     expected = first_outputs(copied, call)
     check_repeatable(copied, call, expected)
     if config.bounded == "relu":
@@ -71,9 +77,9 @@ def swap(model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig) -> nn.
         if not change <= SAME:
             raise ModelError(
                 "Without rounding, the swapped model should compute what the float model computes. Found a relative "
-                f"difference of {change:.3g}. It may change an activation in place and go on with the old name, or "
-                "ask for the type of a layer: build it from the layers of brevitas.nn instead, then call link and "
-                "finetune."
+                f"difference of {change:.3g}. It may have a forward hook that changes what a layer computes, change an "
+                "activation in place and go on with the old name, or ask for the type of a layer: move what the hook "
+                "does into the forward, or build the model from the layers of brevitas.nn, then call link and finetune."
             ) from reason
     kept = _kept_in_float(graph, names)
     if not names:
@@ -85,7 +91,7 @@ def swap(model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig) -> nn.
         logger.warning("left in floating point: %s", ", ".join(kept))
     # Brevitas makes its parameters in torch's default dtype.
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return swapped.to(dtype).eval()
+    return swapped.to(dtype).eval(), plain.kept
 
 
 def _swapped_in_graph(

@@ -4,7 +4,6 @@ The twin has the model's parameter names. It is traced and trained in the model'
 per call than Brevitas' and a plain tensor can be followed where a `QuantTensor` cannot.
 """
 
-import copy
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -19,6 +18,7 @@ from qft_plugin.brevitas._quantizers import KEPT
 from qft_plugin.brevitas._scalings import ActivationScaling, WeightScaling
 from qft_plugin.errors import ModelError
 from qft_plugin.graph.batch_norms import CONVOLUTIONS
+from qft_plugin.graph.copies import copy_of
 from qft_plugin.training.student import FakeQuantizer
 
 PLAIN: Final = (*CONVOLUTIONS, nn.Linear)
@@ -47,7 +47,7 @@ def make_twin(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: a layer with a quantizer of this plugin quantizes its bias too.
     """
-    twin = copy.deepcopy(model).eval()
+    twin = copy_of(model).eval()
     quantizers: dict[int, FakeQuantizer] = {}
     replaced: dict[int, nn.Module] = {}
     inside: set[int] = set()

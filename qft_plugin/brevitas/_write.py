@@ -1,6 +1,5 @@
 """Back to Brevitas: trained degrees of freedom into a linked model, and a linked model into an ordinary one."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -27,6 +26,7 @@ from qft_plugin.errors import ConfigError, DeployabilityError
 from qft_plugin.graph.batch_norms import NORMS, affine_of, set_affine
 from qft_plugin.graph.channel_affine import Rescaled
 from qft_plugin.graph.channel_clip import ChannelHardtanh
+from qft_plugin.graph.copies import copy_of
 from qft_plugin.graph.folding import fold_network, names_of
 from qft_plugin.graph.layer_graph import PINNED, DofMap
 from qft_plugin.graph.torch_model import replace_modules, tensor_of
@@ -135,7 +135,7 @@ def fold(model: nn.Module, *, bias_bits: int | None = None) -> nn.Module:
     trained = shared_factors(model)
     assert trained is not None
     bits = trained.bias_bits if bias_bits is None else bias_bits
-    folded = copy.deepcopy(model).eval()
+    folded = copy_of(model).eval()
     scalings = {name: s for name, m in folded.named_modules() if (s := weight_scaling(m)) is not None}
     integers = weight_integers(folded)
     factors = shared_factors(folded)

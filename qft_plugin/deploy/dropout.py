@@ -4,11 +4,13 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, Final
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from qft_plugin.errors import warn
+from qft_plugin.errors import DeployabilityError, warn
 from qft_plugin.graph.record import function_name
+from qft_plugin.graph.surroundings import varies
+from qft_plugin.graph.torch_model import Call, tensors_in
 
 ACTIVE_BY_DEFAULT: Final = {
     **dict.fromkeys(["dropout", "dropout1d", "dropout2d", "dropout3d"], True),
@@ -29,6 +31,26 @@ def without_dropout() -> Iterator[None]:
             "called with training=True. The file leaves it out. Call functional.dropout(x, p, self.training), or "
             "nn.Dropout, if it is for training only.",
             stacklevel=3,
+        )
+
+
+def check_not_random(model: nn.Module, call: Call, wrapper: type[Any] | tuple[()] = ()) -> None:
+    """Refuse a model that a file cannot be made of, before any work: one that is random, where dropout is left out.
+
+    Args:
+        model: in eval mode, inside `without_dropout`.
+        call: arguments to run it with.
+        wrapper: see `tensors_in`.
+
+    Raises:
+        DeployabilityError: it computes something else each time.
+    """
+    args, kwargs = call
+    if varies(lambda: list(tensors_in(model(*args, **kwargs), wrapper))):
+        raise DeployabilityError(
+            "The model should compute the same in eval mode each time, as a file does. Found that it does not, though "
+            "every dropout is left out: its forward draws random numbers. Leave that out where self.training is "
+            "false, or hand the random numbers in as an input."
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from qft_plugin.deploy.files import checked_path
+from qft_plugin.deploy.files import checked_path, refused, room_in, written_to
 from qft_plugin.deploy.ir_view import IRFile, constant_integers
 from qft_plugin.deploy.layers import FileLayer, file_layers, precisions, runtime_ops
 from qft_plugin.deploy.normalisation import keep_epsilon
@@ -86,6 +86,17 @@ def set_weight_storage(model: Any, storage: Storage) -> None:
             target.replace_source_output(replacement.output(0))
 
 
+def checked_target(path: str | os.PathLike[str], storage: Storage) -> Path:
+    """Check where an IR is to be written and how, before any work.
+
+    Raises:
+        DeployabilityError: the path cannot be written, or the storage is unknown.
+    """
+    if storage not in STORAGES:
+        raise DeployabilityError(f"weights should be one of {STORAGES}. Found {storage!r}. Name one of them.")
+    return checked_path(path, ".xml")
+
+
 def save(
     model: Any,
     path: str | os.PathLike[str],
@@ -111,16 +122,14 @@ def save(
     """
     import openvino
 
-    if storage not in STORAGES:
-        raise DeployabilityError(f"weights should be one of {STORAGES}. Found {storage!r}.")
-    target = checked_path(path, ".xml")
+    target = checked_target(path, storage)
     bias_shared_products(model)
     widen_reductions(model)
     set_weight_storage(model, storage)
     keep_epsilon(model)
-    with draft_of(target) as draft:
+    with written_to(target), draft_of(target) as draft:
         # Half-precision constants would round the scales, and the integers would mean something else.
-        with phase("writing"):
+        with phase("writing"), refused("OpenVINO should write the file.", f"It is to be written {room_in(target)}."):
             openvino.save_model(model, draft, compress_to_fp16=False)
         report = inspect_file(draft, watched=watched, example=example, images=images)
         put_both(draft, target, ".bin")

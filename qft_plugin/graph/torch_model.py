@@ -4,9 +4,11 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -164,6 +166,17 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
     return found
 
 
+def conversion_to(like: Tensor, found: Tensor) -> str:
+    """Say how an image becomes one of the model's dtype: bytes alone are brought to values from 0 to 1.
+
+    Args:
+        like: a parameter of the model.
+        found: the image.
+    """
+    divided = " / 255" if found.dtype == torch.uint8 else ""
+    return f"Convert it as for inference, for example image.to({like.dtype}){divided}."
+
+
 def replace_modules(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None:
     """Put modules into the places of others, wherever these stand in a model."""
     for parent in list(model.modules()):
@@ -185,10 +198,32 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Let torch's random numbers go on as if none had been drawn: new layers draw weights, which are replaced."""
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+def without_backward_hooks(model: nn.Module) -> Iterator[None]:
+    """Take away for a while what only a training calls, and what torch refuses to trace."""
+    names = ("_backward_hooks", "_backward_pre_hooks")
+    held = [(module, name, getattr(module, name)) for module in model.modules() for name in names]
+    for module, name, hooks in held:
+        setattr(module, name, type(hooks)())
+    try:
         yield
+    finally:
+        for module, name, hooks in held:
+            setattr(module, name, hooks)
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Let the random numbers of torch, numpy and Python go on as if none had been drawn.
+
+    New layers draw weights, which are replaced, and a model or a dataset may draw what it likes.
+    """
+    python, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002  (the state that users' code shares)
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)  # noqa: NPY002
 
 
 @contextlib.contextmanager
@@ -196,6 +231,8 @@ def repeatable() -> Iterator[None]:
     """Draw the same random numbers each time, so that two networks with a dropout that is active can be compared."""
     with random_state_kept():
         torch.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002  (the state that users' code shares)
+        random.seed(0)
         yield
 
 

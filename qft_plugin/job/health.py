@@ -256,20 +256,27 @@ def check_squares(targets: Targets, weights: Sequence[float], inputs: Inputs) ->
 
 
 def warn_of_targets(targets: Targets, weights: Sequence[float], inputs: Inputs) -> None:
-    """Warn of an image that counts more in the loss than all others; every process calls this.
+    """Warn of an image that counts more in the loss than all others, refuse images for which all is 0.
+
+    Every process calls this.
 
     Args:
         targets: the teacher's predictions for the images of this process.
         weights: of each of its features in the loss.
         inputs: the images.
+
+    Raises:
+        ModelError: there is nothing to train for.
     """
-    world = inputs.world
+    world, largest = inputs.world, []
     for kept, weight in zip(targets.features, weights, strict=True):
         if not weight:
             continue
         peaks = torch.zeros(inputs.total, dtype=torch.float64, device=inputs.device)
         peaks[world.rank :: world.size] = kept.peaks().to(peaks)
-        found = dominant(world.total(peaks))
+        peaks = world.total(peaks)
+        largest.append(float(peaks.max()))
+        found = dominant(peaks)
         if found is not None:
             image, ratio = found
             warn(
@@ -278,6 +285,12 @@ def warn_of_targets(targets: Targets, weights: Sequence[float], inputs: Inputs) 
                 "image and leave it out if it is broken.",
                 stacklevel=2,
             )
+    if largest and max(largest) <= torch.finfo(torch.float32).tiny:
+        raise ModelError(
+            f"The float model should compute something where the networks are compared. Found 0 for each of the "
+            f"{inputs.total} images, as with weights that were never loaded, or behind a ReLU that no image wakes. "
+            "Look at the weights and the preprocessing, or name another place in FinetuneConfig.loss_at."
+        )
 
 
 @torch.no_grad()

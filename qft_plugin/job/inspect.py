@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import logging
-import random
 import statistics
 import time
 import warnings
@@ -11,13 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Final, TextIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from qft_plugin.config import FinetuneConfig, QFTConfig
 from qft_plugin.errors import QFTWarning
-from qft_plugin.graph.torch_model import random_state_kept, tensors_in
+from qft_plugin.graph.surroundings import undisturbed
+from qft_plugin.graph.torch_model import tensors_in
 from qft_plugin.job.accumulators import check_accumulators
 from qft_plugin.job.expected import Measured, Scale, batch_size_of, cost_of, file_bytes, memory_of
 from qft_plugin.job.health import warn_of_targets
@@ -58,7 +57,7 @@ def inspect(host: Host[SourceT, PlacedT], config: QFTConfig, *, items: int | Non
     """
     heard: list[str] = []
     head = _Head(host.items())
-    with _random_state_kept(), _listening(heard), following():
+    with undisturbed(), _listening(heard), following():
         begin = time.perf_counter()
         settings = config.finetune or FinetuneConfig()
         few = replace(settings, max_images=min(settings.max_images, LOOKED_AT))
@@ -133,18 +132,6 @@ def _scale(head: _Head, items: int | None, seen: int, settings: FinetuneConfig) 
     if items is None:
         return Scale(settings.max_images, known=False, seen=seen)
     return Scale(max(seen, min(settings.max_images, items * head.first)), known=True, seen=seen)
-
-
-@contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Give every generator that a dataset may draw from its state back."""
-    python, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002  (the state that users' code shares)
-    try:
-        with random_state_kept():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numbers)  # noqa: NPY002
 
 
 class _Ear(logging.Handler):

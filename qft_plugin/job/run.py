@@ -196,7 +196,8 @@ def _targets(
             (
                 "The model should compute the same for the same images. Found that it does not: in eval mode something "
                 "random is still active, such as functional.dropout without training=self.training, and the "
-                "student learns from noisy outputs."
+                "student learns from noisy outputs. A file leaves a dropout out, and can be made of nothing else that "
+                "is random."
             )
             if random
             else (

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qft_plugin.config import FinetuneConfig, QFTConfig
 from qft_plugin.errors import ConfigError, warn
 from qft_plugin.graph.comparison import Comparison, comparison
+from qft_plugin.graph.copies import copy_of
 from qft_plugin.graph.dof_map import map_dof
 from qft_plugin.graph.folding import fold_network, names_of
 from qft_plugin.graph.layer_graph import DofMap, LayerGraph
@@ -18,7 +19,6 @@ from qft_plugin.graph.torch_model import (
     Call,
     Functional,
     accepts,
-    evaluating,
     largest_change,
     repeatable,
     tensors_in,
@@ -59,8 +59,9 @@ def images(model: nn.Module, items: Iterable[Any], config: QFTConfig, *, head_it
             head_items=head_items,
         )
     if max(inputs.sizes) == 1 and len(inputs) > 1:
-        with agreed(world), evaluating(model):
-            if not _runs(model, inputs.first()) and _runs(model, inputs.first(1)):
+        with agreed(world):
+            tried = copy_of(model).eval()  # a forward may change buffers
+            if not _runs(tried, inputs.first()) and _runs(tried, inputs.first(1)):
                 logger.info("the model takes a single image only: it is called for each by itself")
                 inputs = inputs.one_by_one()
     check_alike(world, marks=inputs.marks, settings=repr(config), model=model)

@@ -1,6 +1,5 @@
 """NNCF's graph of a torch model, translated to the host-free one."""
 
-import copy
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from qft_plugin.errors import DataError, ModelError
 from qft_plugin.graph.channel_affine import Rescaled, channel_affine
+from qft_plugin.graph.copies import copy_of
 from qft_plugin.graph.layer_graph import MADE_INSIDE, Const, LayerGraph, Op, Ref
 from qft_plugin.graph.torch_model import Call, tensors_in
 
@@ -48,7 +48,7 @@ def trace(model: nn.Module, call: Call) -> Any:
 
     NNCF registers outputs only where the model returns a tensor or a flat tuple of them, so a copy that does is traced.
     """
-    model = copy.deepcopy(model)
+    model = copy_of(model)
     forward = model.forward
 
     @functools.wraps(forward)  # NNCF names the inputs by the signature

@@ -23,7 +23,9 @@ from qft_plugin.graph.channel_affine import (
     with_addend_factors,
 )
 from qft_plugin.graph.channel_clip import free_bounds, replace_by_relu
+from qft_plugin.graph.copies import plain_copy
 from qft_plugin.graph.layer_graph import Const, DofMap, LayerGraph, Op, Ref
+from qft_plugin.graph.surroundings import check_repeatable
 from qft_plugin.graph.torch_model import (
     SAME,
     check_finite,
@@ -48,7 +50,7 @@ class Source:
     """A model as this host read it.
 
     Attributes:
-        teacher: untouched copy of the user's model in eval mode.
+        teacher: copy of the user's model in eval mode; weights that torch computes anew in every call are parameters.
         model: copy in eval mode with its BatchNorms folded; parameter names are the user's.
         graph: the calls of `model`; a folded BatchNorm is part of its layer.
         tensors: weights and biases by name.
@@ -58,7 +60,7 @@ class Source:
         plain: `model` without these hooks.
         in_teacher: the name in `teacher` of each operation of `graph`.
         in_result: its name in the result, where every module is the user's again.
-        kept: by name of a weight that NNCF has pruned, true where it is not.
+        kept: by name of a weight that NNCF or torch has pruned, true where it is not.
         dof_map: which per-channel scales are shared, free, or pinned.
     """
 
@@ -164,9 +166,12 @@ def read(model: nn.Module, inputs: Inputs, config: QFTConfig | None = None) -> S
         ModelError: the model cannot be traced, or gives NaN.
     """
     config = config or QFTConfig()
-    teacher, kept = _without_masks(copy.deepcopy(model).eval())
+    plain = plain_copy(model)
+    teacher, masks = _without_masks(plain.model)
+    kept = {**plain.kept, **masks}
     call = inputs.first()
     outputs = first_outputs(teacher, call)
+    check_repeatable(teacher, call, outputs)
     copied = copy.deepcopy(teacher)
     for parameter in copied.parameters():
         parameter.requires_grad_(False)

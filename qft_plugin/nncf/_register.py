@@ -25,7 +25,7 @@ from torch import nn
 from qft_plugin.checks import check_callback
 from qft_plugin.config import QFTConfig
 from qft_plugin.errors import ConfigError, HostError
-from qft_plugin.graph.torch_model import random_state_kept
+from qft_plugin.graph.surroundings import undisturbed
 from qft_plugin.job.checkpoint import kept_in
 from qft_plugin.job.run import Job
 from qft_plugin.job.target import run_to_target
@@ -137,7 +137,7 @@ def quantize(
     return _quantize(original, model, calibration_dataset, asked, host)
 
 
-@random_state_kept()
+@undisturbed()
 def _quantize(original: Callable[..., Any], model: Any, dataset: Any, asked: _Asked, host: dict[str, Any]) -> Job:
     check_callback(asked.callback)
     config, request = checked_request(original, dataset, _config(asked.algorithm), host)

@@ -10,12 +10,14 @@ from nncf.torch.function_hook.hook_storage import decode_hook_name
 from nncf.torch.quantization.layers import AsymmetricQuantizer, SymmetricQuantizer
 from torch import Tensor, nn
 
-from qft_plugin.deploy.dropout import without_dropout
+from qft_plugin.deploy.dropout import check_not_random, without_dropout
+from qft_plugin.deploy.files import CONVERTING, check_module
 from qft_plugin.deploy.images import call_of, calls_of, example_of, kept_images
-from qft_plugin.deploy.openvino import OpenVINOReport, Storage, save
+from qft_plugin.deploy.openvino import OpenVINOReport, Storage, checked_target, save
 from qft_plugin.deploy.watched import Grid, Quantizer, Watched
 from qft_plugin.errors import DeployabilityError
-from qft_plugin.graph.torch_model import evaluating, in_float32
+from qft_plugin.graph.surroundings import undisturbed
+from qft_plugin.graph.torch_model import evaluating, in_float32, without_backward_hooks
 from qft_plugin.nncf._convert import converted
 from qft_plugin.nncf._read import HOOKS_ATTRIBUTE
 from qft_plugin.nncf._write import without_compiler
@@ -26,6 +28,7 @@ from qft_plugin.training.distributed import once
 
 
 @once
+@undisturbed()
 def save_openvino(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -60,20 +63,30 @@ def save_openvino(
         ParityError: the file differs from the model; nothing is written.
     """
     require("openvino", extra="nncf")
+    check_module(model)
     if HOOKS_ATTRIBUTE not in dict(model.named_children()):
         raise DeployabilityError(
             f"The model should come from nncf.quantize. Found a {type(model).__name__} without quantizers. "
             "Quantize it first; a float model is converted with openvino.convert_model."
         )
+    target = checked_target(path, weights)
     model, example_input = in_float32(model, example_input)
-    with shown(verbose), evaluating(model), torch.no_grad(), without_compiler(), without_dropout():
+    with (
+        shown(verbose),
+        evaluating(model),
+        without_backward_hooks(model),
+        torch.no_grad(),
+        without_compiler(),
+        without_dropout(),
+    ):
         example = example_of(model, example_input)
+        check_not_random(model, example)
         # A list of one tensor, as a loader makes it, is that tensor.
-        with phase("converting"):
+        with phase("converting"), CONVERTING:
             ir = converted(model, example[0][0] if isinstance(example_input, list) else example_input)
         others = kept_images(model) if images is None else calls_of(model, images)
         return save(
-            ir, path, storage=weights, watched=watched(model) if check else None, example=example, images=others
+            ir, target, storage=weights, watched=watched(model) if check else None, example=example, images=others
         )
 
 

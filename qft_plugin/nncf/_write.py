@@ -1,10 +1,10 @@
 """From trained degrees of freedom back to a model with NNCF's standard quantizers."""
 
 import contextlib
-import copy
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from nncf.torch.function_hook import get_hook_storage
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qft_plugin.graph.batch_norms import set_affine
 from qft_plugin.graph.channel_affine import ChannelAffine, Rescaled
 from qft_plugin.graph.channel_clip import ChannelHardtanh
+from qft_plugin.graph.copies import copy_of
 from qft_plugin.graph.layer_graph import PINNED, on_axis
 from qft_plugin.graph.placement import ActivationGrid
 from qft_plugin.graph.torch_model import replace_modules, tensor_of
@@ -173,7 +174,7 @@ def widened(model: nn.Module) -> nn.Module:
     Args:
         model: the result of `nncf.quantize(..., algorithm="qft")`, or a copy of it that was loaded from its config.
     """
-    model = copy.deepcopy(model)
+    model = copy_of(model)
     storage = get_hook_storage(model)
     for name, hook in list(storage.named_hooks(remove_duplicate=False)):
         # Only quantizers of weights have a narrow range.
@@ -207,8 +208,18 @@ def _set_scale(module: nn.Module, grid: ActivationGrid, scale: Tensor) -> None:
         module.input_range.data.fill_(scale * (grid.high - grid.low))
 
 
+CHANGING: Final = threading.Lock()
+"""Held while what NNCF runs on is changed, which is the same for all threads."""
+
+
 class _TorchOperations:
-    """The one function of NNCF's C++ extension that a forward needs, in plain torch operations."""
+    """The one function of NNCF's C++ extension that a forward needs, in plain torch operations.
+
+    Attributes:
+        users: the threads that run on it now.
+    """
+
+    users: Final[list[int]] = []
 
     @staticmethod
     def Quantize_forward(x: Tensor, low: Tensor, extent: Tensor, levels: int) -> Tensor:  # noqa: N802  (NNCF's name)
@@ -224,13 +235,19 @@ def without_compiler() -> Iterator[None]:
     NNCF compiles the extension at the first call of a quantizer, which takes about a minute, needs a compiler and
     stops after 60 s leaving a lock behind (seen in 2.17 to 3.4). For a single export that is not worth it.
     """
-    namespace = QuantizedFunctionsCPU
-    # Private, but the same in 2.17.0 to 3.4.0; where it is gone, NNCF simply compiles.
-    if getattr(namespace, "_loaded_namespace", _TorchOperations) is not None:
-        yield
-        return
-    namespace._loaded_namespace = _TorchOperations
+    namespace, users = QuantizedFunctionsCPU, _TorchOperations.users
+    with CHANGING:
+        # Private, but the same in 2.17.0 to 3.4.0; where it is gone, NNCF simply compiles.
+        found = getattr(namespace, "_loaded_namespace", _TorchOperations)
+        own = found is None or (found is _TorchOperations and users != [])
+        if own:
+            namespace._loaded_namespace = _TorchOperations
+            users.append(threading.get_ident())
     try:
         yield
     finally:
-        namespace._loaded_namespace = None
+        with CHANGING:
+            if own:
+                users.pop()
+                if not users:  # else another thread is still here
+                    namespace._loaded_namespace = None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qft_plugin.config import FinetuneConfig
 from qft_plugin.errors import DataError
-from qft_plugin.graph.torch_model import Call
+from qft_plugin.graph.torch_model import Call, conversion_to
 from qft_plugin.training.distributed import ALONE, World
 from qft_plugin.training.rows import Rows
 
@@ -311,7 +311,7 @@ def _check_item(number: int, named: dict[int | str, Tensor], first: dict[int | s
         if value.dtype == torch.uint8 or (value.is_floating_point() and value.dtype != like.dtype):
             raise DataError(
                 f"{where}: should be of the model's dtype {like.dtype}. Found {value.dtype}. "
-                f"Convert it as for inference, for example image.to({like.dtype}) / 255."
+                f"{conversion_to(like, value)}"
             )
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise DataError(f"{where}: should be finite. Found NaN or infinity. Look at how it is preprocessed.")

@@ -1,12 +1,17 @@
 """Tensors with a row for each image, collected batch by batch: in memory, or above a limit in a mapped file."""
 
+import contextlib
+import errno
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from qft_plugin.errors import ConfigError
 
 
 class Rows:
@@ -25,27 +30,56 @@ class Rows:
         self._like: Tensor | None = None
 
     def append(self, rows: Tensor) -> None:
-        """Add a batch, `[rows, ...]`; all batches agree in dtype and in the shape of a row."""
+        """Add a batch, `[rows, ...]`; all batches agree in dtype and in the shape of a row.
+
+        Raises:
+            ConfigError: the temporary file cannot be written.
+        """
         rows = rows.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         self._like = rows[:0].clone()  # a view would hold the batch
         self._count += rows.shape[0]
         self._bytes += rows.numel() * rows.element_size()
         self._chunks.append(rows)
         if self._bytes > self._limit:
-            if self._file is None:
-                # Not a context manager: the file outlives this method and is closed in `finish`.
-                self._file = tempfile.TemporaryFile(prefix="qft_", suffix=".rows")  # noqa: SIM115
-            for chunk in self._chunks:
-                self._file.write(chunk.flatten().view(torch.uint8).numpy().tobytes())
+            with self._room():
+                if self._file is None:
+                    # Not a context manager: the file outlives this method and is closed in `finish`.
+                    self._file = tempfile.TemporaryFile(prefix="qft_", suffix=".rows")  # noqa: SIM115
+                for chunk in self._chunks:
+                    self._file.write(chunk.flatten().view(torch.uint8).numpy().tobytes())
             self._chunks.clear()
 
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        """Say which setting sends images to a folder that has no room for them.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        try:
+            yield
+        except OSError as error:
+            if error.errno == errno.ENOMEM:
+                raise
+            raise ConfigError(
+                "FinetuneConfig.memory_limit should hold the images and the teacher's activations, or the folder of "
+                f"temporary files what is above it. Found {type(error).__name__}: {error.strerror}, after "
+                f"{self._bytes / 2**20:,.1f} MiB with a limit of {self._limit / 2**20:,.1f} MiB for this tensor. Raise "
+                "the limit, make room there, or name another folder by the environment variable TMPDIR."
+            ) from error
+
     def finish(self) -> Tensor:
-        """Return all rows as one tensor, `[rows, ...]`, memory-mapped where they did not fit."""
+        """Return all rows as one tensor, `[rows, ...]`, memory-mapped where they did not fit.
+
+        Raises:
+            ConfigError: the temporary file cannot be written.
+        """
         assert self._like is not None
         if self._file is None:
             return self._joined()
         shape = (self._count, *self._like.shape[1:])
-        self._file.flush()
+        with self._room():
+            self._file.flush()
         # The mapping keeps the content; what is changed in memory stays there.
         content = np.memmap(self._file, np.uint8, mode="c")
         self.discard()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qft_plugin.errors import ModelError
+from qft_plugin.graph.surroundings import varies
 from qft_plugin.training.data import Inputs
 from qft_plugin.training.loss import Network, Prediction
 from qft_plugin.training.rows import Kept, KeptRows
@@ -118,8 +119,7 @@ def is_random(teacher: Network, inputs: Inputs) -> bool:
         teacher: the float network.
         inputs: all images.
     """
-    first, again = (teacher(inputs.first()).tensors for _ in range(2))
-    return any(_differ(a, b) for a, b in zip(first, again, strict=True))
+    return varies(lambda: teacher(inputs.first()).tensors)
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:

@@ -1,6 +1,8 @@
 """Rows in memory or in a file: the same, in order, and no file is left."""
 
+import errno
 import sys
+import tempfile
 import weakref
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qft_plugin.errors import ConfigError
 from qft_plugin.training.rows import Rows
 
 PLENTY = 2**30
@@ -92,3 +95,22 @@ def test_rows_do_not_carry_a_graph() -> None:
     rows = Rows(PLENTY)
     rows.append(torch.ones(2, requires_grad=True) * 2)
     assert not rows.finish().requires_grad
+
+
+class Full:
+    """A file on a disk without room."""
+
+    def write(self, _: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_full_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The setting that sends images there is named, and where the folder is chosen; nothing came before the limit."""
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
+    rows = Rows(4 * 2**20)
+    rows.append(torch.zeros(2**20))
+    with pytest.raises(ConfigError, match=r"FinetuneConfig\.memory_limit.*No space left.*after 5\.0 MiB.*TMPDIR"):
+        rows.append(torch.zeros(2**18))
