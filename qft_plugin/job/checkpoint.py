@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qft_plugin.config import QFTConfig
 from qft_plugin.config_file import config_to_dict
-from qft_plugin.errors import ConfigError
+from qft_plugin.errors import ConfigError, warn
 from qft_plugin.files import draft_of, put, remove_abandoned, used_alone, write_whole
 from qft_plugin.packages import require
 from qft_plugin.training.data import Inputs
@@ -117,6 +117,7 @@ class Checkpoint(Keeper):
         self._due = time.monotonic() + SECONDS
         self._handlers: dict[int, Any] = {}
         self._signal: int | None = None
+        self._failed = False
 
     def identify(self, identity: Callable[[], Mapping[str, Any]]) -> None:
         """Compare the job with the one whose files are there, or note it where there is none.
@@ -171,18 +172,24 @@ class Checkpoint(Keeper):
         return Saved(facts, tensors)
 
     def save(self, part: str, made: Saved) -> None:
-        """Write a part to its file, in the place of an earlier one.
-
-        Raises:
-            OSError: the disk is full, or the folder gone.
-        """
+        """Write a part to its file, in the place of an earlier one; where that cannot be, warn once and go on."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         began, path = time.monotonic(), self._path(part)
         about = {"job": self._job, "facts": json.dumps(made.facts)}
-        with draft_of(path) as draft:
-            save_file(_apart(made.tensors), draft, about)
-            put(draft, path)
+        try:
+            with draft_of(path) as draft:
+                save_file(_apart(made.tensors), draft, about)
+                put(draft, path)
+        except (OSError, SafetensorError) as error:
+            if not self._failed:
+                warn(
+                    f"checkpoint: {path} should be written. Found {type(error).__name__}: {error}. The job goes on, "
+                    "and what was kept before stays. Make room on the disk, or look at the folder.",
+                    stacklevel=2,
+                )
+            self._failed = True
         now = time.monotonic()
         self._due = now + max(SECONDS, (now - began) / SHARE)
 
@@ -194,7 +201,7 @@ class Checkpoint(Keeper):
         if self._signal is not None:
             waiting, self._signal = self._signal, None
             self._give_back()
-            logger.warning("checkpoint: kept in %s; the same call goes on from there", self._folder)
+            logger.warning("checkpoint: the same call goes on from %s", self._folder)
             signal.raise_signal(waiting)
             self._take_over()  # the user's own handler has gone on
 

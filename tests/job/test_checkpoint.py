@@ -1,6 +1,7 @@
 """Jobs that are kept in a folder: the same result after any interruption, and only for the same job."""
 
 import contextlib
+import errno
 import itertools
 import json
 import logging
@@ -334,6 +335,28 @@ def test_a_folder_that_cannot_be_used_is_refused_before_the_images_are_read(tmp_
     with pytest.raises(ConfigError, match="Found something else"):
         job(tmp_path)
     assert (tmp_path / "job.json").read_text() == '{"mine": 1}'
+
+
+@pytest.mark.usefixtures("always")
+def test_a_full_disk_costs_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job goes on and says so; what was kept before stays, and no draft."""
+    import safetensors.torch
+
+    write, count = safetensors.torch.save_file, [0]
+
+    def full(*args: Any) -> None:
+        count[0] += 1
+        if count[0] > 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*args)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.warns(match=r"finetune\.safetensors should be written.*No space left.*The job goes on"):
+        found = job(tmp_path)
+    monkeypatch.undo()
+    same(job(None), found)
+    assert {p.name for p in tmp_path.iterdir()} == {"compensation.safetensors", "finetune.safetensors", "job.json"}
+    same(found, job(tmp_path))
 
 
 def test_safetensors_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
