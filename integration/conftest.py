@@ -1,6 +1,8 @@
 """Fixtures: a fixed seed, and each network quantized once for all tests that only look at the result."""
 
 import functools
+import os
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +20,14 @@ from qft_plugin.job.run import Job
 
 pytest_plugins = ["hosts"]
 """Its fixtures are those of all tests."""
+
+os.environ.setdefault("QFT_SEED", str(secrets.randbits(32)))  # here, so that all processes of one run have the same
+
+
+def pytest_report_header() -> str | None:
+    """Say what draws the same networks again."""
+    asked = os.environ.get("QFT_EXAMPLES")
+    return f"QFT_EXAMPLES={asked} QFT_SEED={os.environ['QFT_SEED']}" if asked else None
 
 
 @dataclass(frozen=True)

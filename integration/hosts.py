@@ -14,6 +14,8 @@ from qft_plugin.report.kept import report_of
 class UnderNNCF:
     """Quantizes with NNCF."""
 
+    format = "ir"
+
     def __init__(self):
         import nncf
 
@@ -66,6 +68,8 @@ class UnderNNCF:
 
 class UnderBrevitas:
     """Quantizes with Brevitas."""
+
+    format = "qcdq"
 
     def __init__(self):
         from qft_plugin import brevitas

@@ -52,6 +52,14 @@ def saved(host, student, item, folder):
     return [save_qonnx(folded, folder / "qonnx.onnx", item), save_qcdq(folded, folder / "qcdq.onnx", item)]
 
 
+def save_alone(host, folder):
+    """Quantize a network whose images do not fit into memory, and save it; for a program that watches."""
+    torch.manual_seed(0)
+    model, items = nets.build("residual"), nets.items("residual")
+    _, student = host_of(host).finetuned(model, items, four_bits(finetune=few_steps(images_fed=32, memory_limit=0)))
+    saved(host, student, items[0], Path(folder))
+
+
 def main(host, folder, train):
     """Do it, and note every file that this process puts into its place."""
     placed, replace = [], os.replace

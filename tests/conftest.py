@@ -1,5 +1,7 @@
 """What holds for every test: one seed, and few, repeatable Hypothesis examples."""
 
+import os
+import secrets
 import tempfile
 from pathlib import Path
 
@@ -11,6 +13,14 @@ from qft_plugin.tensors import fake_quantize
 
 settings.register_profile("unit", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("unit")
+
+os.environ.setdefault("QFT_SEED", str(secrets.randbits(32)))  # here, so that all processes of one run have the same
+
+
+def pytest_report_header() -> str | None:
+    """Say what draws the same networks again."""
+    asked = os.environ.get("QFT_EXAMPLES")
+    return f"QFT_EXAMPLES={asked} QFT_SEED={os.environ['QFT_SEED']}" if asked else None
 
 
 @pytest.fixture(autouse=True)

@@ -69,7 +69,9 @@ def save_qonnx(
         _exported(_exporter("export_qonnx"), model, path, example_input, check=check, free_batch=False) as made,
     ):
         file = onnx.load(made.draft)
+        qcdq_defects.count_axes_from_first(file)
         qonnx.widen_bias_constants(file)
+        qonnx.read_once(file)
         onnx.save(file, made.draft)
         report = qonnx.inspect_file(made.draft, watched=made.watched, example=made.example)
     return replace(report, path=made.target)
@@ -124,6 +126,7 @@ def save_qcdq(
         _exported(_exporter("export_onnx_qcdq"), model, path, example_input, check=check, free_batch=True) as made,
     ):
         file = onnx.load(made.draft)
+        qcdq_defects.count_axes_from_first(file)
         qcdq.strip_weight_clips(file)
         qcdq_defects.shift_signed_quantizers(file)
         qcdq_defects.bias_shared_products(file)

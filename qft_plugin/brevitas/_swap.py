@@ -27,7 +27,7 @@ from qft_plugin.graph.layer_graph import Layer, LayerGraph, module_of
 from qft_plugin.graph.operations import GRID_MODULES, KEEPS_GRID, LAYERS, TRACED_ADDS
 from qft_plugin.graph.record import function_name, record
 from qft_plugin.graph.surroundings import check_repeatable
-from qft_plugin.graph.torch_model import SAME, Call, first_outputs, largest_change, tensors_in
+from qft_plugin.graph.torch_model import SAME, Call, first_outputs, largest_change, not_called, tensors_in
 from qft_plugin.training.data import Inputs
 
 logger = logging.getLogger("qft_plugin")
@@ -73,6 +73,13 @@ def swap(model: nn.Module, call: Call, inputs: Inputs, config: QFTConfig) -> tup
         logger.info("the layers are quantized one by one in the model's own forward: %s", reason)
         swapped = copied
         names = swap_modules(swapped, call, inputs, config)
+        lost = not_called(make_twin(swapped), names, call)
+        if lost:
+            raise ModelError(
+                "Layers should be called as the modules of the model that they are. Found that the forward calls "
+                f"{', '.join(lost)} by a name of its own, such as one in a list, where no quantized layer can take the "
+                "place of it. Keep them in a torch.nn.ModuleList or under one name of a module."
+            ) from reason
         change = _change(swapped, call, expected) if names else 0.0
         if not change <= SAME:
             raise ModelError(

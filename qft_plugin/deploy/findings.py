@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -48,7 +48,9 @@ class Findings:
         products: numbers of the file's products that were found, each with the name of its weight.
         weights: names of the weights whose integers were found.
         silent: names of the weights that multiplied nothing but zeros.
-        absent: the layers that were not found in the file, by name of the weight.
+        absent: the calls of layers that were not found in the file, by number of the call.
+        wrong: the calls of layers whose constants differ in the product of the file that fits best, likewise; one that
+            the file lacks may be like another by chance, where it makes few numbers.
         unmatched: the quantizers of torch that were not found in the file, by number of the call.
         error: the largest difference of a stretch that was accepted.
         places: for each call of an activation quantizer of torch which one of the file's it is.
@@ -60,7 +62,8 @@ class Findings:
     products: dict[int, str] = field(default_factory=dict)
     weights: set[str] = field(default_factory=set)
     silent: set[str] = field(default_factory=set)
-    absent: dict[str, Missing] = field(default_factory=dict)
+    absent: dict[int, Missing] = field(default_factory=dict)
+    wrong: dict[int, Missing] = field(default_factory=dict)
     unmatched: dict[int, Missing] = field(default_factory=dict)
     error: float = 0.0
     places: list[Place | None] = field(default_factory=list)
@@ -88,12 +91,13 @@ def merged(file: File, findings: Sequence[Findings]) -> Findings:
         every.weights |= found.weights
         every.silent |= found.silent
     every.silent -= every.weights
-    numbers, names = _varying([f.unmatched for f in findings]), _varying([f.absent for f in findings])
+    numbers, calls = _varying([f.unmatched for f in findings]), _varying([f.absent for f in findings])
     for found in findings:
         # In the order of the run: the first is next to the cause.
         told = [(float(place), problem) for place, problem in enumerate(found.problems)]
         told += [(m.before - 0.5, m.problem) for number, m in found.unmatched.items() if number in numbers]
-        told += [(m.before - 0.5, m.problem) for name, m in found.absent.items() if name in names]
+        told += [(m.before - 0.5, m.problem) for number, m in found.absent.items() if number in calls]
+        told += [(m.before - 0.5, m.problem) for m in found.wrong.values()]
         every.quantizers |= {m.closest for m in found.unmatched.values() if m.closest is not None}
         for _, problem in sorted(told, key=lambda pair: pair[0]):
             every.tell(problem)
@@ -106,13 +110,10 @@ def merged(file: File, findings: Sequence[Findings]) -> Findings:
     return every
 
 
-Key = TypeVar("Key", int, str)
-
-
-def _varying(missing: Sequence[Mapping[Key, Missing]]) -> set[Key]:
+def _varying(missing: Sequence[Mapping[int, Missing]]) -> set[int]:
     """List what is missing and differs between probes; the same in all, an exporter may have computed it."""
 
-    def is_constant(key: Key) -> bool:
+    def is_constant(key: int) -> bool:
         first, *others = (m.get(key) for m in missing)
         return first is not None and all(o is not None and torch.equal(first.x, o.x) for o in others)
 
@@ -128,8 +129,8 @@ def forget_unused(watched: Watched, call: Call, findings: Sequence[Findings]) ->
         findings: of each probe; changed in place.
     """
     numbers = _varying([f.unmatched for f in findings])
-    names = _varying([f.absent for f in findings])
-    if not numbers | names:
+    calls = _varying([f.absent for f in findings]).union(*(f.wrong for f in findings))
+    if not numbers | calls:
         return
     expected = watched.run(call).outputs
 
@@ -138,7 +139,7 @@ def forget_unused(watched: Watched, call: Call, findings: Sequence[Findings]) ->
             return torch.full_like(seen.x_fq, value) if seen.number in numbers else None
 
         def product(p: Product) -> Tensor | None:
-            return torch.full_like(p.result, value) if p.weight in names else None
+            return torch.full_like(p.result, value) if p.number in calls else None
 
         try:
             outputs = watched.run(call, activation=activation, product=product).outputs
@@ -152,4 +153,5 @@ def forget_unused(watched: Watched, call: Call, findings: Sequence[Findings]) ->
     for f in findings:
         f.places = [None if number in numbers else place for number, place in enumerate(f.places)]
         f.unmatched = {number: missing for number, missing in f.unmatched.items() if number not in numbers}
-        f.absent = {name: missing for name, missing in f.absent.items() if name not in names}
+        f.absent = {number: missing for number, missing in f.absent.items() if number not in calls}
+        f.wrong = {number: missing for number, missing in f.wrong.items() if number not in calls}

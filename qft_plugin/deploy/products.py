@@ -45,15 +45,19 @@ def compare_product(file: File, computed: Stretches, p: Product, findings: Findi
         return int((residual > CLOSE).sum()), problems[k] is not None, float(residual.max()), k in findings.products
 
     number = min(candidates, key=order, default=None)
-    if number is None or float((fits[number][1] > CLOSE).double().mean()) > 0.5:
+    loud = expected.movedim(p.axis, 0).flatten(1).any(1)  # zeros fit any product
+    if number is None or float((fits[number][1] > CLOSE)[loud].double().mean()) > 0.5:
         problem = f"Layer {p.weight}: should be in the file as a product with its integers. Found none."
-        findings.absent[p.weight] = Missing(expected, problem, len(findings.problems))
+        findings.absent[p.number] = Missing(expected, problem, len(findings.problems))
         return
-    findings.products[number] = p.weight
-    findings.weights.add(p.weight)
     difference = problems[number]
-    if difference is not None:
-        findings.tell(f"Weight {p.weight}: {difference}, in {file.products[number].name} of the file.")
+    findings.weights.add(p.weight)
+    if difference is None:
+        findings.products[number] = p.weight
+    else:
+        findings.products.setdefault(number, p.weight)
+        problem = f"Weight {p.weight}: {difference}, in {file.products[number].name} of the file."
+        findings.wrong[p.number] = Missing(expected, problem, len(findings.problems))
 
 
 def _weight_problem(product: FileProduct, p: Product, integers: np.ndarray) -> str | None:
@@ -74,7 +78,8 @@ def _weight_problem(product: FileProduct, p: Product, integers: np.ndarray) -> s
     its, mine = (np.take_along_axis(t, largest, 1)[:, 0] for t in (values, expected))
     known = its != 0
     ratios = np.divide(mine, its, out=np.ones_like(mine), where=known)
-    inside = np.abs(expected - ratios[:, np.newaxis] * values).max(1) > EQUAL * np.abs(expected).max(1)
+    # Of a channel that is multiplied by 0 no scale is left; the stretch has proved that it is 0.
+    inside = known & (np.abs(expected - ratios[:, np.newaxis] * values).max(1) > EQUAL * np.abs(expected).max(1))
     if inside.any():
         return (
             f"its scales should be the model's. Found other ones inside channels {listed(inside.nonzero()[0].tolist())}"

@@ -22,6 +22,26 @@ BETWEEN: Final = frozenset(["Relu", "MaxPool", "Identity", "Reshape", "Flatten",
 """Operations that may stand between a concatenation and its quantizer."""
 
 
+def count_axes_from_first(model: Any) -> int:
+    """Let transpositions name their axes from 0 on, in place: torch exports `movedim(-1, 1)` with an axis -1 (2.13).
+
+    ONNX has no such permutation; no runtime reads the file.
+
+    Args:
+        model: an `onnx.ModelProto`.
+
+    Returns:
+        How many were changed.
+    """
+    changed = 0
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Transpose" and attribute.name == "perm" and min(attribute.ints) < 0:
+                attribute.ints[:] = [axis % len(attribute.ints) for axis in attribute.ints]
+                changed += 1
+    return changed
+
+
 def bias_shared_products(model: Any) -> int:
     """Give a tiny bias to each convolution or product in integers that has none and several readers, in place.
 

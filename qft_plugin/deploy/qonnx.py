@@ -68,6 +68,31 @@ def widen_bias_constants(model: Any) -> int:
     return changed
 
 
+def read_once(model: Any) -> int:
+    """Let a node that reads one tensor twice, as in `x * x`, read a copy the second time, in place.
+
+    QONNX gives a tensor another name in the first place only, where one node reads it (qonnx 1.0), and then lacks it.
+
+    Args:
+        model: an `onnx.ModelProto`.
+
+    Returns:
+        How many copies there are.
+    """
+    from onnx import helper
+
+    graph, changed = model.graph, 0
+    for node in list(graph.node):
+        for place, name in enumerate(node.input):
+            if name and name in node.input[:place]:
+                copied = f"{node.output[0]}_input_{place}"
+                copy = helper.make_node("Identity", [name], [copied], name=copied)
+                graph.node.insert(list(graph.node).index(node), copy)
+                node.input[place] = copied
+                changed += 1
+    return changed
+
+
 def in_executor(model: Any) -> Callable[[Sequence[Tensor], Sequence[str]], list[Tensor]]:
     """Return a QONNX model in QONNX' own executor, node by node.
 

@@ -92,6 +92,7 @@ class Product:
     """One call of a convolution or linear function whose weight is quantized.
 
     Attributes:
+        number: which call of such a function of this run it is.
         weight: name of the weight.
         result: its output without the bias.
         axis: the axis of the output channels.
@@ -101,6 +102,7 @@ class Product:
         bias: `[out]`, `None` where there is none.
     """
 
+    number: int
     weight: str
     result: Tensor
     axis: int
@@ -271,6 +273,7 @@ class _Calls(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._path, self._weights, self._origins, self._product = path, weights, origins, product
+        self._count = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -285,7 +288,8 @@ class _Calls(TorchFunctionMode):
             found = self._weights.find(W_fq)
             if found is not None:
                 self._origins.use(found[0], result)
-                given = self._product(_product(name, *found, W_fq, bias, made))
+                given = self._product(_product(name, self._count, *found, W_fq, bias, made))
+                self._count += 1
                 result = result if given is None else given
             return result
         if name in KEEPS_ORDER or name in MULTIPLIES:
@@ -305,14 +309,16 @@ def _tensor_of(value: Any) -> Any:
     return value if value is None or isinstance(value, Tensor) else value.value
 
 
-def _product(name: str, weight: str, integers: Tensor, W_fq: Tensor, bias: Tensor | None, result: Tensor) -> Product:
+def _product(
+    name: str, number: int, weight: str, integers: Tensor, W_fq: Tensor, bias: Tensor | None, result: Tensor
+) -> Product:
     linear = name == "linear" or name in WEIGHT_IN_OUT
     if name in WEIGHT_IN_OUT:
         integers, W_fq = integers.transpose(-1, -2), W_fq.transpose(-1, -2)
     axis = result.dim() - 1 if linear else result.dim() - (W_fq.dim() - 2) - 1
     if bias is not None:
         result = result - bias.reshape(-1, *(1,) * (result.dim() - 1 - axis))
-    return Product(weight, result, axis, integers, W_fq, int(name.startswith("conv_transpose")), bias)
+    return Product(number, weight, result, axis, integers, W_fq, int(name.startswith("conv_transpose")), bias)
 
 
 def positional(call: Call) -> list[Tensor]:

@@ -1,13 +1,13 @@
 """Folding a BatchNorm, as it is in eval mode, into the layer before it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from qft_plugin.graph.layer_graph import MADE_INSIDE, Const, LayerGraph, Op
-from qft_plugin.graph.torch_model import replace_modules, tensor_of
+from qft_plugin.graph.layer_graph import MADE_INSIDE, Const, LayerGraph, Op, module_of
+from qft_plugin.graph.torch_model import Call, replace_modules, tensor_of
 from qft_plugin.tensors.axes import Axes
 
 CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -138,8 +138,9 @@ def folded_norm(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
 def merge_norms(model: nn.Module, twin: nn.Module, graph: LayerGraph) -> list[str]:
     """Fold every BatchNorm that alone follows a layer into it, in place.
 
-    An `Identity` takes its place. A subclass may do more in its forward, such as an activation function: it stays, with
-    statistics and parameters that change nothing.
+    An `Identity` takes its place. A subclass may do more in its forward, such as an activation function, and a forward
+    may hand the tensors of a norm to the function itself: these stay, with statistics and parameters that change
+    nothing. So does one that Python holds outside of the tree of modules too, where nothing takes its place.
 
     Args:
         model: the model to change.
@@ -150,10 +151,10 @@ def merge_norms(model: nn.Module, twin: nn.Module, graph: LayerGraph) -> list[st
         The names of the layers that changed.
     """
     changed = []
-    for layer_name, norm_name, _ in foldable_norms(twin, graph):
+    for layer_name, norm_name, (_, op) in foldable_norms(twin, graph):
         layer, norm = model.get_submodule(layer_name), twin.get_submodule(norm_name)
         left = model.get_submodule(norm_name)
-        stays = type(left) not in NORMS or _is_taken_apart(model, norm_name)
+        stays = type(left) not in NORMS or _is_taken_apart(model, norm_name) or module_of(op) != norm_name
         if stays and _is_neutral(norm):
             continue  # it was merged before
         assert isinstance(layer.weight, Tensor)
@@ -164,9 +165,8 @@ def merge_norms(model: nn.Module, twin: nn.Module, graph: LayerGraph) -> list[st
         else:
             assert isinstance(layer.bias, Tensor)
             layer.bias.copy_(shift)
-        if stays:
-            neutralize(left)
-        else:
+        neutralize(left)
+        if not stays:
             replace_modules(model, {left: nn.Identity()})
         changed.append(layer_name)
     return changed
@@ -177,6 +177,41 @@ def _is_taken_apart(model: nn.Module, name: str) -> bool:
     if not isinstance(model, torch.fx.GraphModule):
         return False
     return any(node.op == "get_attr" and str(node.target).startswith(f"{name}.") for node in model.graph.nodes)
+
+
+class _Called(nn.Identity):
+    """Passes values on, and notes that it was called."""
+
+    was_called = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.was_called = True
+        return x
+
+
+def replaceable(model: nn.Module, names: Collection[str], call: Call) -> frozenset[str]:
+    """Find the modules in whose place another one would be called.
+
+    It would not where Python holds a module outside of the tree too, or where a forward reads its tensors.
+
+    Args:
+        model: a model; it is run, and left as it was.
+        names: of modules of it with one input.
+        call: arguments to run it with.
+
+    Returns:
+        Those of the names; none where the model does not run with others in their place.
+    """
+    there = {name: model.get_submodule(name) for name in names}
+    others = {module: _Called() for module in there.values()}
+    replace_modules(model, others)
+    try:
+        model(*call[0], **call[1])
+    except AttributeError:  # it reads something that only a norm has
+        return frozenset()
+    finally:
+        replace_modules(model, {other: module for module, other in others.items()})
+    return frozenset(name for name, module in there.items() if others[module].was_called)
 
 
 def neutralize(norm: nn.Module) -> None:

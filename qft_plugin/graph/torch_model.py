@@ -185,6 +185,26 @@ def replace_modules(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -
                 setattr(parent, name, replaced[child])
 
 
+@torch.no_grad()
+def not_called(model: nn.Module, names: Sequence[str], call: Call) -> list[str]:
+    """List the modules of these names that the forward of a model does not call.
+
+    Args:
+        model: the model; it is run once.
+        names: of modules of it.
+        call: arguments to run it with.
+    """
+    called: set[nn.Module] = set()
+    modules = {name: model.get_submodule(name) for name in names}
+    handles = [module.register_forward_pre_hook(lambda m, _: called.add(m)) for module in modules.values()]
+    try:
+        model(*call[0], **call[1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for name, module in modules.items() if module not in called]
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode for a while; every module gets its own mode back."""

@@ -103,7 +103,7 @@ def understand(source: SourceT, inputs: Inputs, config: QFTConfig) -> Problem[So
     if settings.cross_entropy == 1:
         at = Comparison(at.inputs[: at.blocks], outputs=False, blocks=at.blocks)  # the logits are enough
     check_blocks(source.graph, source.dof_map, at, classes=settings.cross_entropy > 0)
-    return Problem(source, _fastest_layout(source.model, inputs), at)
+    return Problem(source, _fastest_layout(source.model, source.graph, inputs), at)
 
 
 @torch.no_grad()
@@ -141,13 +141,16 @@ def proven_map(model: nn.Module, graph: LayerGraph, tensors: Mapping[str, Tensor
     return dof_map.all_pinned("the model is not invariant to rescaled channels")
 
 
-def _fastest_layout(model: nn.Module, inputs: Inputs) -> Inputs:
+def _fastest_layout(model: nn.Module, graph: LayerGraph, inputs: Inputs) -> Inputs:
     """Choose channels-last for images on a CPU, unless the model has views that need the ordinary layout.
+
+    Nor where there is a GroupNorm: the gradient of one in front of which nothing trains, in that layout, ends the
+    process (torch 2.13).
 
     The weights of the student are laid out as the images are: of one channel, these alone look the same in both.
     """
     images = any(t.dim() == 4 and t.is_floating_point() for t in (*inputs.args, *inputs.kwargs.values()))
-    if inputs.device.type != "cpu" or not images:
+    if inputs.device.type != "cpu" or not images or any(op.function == "group_norm" for op in graph.ops):
         return inputs
     candidate = inputs.laid_out(channels_last=True)
     args, kwargs = candidate.first()

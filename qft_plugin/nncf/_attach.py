@@ -11,7 +11,6 @@ from nncf.torch.function_hook.hook_storage import decode_hook_name
 from nncf.torch.quantization.layers import AsymmetricQuantizer, SymmetricQuantizer
 from torch import Tensor, nn
 
-from qft_plugin.graph.batch_norms import NORMS
 from qft_plugin.graph.comparison import Comparison
 from qft_plugin.graph.layer_graph import Ref
 from qft_plugin.graph.torch_model import Call, Functional, repeatable, replace_modules, tensor_of, tensors_in
@@ -258,12 +257,10 @@ class Student:
 def _remove_neutral_norms(model: nn.Module, source: Source) -> tuple[dict[str, str], dict[str, str]]:
     """Let each layer add its own bias, so that the neutral BatchNorms cost nothing while the student trains.
 
-    A subclass stays: its forward may do more than what torch's own does, such as an activation function.
-
     Returns:
         The new name of each bias that moved, and that of every operation: NNCF numbers the calls of a function.
     """
-    removed = {n.norm_op: n for n in source.norms if type(model.get_submodule(n.norm)) in NORMS}
+    removed = {n.norm_op: n for n in source.norms if n.replaceable}
     biases = {}
     for norm in removed.values():
         layer = model.get_submodule(norm.layer)

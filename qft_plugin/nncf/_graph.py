@@ -26,6 +26,7 @@ class FoldedNorm:
         layer_op: the layer's call in NNCF's graph.
         norm_op: the BatchNorm's call.
         bias: name of the parameter that holds the bias of both.
+        replaceable: whether another module in its place would be called.
     """
 
     layer: str
@@ -33,6 +34,7 @@ class FoldedNorm:
     layer_op: str
     norm_op: str
     bias: str
+    replaceable: bool = False
 
 
 def example_of(call: Call) -> Any:
@@ -95,15 +97,21 @@ def layer_graph(graph: Any, norms: tuple[FoldedNorm, ...]) -> LayerGraph:
         ops.append(_op(node, tuple(made), norm, graph))
     used = {name for op in ops for name in op.inputs}
     # A tensor that nothing reads leaves the network as far as can be seen.
-    outputs += [name for op in ops for name in op.outputs if name not in used and name not in outputs]
+    unread = [op for op in ops if not used.union(outputs).intersection(op.outputs)]
+    outputs += [name for op in unread for name in op.outputs]
     return LayerGraph(tuple(ops), shapes, tuple(inputs), tuple(dict.fromkeys(outputs)))
 
 
 def _outputs(graph: Any, node: Any) -> dict[str, tuple[int, ...]]:
-    made = {}
-    for edge in sorted(graph.get_output_edges(node), key=lambda e: e.output_port_id):
-        made[tensor_name(node.node_name, edge.output_port_id)] = tuple(edge.tensor_shape)
-    return made
+    """List what a node makes, with shapes.
+
+    NNCF has edges of those outputs alone that something reads. One before them, such as the first of
+    `x.chunk(2)[1]`, is named too, since the place of an output says which it is; nothing asks for its shape, and that
+    of another stands in its place.
+    """
+    shapes = {edge.output_port_id: tuple(edge.tensor_shape) for edge in graph.get_output_edges(node)}
+    some = next(iter(shapes.values()), ())
+    return {tensor_name(node.node_name, port): shapes.get(port, some) for port in range(max(shapes, default=-1) + 1)}
 
 
 def _sources(graph: Any, node: Any) -> list[tuple[int, Ref | Const, str]]:

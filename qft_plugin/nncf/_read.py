@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qft_plugin.config import QFTConfig
 from qft_plugin.errors import ModelError
-from qft_plugin.graph.batch_norms import CONVOLUTIONS, foldable_norms, folded_norm, neutralize
+from qft_plugin.graph.batch_norms import CONVOLUTIONS, NORMS, foldable_norms, folded_norm, neutralize, replaceable
 from qft_plugin.graph.channel_affine import (
     Addend,
     Rescaled,
@@ -28,6 +28,7 @@ from qft_plugin.graph.layer_graph import Const, DofMap, LayerGraph, Op, Ref
 from qft_plugin.graph.surroundings import check_repeatable
 from qft_plugin.graph.torch_model import (
     SAME,
+    Call,
     check_finite,
     first_outputs,
     largest_change,
@@ -186,7 +187,7 @@ def read(model: nn.Module, inputs: Inputs, config: QFTConfig | None = None) -> S
         free_bounds(copied, call)
     traced = trace(copied, call)
     ports = ports_of(traced)
-    norms = _fold_norms(copied, layer_graph(traced, ()), ports)
+    norms = _fold_norms(copied, layer_graph(traced, ()), ports, call)
     in_result = counterparts(traced, traced, copied)
     in_teacher = in_result if untouched is None else counterparts(traced, untouched, copied)
     if rescales:
@@ -261,7 +262,7 @@ def port_of(ports: Mapping[tuple[str, int], Ref | Const], addend: Addend) -> int
 
 
 def _fold_norms(
-    model: nn.Module, graph: LayerGraph, ports: Mapping[tuple[str, int], Ref | Const]
+    model: nn.Module, graph: LayerGraph, ports: Mapping[tuple[str, int], Ref | Const], call: Call
 ) -> tuple[FoldedNorm, ...]:
     """Fold every BatchNorm that alone follows a layer, and leave a neutral one in its place.
 
@@ -284,7 +285,10 @@ def _fold_norms(
         neutralize(norm)
         tensor_of(model, bias.name).copy_(shift)
         folded.append(FoldedNorm(layer_name, norm_name, calls[0].name, calls[1].name, bias.name))
-    return tuple(folded)
+    # A subclass stays: its forward may do more than what torch's own does, such as an activation function.
+    plain = [f.norm for f in folded if type(model.get_submodule(f.norm)) in NORMS]
+    others = replaceable(model, plain, call) if plain else frozenset()
+    return tuple(replace(f, replaceable=f.norm in others) for f in folded)
 
 
 def _constants(op: Op) -> list[str]:

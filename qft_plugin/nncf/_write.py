@@ -154,6 +154,10 @@ def _weight_quantizer(old: Any, deployed: DeployedWeight) -> nn.Module:
 
 def _symmetric(old: Any, *, bits: int, step: Tensor) -> nn.Module:
     state = {**old.get_config(), "num_bits": bits, "narrow_range": True, "half_range": False}
+    if old.scale.numel() == 1:
+        # NNCF's own shape for a depthwise transposed convolution, [1, 1, 1, 1], is exported as a scale for each channel
+        # of axis 0, of which there are more: torch refuses it (3.4).
+        state["scale_shape"] = (1,)
     quantizer: Any = SymmetricQuantizer(PTQuantizerSpec.from_state(state))
     quantizer.to(step.device)
     quantizer.signed = True

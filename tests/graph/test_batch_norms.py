@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qft_plugin.graph.batch_norms import can_fold, folded_norm, kind_of, merge_norms
+from qft_plugin.graph.batch_norms import can_fold, folded_norm, kind_of, merge_norms, replaceable
 
 EXACT = 1e-12
 """float64: a product and a sum per channel in another order; outputs are of the order of 10."""
@@ -239,3 +239,45 @@ def test_a_norm_is_merged_once(kind: type[nn.Module], dtype: torch.dtype) -> Non
     weight = model[0].weight.clone()
     assert merge_norms(model, model, record(model, x)) == []
     assert torch.equal(model[0].weight, weight)
+
+
+class Unusual(nn.Module):
+    """Two norms, the first of which is used in an unusual way."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 6, 3).double(), batch_norm(2, 6)
+        self.conv2, self.norm2 = nn.Conv2d(6, 4, 3).double(), batch_norm(2, 4)
+        self.how, self.held = how, [self.norm1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, norm = self.conv1(x), self.norm1
+        if self.how == "function":
+            x = functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        else:
+            x = (self.held[0] if self.how == "held outside" else norm)(x)
+        return self.norm2(self.conv2(x))
+
+
+UNUSUAL = ["plain", "function", "held outside"]
+
+
+@pytest.mark.parametrize("how", UNUSUAL)
+def test_a_merged_norm_changes_nothing_however_it_is_called(how: str) -> None:
+    """A forward may hand a norm's tensors to the function, or call it by a name that is none of a module."""
+    model, x = Unusual(how), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    expected = model(x)
+    assert merge_norms(model, model, record(model, x)) == ["conv1", "conv2"]
+    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+    assert (type(model.norm1) is nn.Identity) == (how != "function")
+
+
+@pytest.mark.parametrize("how", UNUSUAL)
+def test_a_norm_that_is_not_called_by_its_name_is_not_replaceable(how: str) -> None:
+    """Another module in its place would not be called; the model is left as it was."""
+    model, x = Unusual(how), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    expected, modules = model(x), list(model.modules())
+    found = replaceable(model, ["norm1", "norm2"], ((x,), {}))
+    assert found == {"plain": {"norm1", "norm2"}, "function": set(), "held outside": {"norm2"}}[how]
+    assert list(model.modules()) == modules
+    assert torch.equal(model(x), expected)

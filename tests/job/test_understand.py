@@ -86,9 +86,11 @@ class Rows(nn.Module):
         return x + x.view(len(x), -1).mean(1)[:, None, None, None]
 
 
-@pytest.mark.parametrize(("between", "channels_last"), [(nn.ReLU, True), (Rows, False)])
+@pytest.mark.parametrize(
+    ("between", "channels_last"), [(nn.ReLU, True), (Rows, False), (lambda: nn.GroupNorm(2, 8), False)]
+)
 def test_the_layout_of_images(between: Callable[[], nn.Module], channels_last: bool) -> None:
-    """Channels last on a CPU, unless a view in the model needs the ordinary layout."""
+    """Channels last on a CPU, unless a view or the gradient of a GroupNorm needs the ordinary layout."""
     assert understood(network(between), settings()).inputs.channels_last == channels_last
 
 
