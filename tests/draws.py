@@ -27,23 +27,24 @@ ASKED = int(os.environ.get("QFT_EXAMPLES") or 0)
 """How many random networks are drawn; 0 for a few that are the same in every run."""
 
 
-def examples(usual: int, *, share: float = 1) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def examples(usual: int, *, share: float = 1, part: int = 0) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that sets how many examples a property gets.
 
     Args:
         usual: how many in a run that asks for none; they are the same every time.
         share: of those that `QFT_EXAMPLES` asks for. They are drawn from the seed `QFT_SEED`, which a failure prints.
+        part: which of several parts of a property this is; each has networks of its own.
     """
     # One example is a whole job, or a network in float64: slow, but none of it is the strategy's.
     chosen = settings(
         max_examples=max(int(share * ASKED), 1) if ASKED else usual,
-        derandomize=not ASKED,
         deadline=None,
         database=None,
         print_blob=True,
         suppress_health_check=[HealthCheck.too_slow],
     )
-    return (lambda test: seed(int(os.environ["QFT_SEED"]))(chosen(test))) if ASKED else chosen
+    number = int(os.environ["QFT_SEED"]) if ASKED else 0
+    return lambda test: seed(f"{number} {part}")(chosen(test))
 
 
 def note_seed() -> None:

@@ -25,6 +25,9 @@ LEAST = {"like torch": 0.9, "like float": 0.85}
 
 IMAGES = 16
 
+PARTS = 2
+"""Tests run two at a time, and this one takes minutes."""
+
 
 def settings_of(net: Net):
     """Train a third of the networks for two steps, give another third 8 bits."""
@@ -42,12 +45,13 @@ def save(host, model, net, images, folder):
     return reports
 
 
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("name", EACH_HOST)
-def test_random_networks(name):
+def test_random_networks(name, part):
     """Every network is quantized, keeps its function in 8 bits, and its file is proved; none is refused."""
     host, seen = host_of(name), Counter()
 
-    @examples({"nncf": 80, "brevitas": 120}[name], share=0.5)
+    @examples({"nncf": 80, "brevitas": 120}[name] // PARTS, share=0.5 / PARTS, part=part)
     @given(net=nets())
     def holds(net):
         note_seed()
