@@ -16,7 +16,7 @@ from qft_plugin.job.gptq_inputs import can_compensate, input_rows, rows_wanted
 from qft_plugin.job.health import Ranges
 from qft_plugin.job.host import Problem, Source, Student
 from qft_plugin.report.progress import phase
-from qft_plugin.tensors.gptq import Compensation, Moved, moments_of, parts_of
+from qft_plugin.tensors.gptq import Compensation, moments_of, moved_between, parts_of
 from qft_plugin.tensors.grid import largest_integer, to_integer
 from qft_plugin.training.data import Inputs
 from qft_plugin.training.dof import Dof, LayerDof
@@ -177,14 +177,13 @@ class _Kernel:
         Raises:
             LinAlgError: the moments of the inputs are not positive definite.
         """
-        parts = parts_of(self.W)
+        parts = parts_of(self.W, rows=len(x))
         x = x.transpose(0, 1)
         y = x if y is None else y.transpose(0, 1)
         x_mean, y_mean = (torch.zeros_like(t[:, :1]) if self.bias is None else t.mean(1, keepdim=True) for t in (x, y))
-        moved, alike, x, y = None, y is x, x - x_mean, y - y_mean
-        if not alike:
-            moved = Moved(moments_of(x, parts, y - x).double(), moments_of(y, parts).double(), rows=x.shape[1])
-        by = Compensation(self.W, moments_of(x, parts).double(), groups=self.layer.groups, moved=moved)
+        alike, x, y = y is x, x - x_mean, y - y_mean
+        moved = None if alike else moved_between(x, y, parts)
+        by = Compensation(self.W, moments_of(x, parts), groups=self.layer.groups, moved=moved)
         name, step = self.layer.weight, self.step
         if self.steps:
             found.multiples[name] = by.multiples(self.W, step, high=self.high, alike=self.steps == 1)
@@ -232,7 +231,12 @@ def _kernels(problem: Problem[Source], dof: Dof, tensors: Mapping[str, Tensor]) 
 def _watchers(
     kernels: Sequence[_Kernel], watch: Callable[[_Kernel, Tensor], None]
 ) -> dict[str, Callable[[Tensor], None]]:
-    return {kernel.op.name: functools.partial(watch, kernel) for kernel in kernels}
+    def shown(kernel: _Kernel, x: Tensor) -> None:
+        # Function modes (the hooks of NNCF are one) have no business in here, and would cost ten times the arithmetic.
+        with torch._C.DisableTorchFunction():
+            watch(kernel, x)
+
+    return {kernel.op.name: functools.partial(shown, kernel) for kernel in kernels}
 
 
 class _Floating:
