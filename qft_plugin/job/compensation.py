@@ -16,7 +16,7 @@ from qft_plugin.job.gptq_inputs import can_compensate, input_rows, rows_wanted
 from qft_plugin.job.health import Ranges
 from qft_plugin.job.host import Problem, Source, Student
 from qft_plugin.report.progress import phase
-from qft_plugin.tensors.gptq import Compensation, Moved, moments_of, parts_of
+from qft_plugin.tensors.gptq import Compensation, moments_of, moved_between, parts_of
 from qft_plugin.tensors.grid import largest_integer, to_integer
 from qft_plugin.training.data import Inputs
 from qft_plugin.training.dof import Dof, LayerDof
@@ -97,7 +97,7 @@ def compensated(
     live = {name: tensor.clone() for name, tensor in solution.tensors.items()}
     for kernel in every:
         if kernel.layer.weight in done and kernel.layer.weight in found.tensors:
-            kernel.use(live, found)
+            kernel.use(kernel.rounded(found), live, found)
     count = images_at_once(problem.source.graph, inputs)
     at_once = count >= FEW
     size = count if at_once else inputs.at_once(BATCH)
@@ -218,34 +218,35 @@ class _Kernel:
         Raises:
             LinAlgError: the moments of the inputs are not positive definite.
         """
-        parts = parts_of(self.W)
+        parts = parts_of(self.W, rows=len(x))
         x = x.transpose(0, 1)
         y = x if y is None else y.transpose(0, 1)
         x_mean, y_mean = (torch.zeros_like(t[:, :1]) if self.bias is None else t.mean(1, keepdim=True) for t in (x, y))
-        moved, alike, x, y = None, y is x, x - x_mean, y - y_mean
-        if not alike:
-            moved = Moved(moments_of(x, parts, y - x).double(), moments_of(y, parts).double(), rows=x.shape[1])
-        by = Compensation(self.W, moments_of(x, parts).double(), groups=self.layer.groups, moved=moved)
+        alike, x, y = y is x, x - x_mean, y - y_mean
+        moved = None if alike else moved_between(x, y, parts)
+        by = Compensation(self.W, moments_of(x, parts), groups=self.layer.groups, moved=moved)
         name = self.layer.weight
         if self.steps:
             found.multiples[name] = by.multiples(self.W, self.step, high=self.high, alike=self.steps == 1)
         found.tensors[name] = by.kernel(self.W, self._chosen_step(found), high=self.high)
+        rounded = self.rounded(found)
         if self.bias is not None and self.layer.bias is not None:
             got, wanted = (
                 t.reshape(self.layer.groups, -1, parts.columns) @ mean.transpose(1, 2)
-                for t, mean in ((self._rounded(found), x_mean), (self.W, y_mean))
+                for t, mean in ((rounded, x_mean), (self.W, y_mean))
             )
             found.tensors[self.layer.bias] = self.bias + (wanted - got).flatten()
-        self.use(live, found)
+        self.use(rounded, live, found)
 
-    def use(self, live: dict[str, Tensor], found: Changes) -> None:
+    def use(self, rounded: Tensor, live: dict[str, Tensor], found: Changes) -> None:
         """Let the network that runs have the weight and the bias that were chosen.
 
         Args:
+            rounded: the weight, from `rounded`.
             live: tensors of the network that runs.
             found: the choice.
         """
-        live[self.layer.weight].copy_(self._rounded(found))
+        live[self.layer.weight].copy_(rounded)
         if self.bias is not None and self.layer.bias is not None:
             live[self.layer.bias].copy_(found.tensors[self.layer.bias])
 
@@ -255,7 +256,8 @@ class _Kernel:
             return self.step
         return self.step * (self.layer.axes.per_out(multiple, self.W) if multiple.dim() else multiple)
 
-    def _rounded(self, found: Changes) -> Tensor:
+    def rounded(self, found: Changes) -> Tensor:
+        """Return the weight that was chosen on its grid, real units."""
         step = self._chosen_step(found)
         return to_integer(found.tensors[self.layer.weight], step, low=-self.high, high=self.high).mul_(step)
 
@@ -289,7 +291,12 @@ def _kernels(problem: Problem[Source], dof: Dof, tensors: Mapping[str, Tensor]) 
 def _watchers(
     kernels: Sequence[_Kernel], watch: Callable[[_Kernel, Tensor], None]
 ) -> dict[str, Callable[[Tensor], None]]:
-    return {kernel.op.name: functools.partial(watch, kernel) for kernel in kernels}
+    def shown(kernel: _Kernel, x: Tensor) -> None:
+        # Function modes (the hooks of NNCF are one) have no business in here, and would cost ten times the arithmetic.
+        with torch._C.DisableTorchFunction():
+            watch(kernel, x)
+
+    return {kernel.op.name: functools.partial(shown, kernel) for kernel in kernels}
 
 
 class _Floating:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_host import SmallHost, SmallNetwork, SmallSource
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from qft_plugin import QFTConfig
 from qft_plugin.graph.torch_model import Call
@@ -125,6 +126,36 @@ def test_a_model_that_takes_one_image_is_compensated_on_float_inputs() -> None:
     assert images_at_once(problem.source.graph, problem.inputs) == 1
     put(begin, changed(problem, begin))
     assert error(problem, begin, batch) < 0.8 * near
+
+
+class Counted(TorchFunctionMode):
+    """Counts what is called inside it, as the hooks of a host do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_hooks_of_a_host_see_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choosing weights takes thousands of small operations for each layer; a mode would make each ten times as slow."""
+    problem, begin = begun(deep(), some(20))
+    before = Compensation.kernel
+    seen: list[int] = []
+
+    def kernel(by: Compensation, *args: Any, **kwargs: Any) -> Tensor:
+        calls, found = counted.calls, before(by, *args, **kwargs)
+        seen.append(counted.calls - calls)
+        return found
+
+    monkeypatch.setattr(Compensation, "kernel", kernel)
+    with Counted() as counted:
+        changed(problem, begin)
+    assert counted.calls > 0
+    assert seen == [0] * 7
 
 
 def test_images_at_once_are_limited_by_the_largest_activation() -> None:

@@ -1,5 +1,7 @@
 """Rounding errors that compensate each other."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,9 @@ from qft_plugin.tensors.gptq import (
     OUTERMOST,
     Compensation,
     Moved,
+    Parts,
     moments_of,
+    moved_between,
     parts_of,
 )
 
@@ -79,7 +83,7 @@ def cut(kernel: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Tenso
 def test_parts_of_a_wide_kernel_are_compensated_as_a_whole_is(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where inputs of different parts are not correlated, parts give what the whole gives, by any rows at a time."""
     W, step, groups = cut(kernel, 10, monkeypatch)
-    parts = parts_of(W)
+    parts = parts_of(W, rows=80)
     assert parts.count > 1
     assert parts.size % (W[0, 0].numel()) == 0
     X = correlated(80, parts.columns, groups)
@@ -105,7 +109,7 @@ def test_parts_of_a_wide_kernel_are_better_than_rounding_to_nearest(
 ) -> None:
     """On inputs whose parts are correlated too, the error of the outputs is smaller than of the nearest integers."""
     W, step, groups = cut(kernel, 10, monkeypatch)
-    parts = parts_of(W)
+    parts = parts_of(W, rows=200)
     X = correlated(200, parts.columns, groups)
     found = Compensation(W, moments_of(X, parts), groups=groups).kernel(W, step, high=HIGH)
     rows, moved = (t.reshape(groups, -1, parts.columns) for t in (W, found))
@@ -114,9 +118,73 @@ def test_parts_of_a_wide_kernel_are_better_than_rounding_to_nearest(
 
 def test_memory_grows_with_the_columns_alone() -> None:
     """The moments of a kernel with 25,088 inputs are parts of some thousand columns."""
-    parts = parts_of(torch.empty(1, 25_088))
+    parts = parts_of(torch.empty(1, 25_088), rows=25_088)
     assert parts.count * parts.size**2 < 1.1 * 25_088 * LARGEST
-    assert parts_of(torch.empty(1, 2048)).count == parts_of(torch.empty(1, 256, 3, 3)).count == 1
+    for kernel in (torch.empty(1, 2048), torch.empty(1, 256, 3, 3)):
+        assert parts_of(kernel, rows=2304).count == 1
+
+
+@pytest.mark.parametrize("at_a_time", [1, 5, 29, 100])
+def test_moments_are_those_of_one_product(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Computing them from the diagonal on, some rows at a time, and in parts, changes nothing."""
+    monkeypatch.setattr("qft_plugin.tensors.gptq.SYMMETRIC", at_a_time)
+    X = correlated(50, 29, groups=2)
+    whole = X.transpose(1, 2) @ X
+    torch.testing.assert_close(moments_of(X, Parts(29, 1, 29)), whole, rtol=EXACT, atol=EXACT)
+    first, last = moments_of(X, Parts(29, 2, 15)).unflatten(0, (2, 2)).unbind(1)
+    torch.testing.assert_close(first, whole[:, :15, :15], rtol=EXACT, atol=EXACT)
+    torch.testing.assert_close(last[:, :14, :14], whole[:, 15:, 15:], rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_a_target_has_lost_is_the_same_from_rows_and_from_moments(groups: int) -> None:
+    """A kernel of many outputs is targeted by moments, its first outputs alone by the rows they are moments of."""
+    y = correlated(300, 12, groups)
+    x, W = y + 2 * torch.randn_like(y), torch.randn(groups, 30, 12, dtype=torch.float64)
+    step, parts = W.abs().amax(-1, keepdim=True) / HIGH, parts_of(W.flatten(0, 1), rows=300)
+    H, moved = moments_of(x, parts), moved_between(x, y, parts)
+    many = compensated(W, step, H, moved)[:, :5]
+    torch.testing.assert_close(compensated(W[:, :5], step[:, :5], H, moved), many, rtol=EXACT, atol=EXACT)
+
+
+def test_float32_chooses_the_integers_of_float64() -> None:
+    """But for ties: the matrices are factorized in float64, and only then rounded."""
+    y = correlated(300, 120)
+    x, W = y + torch.randn_like(y), torch.randn(40, 120, dtype=torch.float64)
+    step, found = W.abs().amax(-1, keepdim=True) / HIGH, []
+    for dtype in (torch.float64, torch.float32):
+        parts, a, b = parts_of(W, rows=300), x.to(dtype), y.to(dtype)
+        by = Compensation(W.to(dtype), moments_of(a, parts), groups=1, moved=moved_between(a, b, parts))
+        found.append((by.kernel(W.to(dtype), step.to(dtype), high=HIGH) / step).round())
+    assert float((found[0] != found[1]).double().mean()) < 0.01
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("limit", [10, 1000])
+def test_steps_of_rows_and_steps_of_weights_do_the_same(
+    kernel: str, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step for each row is held once; a tensor with a step for each weight gives the same, in parts too."""
+    W, step, groups = cut(kernel, limit, monkeypatch)
+    parts = parts_of(W, rows=80)
+    by = Compensation(W, moments_of(correlated(80, parts.columns, groups), parts), groups=groups)
+    found = by.kernel(W, step, high=HIGH)
+    assert torch.isfinite(found).all()
+    torch.testing.assert_close(by.kernel(W, step.expand_as(W).contiguous(), high=HIGH), found, rtol=0, atol=0)
+
+
+def test_a_kernel_that_sees_few_inputs_is_cut_into_narrow_parts() -> None:
+    """On other inputs its outputs are closer to the float ones than those of parts with more columns than rows."""
+    mixing = torch.randn(1, 400, 400, dtype=torch.float64) + 1
+    seen, unseen = (torch.randn(1, rows, 400, dtype=torch.float64) @ mixing for rows in (100, 2000))
+    W = torch.randn(8, 400, dtype=torch.float64)
+    step, errors = W.abs().amax(-1, keepdim=True) / HIGH, []
+    for rows in (100, 400):
+        parts = parts_of(W, rows=rows)
+        assert parts.size == (25 if rows == 100 else 400)
+        found = Compensation(W, moments_of(seen, parts), groups=1).kernel(W, step, high=HIGH)
+        errors.append(output_error(W, rounded(found, step), unseen))
+    assert errors[0] < 0.9 * errors[1]
 
 
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,11 +292,11 @@ def test_a_layer_makes_up_for_the_inputs_that_it_has(groups: int) -> None:
     y = torch.randn(groups, 400, 24, dtype=torch.float64) @ mixing
     x = y + 0.05 * y @ torch.randn(groups, 24, 24, dtype=torch.float64)
     W = torch.randn(groups, 6, 24, dtype=torch.float64)
-    step, parts = W.abs().amax(-1, keepdim=True) / HIGH, parts_of(W.flatten(0, 1))
+    step, parts = W.abs().amax(-1, keepdim=True) / HIGH, parts_of(W.flatten(0, 1), rows=400)
     wanted = W @ y.transpose(1, 2)
 
     def moved_to(x: Tensor) -> Moved:
-        return Moved(moments_of(x, parts, y - x), moments_of(y, parts), rows=10**6)
+        return replace(moved_between(x, y, parts), rows=10**6)
 
     H = moments_of(x, parts)
     errors = [
