@@ -30,7 +30,13 @@ PACKAGES = {"NNCF": "nncf", "Brevitas": "brevitas[export]"}
 
 HEAD = ["environment", "host", "Python", "torch", "OpenVINO", "tests", "result", "date", "notes"]
 
-CHOSEN = {"core": "core", "not table": "all", "not table and not nncf_only": "all", "": "unit"}
+CHOSEN = {
+    "core": "core",
+    "core and not nncf_only": "core",
+    "not table": "all",
+    "not table and not nncf_only": "all",
+    "": "unit",
+}
 """What the expressions of markers in tox.ini mean in the table."""
 
 
