@@ -15,6 +15,8 @@ from torch.nn import functional
 from qft_plugin import ConfigError, QFTWarning
 from qft_plugin.graph.torch_model import tensors_in
 
+pytestmark = pytest.mark.core
+
 NETS = ["residual", "preactivation", "branches", "grouped", "one_d", "linear_only", "bias_and_norm"]
 """Networks that both hosts take; the others use something that one of them cannot trace."""
 

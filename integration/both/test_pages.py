@@ -54,7 +54,7 @@ def test_commands_name_environments_and_extras_that_there_are(page):
     """Every `tox run -e ENV`, `tox run -m LABEL` and `.[EXTRA]` can be started."""
     names, labels = environments()
     assert {"lint", "nncf340", "docs"} <= names
-    assert labels == {"hosts", "matrix"}
+    assert labels == {"matrix"}
     for asked in re.findall(r"tox (?:run|exec) (?:-q )?-e ([\w,]+)", read(page)):
         assert set(asked.split(",")) <= names
     assert set(re.findall(r"tox run -m (\w+)", read(page))) <= labels

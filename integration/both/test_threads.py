@@ -4,8 +4,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import nets
+import pytest
 import torch
 from conftest import few_steps, four_bits
+
+pytestmark = pytest.mark.core
 
 
 def quantized(host, model, items):

@@ -47,6 +47,8 @@ from qft_plugin.brevitas import (
 )
 from qft_plugin.brevitas._twin import make_twin
 
+pytestmark = pytest.mark.core
+
 SAME = 1e-5
 """Relative L2 difference of outputs whose scales were computed another way in float32."""
 

@@ -15,6 +15,8 @@ from qft_plugin import ConfigError, DataError, DeployabilityError, HardwareSpec,
 from qft_plugin.brevitas import finetune, fold, initialize, inspect, quantize, save_qcdq, save_qonnx
 from qft_plugin.graph.torch_model import tensors_in
 
+pytestmark = pytest.mark.core
+
 RUNS = tuple(nets.NETS)
 """Networks that must not be refused: all of the collection."""
 

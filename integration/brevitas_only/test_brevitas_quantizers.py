@@ -27,6 +27,8 @@ from qft_plugin.brevitas import (
     save_qonnx,
 )
 
+pytestmark = pytest.mark.core
+
 ON_GRID = 1e-3
 """Largest distance of value / scale from an integer: float32 rounding of numbers up to 255."""
 

@@ -59,6 +59,7 @@ def folded():
     return make
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", NETS)
 def test_qonnx_computes_what_torch_computes(name, folded, tmp_path):
     """Folded and unfolded models equal their QONNX files in every integer and to 1e-5 in their outputs."""
@@ -72,6 +73,7 @@ def test_qonnx_computes_what_torch_computes(name, folded, tmp_path):
 
 
 # The repeated layer of "twice" reads two quantizers, so that its bias has no one accumulator scale: `fold` refuses it.
+@pytest.mark.core
 @pytest.mark.parametrize(("name", "bias_bits"), [*((n, None) for n in NETS), *((n, 32) for n in NETS if n != "twice")])
 def test_qcdq_runs_in_int8(name, bias_bits, folded, tmp_path):
     """Every convolution of a folded model runs in int8 in OpenVINO, and ONNX Runtime computes what torch computes."""
@@ -164,6 +166,7 @@ class Doubly(nn.Module):
         return self.second(self.act(self.first(x)))
 
 
+@pytest.mark.core
 def test_doubly_per_channel_is_for_qonnx(tmp_path):
     """Its scales are in the QONNX file as they are, and QCDQ refuses them by the names of the layers."""
     model, x = Doubly().eval(), torch.randn(4, 3, 8, 8)
@@ -179,6 +182,7 @@ def test_doubly_per_channel_is_for_qonnx(tmp_path):
     assert not (tmp_path / "qcdq.onnx").exists()
 
 
+@pytest.mark.core
 def test_qcdq_refuses_what_is_not_folded(folded, tmp_path):
     """A linked model has scales by input channel; the error names the layers and says to fold."""
     linked, _, item = folded("residual")
@@ -187,6 +191,7 @@ def test_qcdq_refuses_what_is_not_folded(folded, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("save", [save_qonnx, save_qcdq])
 @pytest.mark.parametrize("path", ["missing/model.onnx", "model.xml"])
 def test_where_a_file_cannot_go(save, path, folded, tmp_path):
@@ -196,6 +201,7 @@ def test_where_a_file_cannot_go(save, path, folded, tmp_path):
         save(model, tmp_path / path, item)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("save", [save_qonnx, save_qcdq])
 def test_a_wrong_file_is_not_written(save, folded, tmp_path, monkeypatch):
     """Where the proof fails, the file that was there stays and nothing else is left; the model is as before."""
@@ -232,6 +238,7 @@ def test_a_layer_that_is_not_called(caplog, tmp_path):
     assert save_qonnx(fold(model), tmp_path / "model.onnx", x).weights == 2
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("rescale", ["channelwise", "layerwise"])
 def test_qonnx_moves_integer_biases(rescale, tmp_path):
     """QONNX' own transformation moves quantized biases out of the convolutions, and the file computes the same."""
@@ -325,6 +332,7 @@ class Spectrum(nn.Module):
         return self.head(x) + torch.special.bessel_j0(x.mean())
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("save", [save_qcdq, save_qonnx])
 def test_what_torch_cannot_export_is_refused(save, tmp_path):
     """The operation is named, and nothing is written."""

@@ -32,6 +32,8 @@ from qft_plugin.brevitas import (
     link,
 )
 
+pytestmark = pytest.mark.core
+
 EXACT_64 = 1e-12
 """Relative L2 difference of outputs whose scales were computed another way in float64."""
 

@@ -27,6 +27,8 @@ from qft_plugin import (
 )
 from qft_plugin.nncf import check_version
 
+pytestmark = pytest.mark.core
+
 
 def refused(error, words, *, model=None, dataset=None, algorithm=None):
     """Check that a quantization raises an error of this kind with these words, and never comes to a first step."""

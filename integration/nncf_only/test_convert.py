@@ -1,5 +1,7 @@
 """From NNCF to OpenVINO by torch's tracer: hooks at their own calls, a free first axis, what a trace cannot keep."""
 
+from importlib import metadata
+
 import pytest
 import torch
 from torch import nn
@@ -11,13 +13,15 @@ import openvino
 from conftest import four_bits, relative_error
 
 import qft_plugin.nncf as host
-from qft_plugin import DeployabilityError, QFTWarning
+from qft_plugin import DeployabilityError, ParityError, QFTWarning
 from qft_plugin.deploy.ir_view import Compiled
 from qft_plugin.deploy.openvino import set_weight_storage
 from qft_plugin.nncf._convert import converted
 
 SAME = 1e-5
 """Relative L2 difference of float32 sums in another order, where no activation is near a tie."""
+
+OPENVINO = tuple(int(part) for part in metadata.version("openvino").split(".")[:2])
 
 
 class Residual(nn.Module):
@@ -145,6 +149,7 @@ def test_calls_that_only_a_trace_makes():
         converted(model, images)
 
 
+@pytest.mark.core
 def test_what_cannot_be_traced():
     """What torch cannot trace is refused in words, and the model is left as it was."""
     model, images = quantized(Rounded)
@@ -154,10 +159,18 @@ def test_what_cannot_be_traced():
     assert model.forward is forward
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("norm", [nn.LayerNorm(16), nn.GroupNorm(4, 16)])
 def test_normalisations_keep_their_epsilon(norm, tmp_path):
-    """Where the variance is as small as the epsilon, the file is run as torch runs: neither is scaled alone."""
+    """Where the variance is as small as the epsilon, the file is run as torch runs: neither is scaled alone.
+
+    OpenVINO before 2025.4 computes a group normalisation in another way, and the proof refuses the file.
+    """
     model, images = quantized(lambda: Normalised(norm))
+    if isinstance(norm, nn.GroupNorm) and OPENVINO < (2025, 4):
+        with pytest.raises(ParityError, match=r"norm/group_norm/0.*from the same numbers"):
+            host.save_openvino(model, tmp_path / "model.xml", images)
+        return
     path = host.save_openvino(model, tmp_path / "model.xml", images, check=False).path
     found = Compiled(openvino.Core().read_model(path), [])([images])
     with torch.no_grad(), host.without_compiler():

@@ -56,6 +56,7 @@ def assert_unchanged(model, before):
     assert not hasattr(model, "__nncf_hooks")
 
 
+@pytest.mark.core
 def test_the_model_is_never_changed(float_model):
     """Weights, buffers, modes, gradients, hooks and modules of the user's model stay as they were."""
     before = snapshot(float_model)
@@ -108,6 +109,7 @@ def test_the_result_is_reproducible():
     assert any(not torch.equal(t, other[n]) for n, t in first.items())
 
 
+@pytest.mark.core
 def test_registering_again_changes_nothing():
     """A second registration leaves the wrapped function in place."""
     before = [place.quantize for place in PLACES]
@@ -116,6 +118,7 @@ def test_registering_again_changes_nothing():
     assert not any(hasattr(getattr(wrapped, MARK), MARK) for wrapped in before)
 
 
+@pytest.mark.core
 def test_unregistering_gives_nncf_its_function_back():
     """After `unregister` the argument is unknown to NNCF, after `register` it is known again."""
     host.unregister()
@@ -130,6 +133,7 @@ def test_unregistering_gives_nncf_its_function_back():
     assert all("algorithm" in inspect.signature(place.quantize).parameters for place in PLACES)
 
 
+@pytest.mark.core
 def test_signature_and_documentation_are_extended():
     """The wrapped function keeps NNCF's name, arguments and words, and adds its own three arguments."""
     wrapped, original = nncf.quantize, getattr(nncf.quantize, MARK)
@@ -143,6 +147,7 @@ def test_signature_and_documentation_are_extended():
     assert order == sorted(order)
 
 
+@pytest.mark.core
 def test_without_algorithm_the_result_is_nncfs_own():
     """Without `algorithm` the wrapped function gives the bits that NNCF alone gives."""
     model, dataset = nets.build("residual"), nncf.Dataset(nets.items("residual"))
@@ -153,12 +158,14 @@ def test_without_algorithm_the_result_is_nncfs_own():
     assert all(torch.equal(t, own[n]) for n, t in found.items())
 
 
+@pytest.mark.core
 def test_a_callback_needs_an_algorithm():
     """A callback without an algorithm would never be called, so it is refused."""
     with pytest.raises(ConfigError, match=r'callback.*algorithm="qft"'):
         nncf.quantize(nets.build("linear_only"), nncf.Dataset(nets.items("linear_only")), callback=print)
 
 
+@pytest.mark.core
 def test_the_callback_sees_every_step():
     """The callback is told number, total, loss and learning rate of every step, as the result lists them."""
     steps = []
@@ -190,6 +197,7 @@ def test_qft_is_the_config_with_its_defaults():
     assert losses[0] == losses[1]
 
 
+@pytest.mark.core
 def test_the_result_can_be_copied_and_trained_on(outputs):
     """The result is an ordinary torch model: a copy computes the same, and every weight asks for a gradient."""
     model, items = nets.build("residual"), nets.items("residual")
@@ -236,6 +244,7 @@ def test_datasets_of_any_kind(kind, outputs):
     assert relative_error(outputs(result, images), outputs(expected, images)) < 1e-6
 
 
+@pytest.mark.core
 def test_only_as_many_images_as_asked_are_read():
     """`max_images` stops the reading of an endless dataset."""
     read = []

@@ -19,6 +19,7 @@ from nncf.torch.quantization.layers import SymmetricQuantizer
 
 import qft_plugin.nncf as host
 from qft_plugin import DeployabilityError, ParityError
+from qft_plugin.deploy.ir_view import EXACT
 from qft_plugin.deploy.layers import precisions, runtime_ops
 from qft_plugin.deploy.openvino import INT8, inspect_file, save, set_weight_storage
 from qft_plugin.graph.layer_graph import is_kernel
@@ -37,7 +38,14 @@ def constants(path):
     return {kind: kinds.count(kind) for kind in ("i4", "i8")}
 
 
-@pytest.mark.parametrize("name", sorted(nets.NETS.keys() - {"in_place"}))  # whose file would be that of "residual"
+CORE = {"residual", "transformer", "transposed", "two_inputs"}
+"""What an older version of the host saves."""
+
+NAMES = sorted(nets.NETS.keys() - {"in_place"})
+"""All networks but one whose file would be that of "residual"."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.core] * (n in CORE)) for n in NAMES])
 def test_four_bit_weights_are_stored_in_four_bits_and_run_in_int8(name, quantized, tmp_path):
     """Every quantized weight is one 4-bit constant, and every convolution with one runs in int8."""
     q, net = quantized(name), nets.NETS[name]
@@ -57,13 +65,14 @@ def test_four_bit_weights_are_stored_in_four_bits_and_run_in_int8(name, quantize
     assert report.bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
 
 
+@pytest.mark.core
 def test_storages_compute_the_same_and_differ_in_size(quantized, tmp_path):
     """Storage "i8" is larger by half a byte per weight, "i4_plain" has plain constants; outputs are those of "i4"."""
     q = quantized("residual")
     reports, results = {}, {}
     for storage in ("i4", "i8", "i4_plain"):
         report = host.save_openvino(q.job.model, tmp_path / f"{storage}.xml", q.items[0], weights=storage)
-        compiled = openvino.Core().compile_model(report.path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = openvino.Core().compile_model(report.path, "CPU", EXACT)
         reports[storage], results[storage] = report, compiled([q.items[0].numpy()])[0]
     layers = reports["i4"].weights
     assert constants(reports["i8"].path) == {"i4": 0, "i8": layers}
@@ -121,6 +130,7 @@ def test_saving_changes_nothing_in_the_model(tmp_path):
     assert QuantizedFunctionsCPU._loaded_namespace is loaded
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("loaded", [None, "something that was loaded before"])
 def test_the_extension_is_put_back(loaded, monkeypatch):
     """Inside the block no compiler is needed, a loaded extension stays, and an error inside restores it too."""
@@ -136,6 +146,7 @@ def test_the_extension_is_put_back(loaded, monkeypatch):
     assert QuantizedFunctionsCPU._loaded_namespace == loaded
 
 
+@pytest.mark.core
 def test_a_restored_model_is_saved_alike(quantized, tmp_path):
     """A model from NNCF's config and a state dict gives the file that the original gives."""
     q = quantized("residual")
@@ -186,6 +197,7 @@ def tampered(converted):
     return with_another(converted, name, change)
 
 
+@pytest.mark.core
 def test_one_wrong_integer_is_found_and_no_file_is_left(converted, tmp_path):
     """A file with one integer that differs by one step is not written, and the error names the weight."""
     with pytest.raises(ParityError, match=r"conv1\.weight.*1 of 576"):
@@ -201,6 +213,7 @@ def test_wrong_outputs_are_found_and_no_file_is_left(factor, converted, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.core
 def test_a_failed_save_keeps_the_file_before_it(converted, tmp_path):
     """Where a proof fails, the files that stood at the path before stay as they were and can be read."""
     good = save(path=tmp_path / "net.xml", **converted)
@@ -222,6 +235,7 @@ def test_a_file_can_be_written_over(converted, tmp_path):
     assert report.path == tmp_path / "net.xml"
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("path", ["no_such_folder/net.xml", "net.onnx", "net", ""])
 def test_a_path_that_cannot_be_written(path, converted, tmp_path, monkeypatch):
     """A path outside an existing folder or of another suffix is refused, and nothing is written."""
@@ -263,6 +277,7 @@ def saved_plainly(model, path):
     return precisions(runtime_ops(openvino.Core().read_model(path)), {})[0]
 
 
+@pytest.mark.core
 def test_plain_conversion_runs_in_int8(quantized, tmp_path):
     """From memory as it is; saved with OpenVINO's own function after the storage of its weights was chosen."""
     q = quantized("residual")
@@ -294,6 +309,7 @@ def test_widened_weights_keep_their_integers(quantized, outputs, tmp_path):
     assert relative_error(outputs(loaded.eval(), q.items[0]), outputs(wide, q.items[0])) == 0
 
 
+@pytest.mark.core
 def test_strip_takes_widened_weights(quantized, outputs):
     """NNCF turns them, and not weights of 4 bits, into torch's own quantizers."""
     pytest.importorskip("torchao", reason="NNCF strips with it")

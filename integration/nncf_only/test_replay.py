@@ -89,6 +89,7 @@ def hooked(model, *hooks):
     return wrapped
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "hooks",
     [

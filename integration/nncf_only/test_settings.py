@@ -52,6 +52,7 @@ def quantize(name="residual", config=None, **settings):
     return model, items, host.quantize(model, nncf.Dataset(items), config or four_bits(), **settings)
 
 
+@pytest.mark.core
 def test_ignored_scope(outputs):
     """An ignored layer keeps its float weight up to the factors that are folded into it, and gets no quantizer."""
     config = four_bits(equalize=False, train_cross_layer=False)
@@ -108,6 +109,7 @@ def test_transformer_model_type(outputs):
     assert relative_error(outputs(job.model, items[0]), outputs(model, items[0])) < CLOSE
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("device", ["CPU", "NPU", "ANY", "GPU"])
 def test_target_device(device, outputs):
     """Every target device of OpenVINO gets 4-bit weights."""
@@ -150,6 +152,7 @@ def test_subset_size():
     assert 10 * float(input_quantizer(few).scale.detach()) < float(input_quantizer(every).scale.detach())
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("settings", "sizes"), [({}, [64, 16]), ({"subset_size": 80}, [1] * 80)])
 def test_what_nncf_calibrates_on(monkeypatch, settings, sizes):
     """NNCF keeps something of every item, so single images come to it in batches, unless it is told how many items."""
@@ -191,6 +194,7 @@ def test_nncf_says_nothing_about_batches_that_are_made_here(caplog):
         logger.removeHandler(caplog.handler)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("settings", "words"), [
     ({"mode": nncf.QuantizationMode.FP8_E4M3}, "mode should be None"),
     ({"fast_bias_correction": False}, "fast_bias_correction"),
@@ -231,6 +235,7 @@ def test_settings_that_can_be_honoured(outputs):
     assert relative_error(outputs(job.model, items[0]), outputs(model, items[0])) < CLOSE
 
 
+@pytest.mark.core
 def test_an_argument_that_nncf_does_not_have():
     """An unknown argument is a `TypeError` with its name, as it is without the plugin."""
     with pytest.raises(TypeError, match="presett"):

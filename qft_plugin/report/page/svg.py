@@ -62,7 +62,8 @@ class Axis:
             inside = [v for v in found if self.low * 0.999 <= v <= self.high * 1.001]
             if 1 < len(inside) <= most:
                 return inside
-        return _round_values(self.low, self.high, most)
+        # Over many powers of ten the room that a rounded step leaves reaches down to 0, which has no logarithm.
+        return [v for v in _round_values(self.low, self.high, most) if v >= self.low * 0.999]
 
 
 def _round_values(low: float, high: float, most: int) -> list[float]:

@@ -3,7 +3,7 @@
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qft_plugin.report.page.svg import Axis, axis_over, bars, columns, frame, marks, path, picture, px, text
@@ -12,6 +12,7 @@ SIZES = st.floats(1e-9, 1e9)
 
 
 @given(low=SIZES, factor=st.floats(1.001, 1e12), log=st.booleans(), most=st.integers(2, 8))
+@example(low=2.0, factor=1001001003.0, log=True, most=2)
 def test_ticks_are_few_and_inside(low: float, factor: float, log: bool, most: int) -> None:
     """Every axis has some ticks, ascending, not beyond its ends, and hardly more than asked for."""
     axis = Axis(low, low * factor, 0, 100, log)
