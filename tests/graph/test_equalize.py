@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from models import chained, image
 from torch import Tensor
 
+from qft_plugin.graph import equalize as module
 from qft_plugin.graph.dof_map import map_dof
 from qft_plugin.graph.equalize import equalization_factor, equalize
 from qft_plugin.graph.folding import fold_network
@@ -192,3 +193,32 @@ def test_equalization_on_an_accelerator() -> None:
     there = {k: v.cuda() for k, v in weights.items()}
     found = equalize(dof, there, BITS, beta=0.5).cpu()
     torch.testing.assert_close(found, equalize(dof, weights, BITS, beta=0.5), rtol=10 * FLOAT32, atol=10 * FLOAT32)
+
+
+def test_large_layers_are_estimated_from_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Factors from a sixteenth of each weight and a quarter of each slice are close, and are the same every time.
+
+    Every seventh input is ten times as large, so a part that is evenly spaced could see all of these, or none.
+    """
+    torch.manual_seed(0)
+    width = 1022
+    dof = map_dof(
+        chain(
+            linear_op("a", "x", shape=(width, width)),
+            unary_op("act", "relu", "a"),
+            linear_op("b", "act", shape=(width, width)),
+            shapes={name: (2, width) for name in ("x", "a", "act", "b")},
+            outputs=("b",),
+        )
+    )
+    columns = torch.ones(width)
+    columns[::7] = 10
+    weights = {name: torch.randn(width, width) * columns * (1 + 4 * torch.rand(width, 1)) for name in BITS}
+    exact = equalize(dof, weights, BITS, beta=0.5)
+    monkeypatch.setattr(module, "OF_WEIGHT", width * width // 16)
+    monkeypatch.setattr(module, "OF_SLICE", width // 4)
+    found = equalize(dof, weights, BITS, beta=0.5)
+    assert not torch.equal(found, exact)
+    assert (found - exact).abs().mean() < 0.1
+    assert exact.std() > 0.3
+    assert torch.equal(found, equalize(dof, weights, BITS, beta=0.5))
