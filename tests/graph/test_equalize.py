@@ -207,7 +207,7 @@ def test_large_layers_are_estimated_from_a_part(monkeypatch: pytest.MonkeyPatch)
             linear_op("a", "x", shape=(width, width)),
             unary_op("act", "relu", "a"),
             linear_op("b", "act", shape=(width, width)),
-            shapes={name: (2, width) for name in ("x", "a", "act", "b")},
+            shapes=dict.fromkeys(("x", "a", "act", "b"), (2, width)),
             outputs=("b",),
         )
     )
