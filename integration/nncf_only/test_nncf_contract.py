@@ -135,12 +135,13 @@ def test_unregistering_gives_nncf_its_function_back():
 
 @pytest.mark.core
 def test_signature_and_documentation_are_extended():
-    """The wrapped function keeps NNCF's name, arguments and words, and adds its own three arguments."""
+    """The wrapped function keeps NNCF's name, arguments and words, and adds its own four arguments."""
     wrapped, original = nncf.quantize, getattr(nncf.quantize, MARK)
     before, after = inspect.signature(original).parameters, inspect.signature(wrapped).parameters
-    assert list(after) == [*before, "algorithm", "callback", "verbose"]
+    own = {"algorithm": None, "callback": None, "verbose": True, "checkpoint": None}
+    assert list(after) == [*before, *own]
     assert all(after[name] == parameter for name, parameter in before.items())
-    assert [after[name].default for name in ("algorithm", "callback", "verbose")] == [None, None, True]
+    assert {name: after[name].default for name in own} == own
     assert wrapped.__name__ == original.__name__
     assert all(line in wrapped.__doc__ for line in original.__doc__.splitlines())
     order = [wrapped.__doc__.index(word) for word in (":param calibration_dataset:", ":param algorithm:", ":return:")]
@@ -159,10 +160,11 @@ def test_without_algorithm_the_result_is_nncfs_own():
 
 
 @pytest.mark.core
-def test_a_callback_needs_an_algorithm():
-    """A callback without an algorithm would never be called, so it is refused."""
-    with pytest.raises(ConfigError, match=r'callback.*algorithm="qft"'):
-        nncf.quantize(nets.build("linear_only"), nncf.Dataset(nets.items("linear_only")), callback=print)
+@pytest.mark.parametrize("own", [{"callback": print}, {"checkpoint": "folder"}], ids=lambda own: next(iter(own)))
+def test_what_is_our_own_needs_an_algorithm(own):
+    """A callback without an algorithm would never be called, a folder never filled, so they are refused."""
+    with pytest.raises(ConfigError, match=rf'{next(iter(own))} should come with algorithm="qft"'):
+        nncf.quantize(nets.build("linear_only"), nncf.Dataset(nets.items("linear_only")), **own)
 
 
 @pytest.mark.core
