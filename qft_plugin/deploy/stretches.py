@@ -1,6 +1,7 @@
 """The first part of a proof: the stretches of a file between its quantizers, with random integers in their place."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final, Literal
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qft_plugin.deploy.channels import CLOSE, QUIET, channel_axis, channel_errors
-from qft_plugin.deploy.file_view import File
+from qft_plugin.deploy.file_view import File, FileQuantizer
 from qft_plugin.deploy.findings import Findings
 from qft_plugin.deploy.products import compare_product
 from qft_plugin.deploy.quantizers import find_quantizer, in_torch
@@ -55,11 +56,15 @@ def compare_stretches(watched: Watched, file: File, call: Call, kind: Values) ->
 
 
 def _values(file: File, ran: Sequence[Tensor | None], kind: Values) -> list[Tensor]:
-    """Choose what stands in the place of each quantizer; equal quantizers of one tensor get equal values."""
+    """Choose what stands in the place of each quantizer.
+
+    Those that may not be told apart get equal values, so that each may be taken for the other: equal quantizers of one
+    tensor, and those of dead parts of a network, which read equal zeros.
+    """
     values: list[Tensor] = []
     for number, (quantizer, own) in enumerate(zip(file.quantizers, ran, strict=True)):
         assert own is not None
-        twin = next((k for k in range(number) if quantizer.equals(file.quantizers[k])), None)
+        twin = next((k for k in range(number) if _alike(file.quantizers, ran, k, number)), None)
         if twin is not None or kind == "own":
             values.append(own if twin is None else values[twin])
             continue
@@ -78,6 +83,15 @@ def _values(file: File, ran: Sequence[Tensor | None], kind: Values) -> list[Tens
             x = torch.where(torch.rand(tuple(own.shape), generator=generator) < SPARSE, x, torch.zeros_like(x))
         values.append(x.to(torch.float32))
     return values
+
+
+def _alike(quantizers: Sequence[FileQuantizer], ran: Sequence[Tensor | None], first: int, second: int) -> bool:
+    """Whether two quantizers are equal, or have equal grids and made the same."""
+    q, made, other = quantizers[first], ran[first], ran[second]
+    if q.equals(quantizers[second]):
+        return True
+    equal = replace(q, source="").equals(replace(quantizers[second], source=""))
+    return equal and made is not None and other is not None and torch.equal(made, other)
 
 
 def _compare_outputs(run: Run, found: Sequence[Tensor], findings: Findings) -> None:
