@@ -12,7 +12,9 @@ from qft_plugin.deploy.findings import Findings, Missing, Place
 from qft_plugin.deploy.watched import Grid, Seen
 
 
-def find_quantizer(file: File, computed: Stretches, seen: Seen, findings: Findings) -> Place | None:
+def find_quantizer(
+    file: File, computed: Stretches, seen: Seen, findings: Findings, *, known: Place | None = None
+) -> Place | None:
     """Find the quantizer of the file that reads what torch's reads, and compare their constants.
 
     Args:
@@ -20,11 +22,16 @@ def find_quantizer(file: File, computed: Stretches, seen: Seen, findings: Findin
         computed: its stretches.
         seen: the call of torch's.
         findings: gets the result.
+        known: which one it was in another probe, or `None`. It is that one again if that fits: where nothing but zeros
+            is read, others fit as well.
 
     Returns:
         The quantizer, or the one that reads the most similar numbers; `None` where none reads a tensor of that size.
     """
     x = seen.x.detach().float().cpu()
+    if known is not None and _fits(file, computed, x, seen.grid, known):
+        findings.quantizers.add(known[0])
+        return known
     errors = _candidates(file, computed, x, seen.grid)
     problems = {k: _grid_problem(file.quantizers[k], seen.grid) for k, e in errors.items() if float(e.max()) <= CLOSE}
     if not any(problem is None and computed.read[k].shape == x.shape for k, problem in problems.items()):
@@ -69,6 +76,16 @@ def _candidates(file: File, computed: Stretches, x: Tensor, grid: Grid) -> dict[
     # Most are of another layer, and a few values tell.
     numbers = [k for k in numbers if errors_of(k, sample).median() < NEAR] or numbers
     return {k: errors_of(k) for k in numbers}
+
+
+def _fits(file: File, computed: Stretches, x: Tensor, grid: Grid, place: Place) -> bool:
+    """Whether a quantizer of the file reads what torch's does, and makes the same of it."""
+    number, order = place
+    read, quantizer = computed.read[number], file.quantizers[number]
+    if read.numel() != x.numel() or _grid_problem(quantizer, grid) is not None:
+        return False
+    there = x.reshape(read.shape) if order is None else x.permute(order)
+    return there.shape == read.shape and float(_read_errors(there, quantizer, read, grid).max()) <= CLOSE
 
 
 def _find_moved(file: File, computed: Stretches, x: Tensor, grid: Grid, taken: AbstractSet[int]) -> Place | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qft_plugin.deploy.channels import CLOSE, QUIET, channel_axis, channel_errors
 from qft_plugin.deploy.file_view import File, FileQuantizer
-from qft_plugin.deploy.findings import Findings
+from qft_plugin.deploy.findings import Findings, Place
 from qft_plugin.deploy.products import compare_product
 from qft_plugin.deploy.quantizers import find_quantizer, in_torch
 from qft_plugin.deploy.watched import Product, Run, Seen, Watched, positional
@@ -22,7 +22,9 @@ SPARSE: Final = 0.1
 Values = Literal["dense", "sparse", "extreme", "own"]
 
 
-def compare_stretches(watched: Watched, file: File, call: Call, kind: Values) -> Findings:
+def compare_stretches(
+    watched: Watched, file: File, call: Call, kind: Values, known: Sequence[Place | None] = ()
+) -> Findings:
     """Compare what file and torch compute between quantizers.
 
     Args:
@@ -32,13 +34,15 @@ def compare_stretches(watched: Watched, file: File, call: Call, kind: Values) ->
         kind: what stands in the place of each quantizer: integers of the whole grid, mostly zeros, the ends of the grid
             in whole channels, so that bounds such as that of a ReLU6 are reached, or what the file's own quantizers
             give.
+        known: for each call of an activation quantizer of torch which one of the file's it was with other values.
     """
     findings, inputs = Findings(), positional(call)
     values = _values(file, file.run(inputs).quantized, kind)
     computed = file.stretches(inputs, values)
 
     def activation(seen: Seen) -> Tensor | None:
-        place = find_quantizer(file, computed, seen, findings)
+        before = known[seen.number] if seen.number < len(known) else None
+        place = find_quantizer(file, computed, seen, findings, known=before)
         findings.places.append(place)
         return None if place is None else in_torch(file, place, values[place[0]], seen)
 

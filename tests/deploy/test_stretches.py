@@ -131,6 +131,17 @@ def test_a_transposition_between_equal_axes_is_seen() -> None:
     assert (findings.quantizers, findings.unmatched) == ({0}, {})
 
 
+@pytest.mark.parametrize("zeros", [True, False])
+def test_a_quantizer_that_reads_zeros_is_the_one_that_it_was(zeros: bool) -> None:
+    """The order of zeros does not show; where other numbers show that it is another one, it is that."""
+    x = torch.zeros(2, 4, 4, 4) if zeros else torch.randn(2, 4, 4, 4)
+    file, findings = InMemory(quantizers=[file_quantizer("a"), file_quantizer("b")]), Findings()
+    known = (1, (0, 2, 3, 1))
+    place = find_quantizer(file, Stretches([x, x], [], []), seen(x), findings, known=known)
+    assert place == (known if zeros else (0, None))
+    assert findings.quantizers == {place[0]}
+
+
 def test_quantizers_of_equal_zeros_are_each_their_own() -> None:
     """Two dead parts of a network read the same: each of the file's is one of torch's."""
     file: File = InMemory(quantizers=[file_quantizer("a"), file_quantizer("b")])
