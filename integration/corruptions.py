@@ -318,7 +318,8 @@ def right_onnx(network: str, style: str, count: int = 2) -> Right:
     from qft_plugin.brevitas import save_qcdq, save_qonnx
     from qft_plugin.brevitas._save import watched
     from qft_plugin.deploy import qonnx
-    from qft_plugin.deploy.onnx_view import ONNXFile, in_onnx_runtime
+    from qft_plugin.deploy.onnx_run import in_onnx_runtime
+    from qft_plugin.deploy.onnx_view import ONNXFile
 
     model, shape = _folded(network), NETWORKS[network].shape
     example = images(shape, count)

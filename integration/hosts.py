@@ -124,7 +124,7 @@ class UnderBrevitas:
         return self._host.save_qcdq(model, folder / "net.onnx", item)
 
 
-START = ("equalize", "compensate", "train_cross_layer", "activation_range")
+START = ("weight_bits", "equalize", "compensate", "train_cross_layer", "activation_range")
 """Settings of the start, which Brevitas' `finetune` does not look at."""
 
 HOSTS = {"nncf": UnderNNCF, "brevitas": UnderBrevitas}

@@ -11,6 +11,7 @@ from hosts import host_of
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qft_plugin.errors import ParityError
 from qft_plugin.graph.torch_model import tensors_in
 
 EIGHT_BITS = 0.015
@@ -79,6 +80,33 @@ def norm_over_channels() -> nn.Module:
     return model
 
 
+def norm_between_equal_axes() -> nn.Module:
+    """There are as many channels as rows and columns: a transposition does not show in the shape."""
+    model = Unusual(lambda m, x: m.conv2(m.first(m.conv1(x).movedim(1, -1)).movedim(-1, 1)))
+    model.first = nn.LayerNorm(8)
+    return model
+
+
+class Gate(nn.Module):
+    """Squeeze and excite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.up(self.down(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+
+
+def dead_gates() -> nn.Module:
+    """No image wakes the ReLUs of two gates: what their last convolutions add to their biases is 0."""
+    model = Unusual(lambda m, x: m.second(m.conv2(m.first(m.conv1(x)))))
+    model.first, model.second = Gate(), Gate()
+    for gate in (model.first, model.second):
+        nn.init.constant_(gate.down.bias, -100)
+    return model
+
+
 def second_half_only() -> nn.Module:
     model = Unusual(lambda m, x: m.norm2(m.conv2(m.wide(x).chunk(2, 1)[1])))
     model.wide = nn.Conv2d(3, 16, 3)
@@ -93,6 +121,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "depthwise transposed": depthwise_transposed,
     "group norm first": group_norm_first,
     "norm over channels": norm_over_channels,
+    "norm between equal axes": norm_between_equal_axes,
+    "dead gates": dead_gates,
     "second half only": second_half_only,
     "square": lambda: Unusual(lambda m, x: m.norm2(m.conv2(m.conv1(x).square() * 0.1 + x.mean(1, keepdim=True)))),
 }
@@ -110,10 +140,35 @@ def quantized(host: Any, name: str) -> tuple[Any, Any, list[Tensor]]:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_unusual_networks(name, host, tmp_path):
-    """They keep what they compute, train, and their files are proved; nothing is warned of."""
+    """They keep what they compute, train, and every weight of their files is proved; nothing is warned of."""
     result, student, images = quantized(host, name)
     assert result.final_loss <= result.start_loss
-    host.save(student, tmp_path, images[0][:2])
+    integers = host.integers(student, images[0][:2])
+    assert host.save(student, tmp_path, images[0][:2]).weights == len(integers)
+
+
+def test_wrong_integers_in_a_dead_part_are_found(tmp_path):
+    """What a layer adds to its bias is too little to change a sum, but its integers are compared."""
+    import onnx
+    from onnx import numpy_helper
+
+    from qft_plugin.brevitas import fold, save_qcdq
+    from qft_plugin.brevitas._save import watched
+    from qft_plugin.deploy.onnx_run import in_onnx_runtime
+    from qft_plugin.deploy.onnx_view import ONNXFile
+    from qft_plugin.deploy.proof import prove
+
+    host, images = host_of("brevitas"), torch.randn(16, 3, 8, 8)
+    student = fold(host.finetuned(nets.settled(dead_gates()), [images], four_bits(finetune=None))[1])
+    save_qcdq(student, tmp_path / "net.onnx", images[:2], check=False)
+    file = onnx.load(tmp_path / "net.onnx")
+    wrong = next(t for t in file.graph.initializer if list(t.dims) == [8, 2, 1, 1])
+    changed = numpy_helper.to_array(wrong).copy()
+    changed.flat[0] += 1 if changed.flat[0] <= 0 else -1
+    wrong.CopyFrom(numpy_helper.from_array(changed, wrong.name))
+    read = ONNXFile(file, runtime="ONNX Runtime", free_batch=True, run=in_onnx_runtime(file))
+    with pytest.raises(ParityError, match=r"Weight first\.up\.weight: its integers .* Found 1 of 16"):
+        prove(watched(student), read, ((images[:2],), {}))
 
 
 def test_a_tensor_times_itself_in_qonnx(tmp_path):

@@ -30,7 +30,7 @@ from qft_plugin.brevitas import (
 from qft_plugin.brevitas._save import watched, weight_integers
 from qft_plugin.deploy import qcdq, qonnx
 from qft_plugin.deploy.layers import precisions, runtime_ops
-from qft_plugin.deploy.onnx_view import in_onnx_runtime, in_openvino
+from qft_plugin.deploy.onnx_run import in_onnx_runtime, in_openvino
 from qft_plugin.deploy.openvino import INT8
 
 EXACT = 1e-5

@@ -55,10 +55,13 @@ def channel_errors(expected: Tensor, found: Tensor) -> Tensor:
 def channel_fit(expected: Tensor, found: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Fit one factor for each channel; returns the factors and the largest relative difference that is left."""
     e, f = (t.movedim(axis, 0).flatten(1) for t in (expected, found))
+    # The squares of what a dead part of a network computes would be 0 in float32.
+    e_top, f_top = (t.abs().max().clamp(min=1e-37) for t in (e, f))
+    e, f = e / e_top, f / f_top
     ratio = (e * f).sum(1) / (f * f).sum(1).clamp(min=1e-30)
     size = e.abs().amax(1)
     left = (e - ratio.unsqueeze(1) * f).abs().amax(1) / (size + QUIET * size.max()).clamp(min=1e-30)
-    return ratio, left
+    return ratio * (e_top / f_top), left
 
 
 def listed(channels: Sequence[int]) -> str:

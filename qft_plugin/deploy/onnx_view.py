@@ -2,16 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from qft_plugin.deploy.file_view import FileProduct, FileQuantizer, Integers, Ran, Stretches, as_array
-from qft_plugin.deploy.files import runs
+from qft_plugin.deploy.onnx_run import infer, session_of
 
 PRODUCTS: Final = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul"])
 MOVES: Final = frozenset(["Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten"])
@@ -35,6 +33,23 @@ class _Product:
     node: Any
     weight: str
     bias: Constant | None
+
+    @property
+    def made(self) -> str:
+        """Name of the product where its bias is added apart from it."""
+        return f"{self.node.output[0]}" + ("" if self.bias is None else "/product")
+
+    def apart(self) -> tuple[list[Any], list[Any]]:
+        """Return nodes that add the bias apart from the product, and their constants."""
+        from onnx import NodeProto, helper, numpy_helper
+
+        if self.bias is None:
+            return [self.node], []
+        product, bias = NodeProto(), numpy_helper.from_array(self.bias.astype(np.float32), f"{self.made}/bias")
+        product.CopyFrom(self.node)
+        del product.input[2:]
+        product.output[0] = self.made
+        return [product, helper.make_node("Add", [self.made, bias.name], [self.node.output[0]])], [bias]
 
 
 class ONNXFile:
@@ -81,16 +96,10 @@ class ONNXFile:
     def stretches(self, inputs: Sequence[Tensor], quantized: Sequence[Tensor]) -> Stretches:
         """Compute each stretch, with given values in the place of each quantizer's."""
         if self._session is None:
-            self._session = _session(self._cut())
-        results = _infer(self._session, [*inputs, *quantized])
+            self._session = session_of(self._cut())
+        results = infer(self._session, [*inputs, *quantized])
         ends = len(self._places), len(self._places) + len(self._products)
-        products = []
-        for p, result in zip(self._products, results[ends[0] : ends[1]], strict=True):
-            if p.bias is not None:
-                after = result.dim() - 2 if p.node.op_type.startswith("Conv") else 0
-                result = result - torch.from_numpy(p.bias).reshape(-1, *(1,) * after).to(result)
-            products.append(result)
-        return Stretches(results[: ends[0]], products, results[ends[1] :])
+        return Stretches(results[: ends[0]], results[ends[0] : ends[1]], results[ends[1] :])
 
     def run(self, inputs: Sequence[Tensor], *, hidden: frozenset[int] = frozenset()) -> Ran:
         """Run the file as it is, and look at the outputs of the quantizers that are not hidden."""
@@ -166,7 +175,8 @@ class ONNXFile:
         if weight is None or all(name in self._constants.values for name in node.input[:2]):
             return None
         bias = self._constants.values.get(node.input[2]) if len(node.input) > 2 else None
-        return _Product(node, weight, None if bias is None else as_array(bias))
+        after = self._constants.values[weight].ndim - 2 if node.op_type.startswith("Conv") else 0
+        return _Product(node, weight, None if bias is None else as_array(bias).reshape(-1, *(1,) * after))
 
     def _weight(self, p: _Product) -> FileProduct:
         integers, values = self._constants.integers_of(p.weight), as_array(self._constants.values[p.weight])
@@ -183,18 +193,22 @@ class ONNXFile:
         made = {place.made for place in self._places}
         outputs = [
             *(place.read for place in self._places),
-            *(p.node.output[0] for p in self._products),
+            *(p.made for p in self._products),
             *(o.name for o in graph.output),
         ]
+        # Rounded with its bias, a small product would be lost.
+        apart = {p.node.output[0]: p.apart() for p in self._products}
         known = self._constants.values
         # Constants of other domains are evaluated, so that any runtime takes what is left.
         own = {name for node in graph.node if node.domain for name in node.output if name in known}
-        kept = _needed(graph, outputs, stop=made | own)
-        nodes = [node for node in graph.node if node.output and node.output[0] in kept]
+        kept = _needed(graph, [*outputs, *apart], stop=made | own)
+        whole = [node for node in graph.node if node.output and node.output[0] in kept]
+        nodes = [part for node in whole for part in apart.get(node.output[0], ([node], []))[0]]
         nodes += [helper.make_node("Identity", [name], [f"compared_{k}"]) for k, name in enumerate(outputs)]
         inputs = [i for i in graph.input if not any(t.name == i.name for t in graph.initializer)]
         inputs += [helper.make_tensor_value_info(p.made, TensorProto.FLOAT, None) for p in self._places]
         constants = [numpy_helper.from_array(known[name].astype(np.float32), name) for name in own]
+        constants += [bias for _, biases in apart.values() for bias in biases]
         ends = [helper.make_empty_tensor_value_info(f"compared_{k}") for k in range(len(outputs))]
         cut = helper.make_graph(nodes, "stretches", inputs, ends, [*graph.initializer, *constants])
         return helper.make_model(cut, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
@@ -323,75 +337,3 @@ def _needed(graph: Any, outputs: Sequence[str], *, stop: set[str]) -> set[str]:
         needed |= set(makers[name].output)
         left += makers[name].input
     return needed
-
-
-def in_onnx_runtime(model: Any) -> Callable[[Sequence[Tensor], Sequence[str]], list[Tensor]]:
-    """Return a file in ONNX Runtime as it stands: with its optimizations it would use kernels that round differently.
-
-    Args:
-        model: an `onnx.ModelProto`.
-    """
-    sessions: dict[tuple[str, ...], Any] = {}
-
-    def run(inputs: Sequence[Tensor], shown: Sequence[str]) -> list[Tensor]:
-        key = tuple(shown)
-        with runs("ONNX Runtime"):
-            if key not in sessions:
-                sessions[key] = _session(_showing(model, shown))
-            return _infer(sessions[key], inputs)
-
-    return run
-
-
-def in_openvino(path: Path) -> Callable[[Sequence[Tensor], Sequence[str]], list[Tensor]]:
-    """Return a file in OpenVINO's CPU plugin.
-
-    Args:
-        path: of the file.
-    """
-    from qft_plugin.deploy.ir_view import Compiled
-
-    sessions: dict[tuple[str, ...], Any] = {}
-
-    def run(inputs: Sequence[Tensor], shown: Sequence[str]) -> list[Tensor]:
-        import openvino
-
-        key = tuple(shown)
-        if key not in sessions:
-            with runs("OpenVINO"):
-                model = openvino.Core().read_model(path)
-            ops = [op for op in model.get_ordered_ops() if op.get_type_name() != "Result"]
-            named = {name: o for op in ops for o in op.outputs() for name in o.get_names()}
-            sessions[key] = Compiled(model, [named[name] for name in shown])
-        found: list[Tensor] = sessions[key](inputs)
-        return found
-
-    return run
-
-
-def _showing(model: Any, shown: Sequence[str]) -> Any:
-    """Return a copy of a model with more outputs."""
-    import onnx
-    from onnx import helper
-
-    copied = onnx.ModelProto()
-    copied.CopyFrom(model)
-    for k, name in enumerate(shown):
-        copied.graph.node.append(helper.make_node("Identity", [name], [f"shown_{k}"]))
-        copied.graph.output.append(helper.make_empty_tensor_value_info(f"shown_{k}"))
-    return copied
-
-
-def _session(model: Any) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3  # unused constants of a cut file are no news
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def _infer(session: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
-    names = [i.name for i in session.get_inputs()]
-    values = {name: t.detach().cpu().numpy() for name, t in zip(names, inputs, strict=True)}
-    return [torch.from_numpy(np.array(o)) for o in session.run(None, values)]

@@ -20,15 +20,22 @@ def compare_product(file: File, computed: Stretches, p: Product, findings: Findi
         findings: gets the result.
     """
     expected = p.result.detach().float().cpu()
-    if not bool(expected.any()):
-        findings.silent.add(p.weight)
-        return
     integers = p.integers.flatten().to(torch.int64).cpu().numpy()
     candidates = [
         k
         for k, result in enumerate(computed.products)
         if result.numel() == expected.numel() and file.products[k].integers.size == integers.size
     ]
+    if not bool(expected.any()):
+        # Any product of zeros fits: one that has the same constants, if any.
+        same = [k for k in candidates if _weight_problem(file.products[k], p, integers) is None]
+        same = [k for k in same if k not in findings.products and not bool(computed.products[k].any())]
+        if same:
+            findings.products[same[0]] = p.weight
+            findings.weights.add(p.weight)
+        else:
+            findings.silent.add(p.weight)
+        return
     sample = sampled(expected)
 
     def fit_of(k: int, part: tuple[slice, ...] = ()) -> tuple[Tensor, Tensor]:

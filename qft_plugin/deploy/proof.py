@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from qft_plugin.deploy.file_view import File
-from qft_plugin.deploy.findings import forget_unused, merged
+from qft_plugin.deploy.findings import Findings, forget_unused, merged
 from qft_plugin.deploy.roundings import FAR, Rounding, compare_roundings, run_in
 from qft_plugin.deploy.stretches import Values, compare_stretches
 from qft_plugin.deploy.watched import Watched, positional
@@ -159,7 +159,9 @@ def prove(
         (_map(few, _noisy), "extreme"),
         (few, "own"),
     ]
-    seen = [compare_stretches(watched, file, call, kind) for call, kind in probes]
+    seen: list[Findings] = []
+    for call, kind in probes:
+        seen.append(compare_stretches(watched, file, call, kind, seen[0].places if seen else ()))
     if any(s.path != first.path for s in seen):
         # It branches on values, and random ones take it elsewhere: the file's own ones must do.
         logger.info("the model branches on its values: the file is compared on images alone")

@@ -7,7 +7,8 @@ from typing import Any
 
 from qft_plugin.deploy.files import refused
 from qft_plugin.deploy.layers import FileLayer, file_layers, precisions, runtime_ops
-from qft_plugin.deploy.onnx_view import ONNXFile, constants_of, in_onnx_runtime, in_openvino
+from qft_plugin.deploy.onnx_run import in_onnx_runtime, in_openvino
+from qft_plugin.deploy.onnx_view import ONNXFile, constants_of
 from qft_plugin.deploy.openvino import RunInInt8
 from qft_plugin.deploy.proof import Proof, Proved, prove
 from qft_plugin.deploy.watched import Watched

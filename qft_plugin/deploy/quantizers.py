@@ -1,6 +1,7 @@
 """Which quantizer of a file is which one of torch's: the one that reads the same numbers."""
 
 import itertools
+from collections.abc import Set as AbstractSet
 
 import torch
 from torch import Tensor
@@ -11,7 +12,9 @@ from qft_plugin.deploy.findings import Findings, Missing, Place
 from qft_plugin.deploy.watched import Grid, Seen
 
 
-def find_quantizer(file: File, computed: Stretches, seen: Seen, findings: Findings) -> Place | None:
+def find_quantizer(
+    file: File, computed: Stretches, seen: Seen, findings: Findings, *, known: Place | None = None
+) -> Place | None:
     """Find the quantizer of the file that reads what torch's reads, and compare their constants.
 
     Args:
@@ -19,21 +22,27 @@ def find_quantizer(file: File, computed: Stretches, seen: Seen, findings: Findin
         computed: its stretches.
         seen: the call of torch's.
         findings: gets the result.
+        known: which one it was in another probe, or `None`. It is that one again if that fits: where nothing but zeros
+            is read, others fit as well.
 
     Returns:
         The quantizer, or the one that reads the most similar numbers; `None` where none reads a tensor of that size.
     """
     x = seen.x.detach().float().cpu()
+    if known is not None and _fits(file, computed, x, seen.grid, known):
+        findings.quantizers.add(known[0])
+        return known
     errors = _candidates(file, computed, x, seen.grid)
     problems = {k: _grid_problem(file.quantizers[k], seen.grid) for k, e in errors.items() if float(e.max()) <= CLOSE}
     if not any(problem is None and computed.read[k].shape == x.shape for k, problem in problems.items()):
-        moved = _find_moved(file, computed, x, seen.grid)
+        moved = _find_moved(file, computed, x, seen.grid, findings.quantizers)
         if moved is not None:
             findings.quantizers.add(moved[0])
             return moved
     if problems:
-        # One tensor may have several quantizers: the one with the same grid, if any.
-        number = min(problems, key=lambda k: (problems[k] is not None, k))
+        # One tensor may have several quantizers: the one with the same grid, if any. Dead parts of a network read
+        # equal zeros: each one its own.
+        number = min(problems, key=lambda k: (problems[k] is not None, k in findings.quantizers, k))
         findings.quantizers.add(number)
         findings.error = max(findings.error, float(errors[number].max()))
         if problems[number] is not None:
@@ -69,16 +78,25 @@ def _candidates(file: File, computed: Stretches, x: Tensor, grid: Grid) -> dict[
     return {k: errors_of(k) for k in numbers}
 
 
-def _find_moved(file: File, computed: Stretches, x: Tensor, grid: Grid) -> Place | None:
+def _fits(file: File, computed: Stretches, x: Tensor, grid: Grid, place: Place) -> bool:
+    """Whether a quantizer of the file reads what torch's does, and makes the same of it."""
+    number, order = place
+    read, quantizer = computed.read[number], file.quantizers[number]
+    if read.numel() != x.numel() or _grid_problem(quantizer, grid) is not None:
+        return False
+    there = x.reshape(read.shape) if order is None else x.permute(order)
+    return there.shape == read.shape and float(_read_errors(there, quantizer, read, grid).max()) <= CLOSE
+
+
+def _find_moved(file: File, computed: Stretches, x: Tensor, grid: Grid, taken: AbstractSet[int]) -> Place | None:
     """Find the quantizer of the file that reads what torch's reads with its axes in another order.
 
     OpenVINO may move a quantizer in front of a transposition, as in an attention that makes its queries, keys and
-    values at once.
+    values at once. Where the axes are of one size, the shape does not show it.
     """
-    for k, read in enumerate(computed.read):
-        if sorted(read.shape) != sorted(x.shape) or read.shape == x.shape:
-            continue
-        if _grid_problem(file.quantizers[k], grid) is not None:
+    for k in sorted(range(len(computed.read)), key=lambda k: k in taken):
+        read = computed.read[k]
+        if sorted(read.shape) != sorted(x.shape) or _grid_problem(file.quantizers[k], grid) is not None:
             continue
         for order in itertools.permutations(range(x.dim())):
             there = x.permute(order)

@@ -1,6 +1,7 @@
 """The first part of a proof: the stretches of a file between its quantizers, with random integers in their place."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final, Literal
 
 import numpy as np
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qft_plugin.deploy.channels import CLOSE, QUIET, channel_axis, channel_errors
-from qft_plugin.deploy.file_view import File
-from qft_plugin.deploy.findings import Findings
+from qft_plugin.deploy.file_view import File, FileQuantizer
+from qft_plugin.deploy.findings import Findings, Place
 from qft_plugin.deploy.products import compare_product
 from qft_plugin.deploy.quantizers import find_quantizer, in_torch
 from qft_plugin.deploy.watched import Product, Run, Seen, Watched, positional
@@ -21,7 +22,9 @@ SPARSE: Final = 0.1
 Values = Literal["dense", "sparse", "extreme", "own"]
 
 
-def compare_stretches(watched: Watched, file: File, call: Call, kind: Values) -> Findings:
+def compare_stretches(
+    watched: Watched, file: File, call: Call, kind: Values, known: Sequence[Place | None] = ()
+) -> Findings:
     """Compare what file and torch compute between quantizers.
 
     Args:
@@ -31,13 +34,15 @@ def compare_stretches(watched: Watched, file: File, call: Call, kind: Values) ->
         kind: what stands in the place of each quantizer: integers of the whole grid, mostly zeros, the ends of the grid
             in whole channels, so that bounds such as that of a ReLU6 are reached, or what the file's own quantizers
             give.
+        known: for each call of an activation quantizer of torch which one of the file's it was with other values.
     """
     findings, inputs = Findings(), positional(call)
     values = _values(file, file.run(inputs).quantized, kind)
     computed = file.stretches(inputs, values)
 
     def activation(seen: Seen) -> Tensor | None:
-        place = find_quantizer(file, computed, seen, findings)
+        before = known[seen.number] if seen.number < len(known) else None
+        place = find_quantizer(file, computed, seen, findings, known=before)
         findings.places.append(place)
         return None if place is None else in_torch(file, place, values[place[0]], seen)
 
@@ -55,11 +60,15 @@ def compare_stretches(watched: Watched, file: File, call: Call, kind: Values) ->
 
 
 def _values(file: File, ran: Sequence[Tensor | None], kind: Values) -> list[Tensor]:
-    """Choose what stands in the place of each quantizer; equal quantizers of one tensor get equal values."""
+    """Choose what stands in the place of each quantizer.
+
+    Those that may not be told apart get equal values, so that each may be taken for the other: equal quantizers of one
+    tensor, and those of dead parts of a network, which read equal zeros.
+    """
     values: list[Tensor] = []
     for number, (quantizer, own) in enumerate(zip(file.quantizers, ran, strict=True)):
         assert own is not None
-        twin = next((k for k in range(number) if quantizer.equals(file.quantizers[k])), None)
+        twin = next((k for k in range(number) if _alike(file.quantizers, ran, k, number)), None)
         if twin is not None or kind == "own":
             values.append(own if twin is None else values[twin])
             continue
@@ -78,6 +87,15 @@ def _values(file: File, ran: Sequence[Tensor | None], kind: Values) -> list[Tens
             x = torch.where(torch.rand(tuple(own.shape), generator=generator) < SPARSE, x, torch.zeros_like(x))
         values.append(x.to(torch.float32))
     return values
+
+
+def _alike(quantizers: Sequence[FileQuantizer], ran: Sequence[Tensor | None], first: int, second: int) -> bool:
+    """Whether two quantizers are equal, or have equal grids and made the same."""
+    q, made, other = quantizers[first], ran[first], ran[second]
+    if q.equals(quantizers[second]):
+        return True
+    equal = replace(q, source="").equals(replace(quantizers[second], source=""))
+    return equal and made is not None and other is not None and torch.equal(made, other)
 
 
 def _compare_outputs(run: Run, found: Sequence[Tensor], findings: Findings) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch.overrides import TorchFunctionMode
 from qft_plugin.graph.operations import KEEPS_ORDER, LAYERS, MULTIPLIES, TABLE, WEIGHT_IN_OUT
 from qft_plugin.graph.record import function_name
 from qft_plugin.graph.torch_model import Call, tensors_in
+
+SWALLOWED: Final = 1e-3
+"""A product that is smaller than this share of its bias has lost three of its seven float32 digits to it."""
 
 
 @dataclass(frozen=True)
@@ -288,6 +291,9 @@ class _Calls(TorchFunctionMode):
             found = self._weights.find(W_fq)
             if found is not None:
                 self._origins.use(found[0], result)
+                if bias is not None:
+                    read = _tensor_of(words["input"])
+                    made = _without_bias(func, name, {**words, "input": read, "weight": W_fq}, made, bias)
                 given = self._product(_product(name, self._count, *found, W_fq, bias, made))
                 self._count += 1
                 result = result if given is None else given
@@ -309,6 +315,16 @@ def _tensor_of(value: Any) -> Any:
     return value if value is None or isinstance(value, Tensor) else value.value
 
 
+def _without_bias(func: Any, name: str, words: dict[str, Any], result: Tensor, bias: Tensor) -> Tensor:
+    """Take the bias off the result of a layer, which is computed anew where the bias has rounded much of it away."""
+    after = 0 if name == "linear" or name in WEIGHT_IN_OUT else words["weight"].dim() - 2
+    product = result - bias.reshape(-1, *(1,) * after)
+    if name in WEIGHT_IN_OUT or float(product.abs().max()) > SWALLOWED * float(bias.abs().max()):
+        return product
+    found: Tensor = func(**{**words, "bias": None})
+    return found
+
+
 def _product(
     name: str, number: int, weight: str, integers: Tensor, W_fq: Tensor, bias: Tensor | None, result: Tensor
 ) -> Product:
@@ -316,8 +332,6 @@ def _product(
     if name in WEIGHT_IN_OUT:
         integers, W_fq = integers.transpose(-1, -2), W_fq.transpose(-1, -2)
     axis = result.dim() - 1 if linear else result.dim() - (W_fq.dim() - 2) - 1
-    if bias is not None:
-        result = result - bias.reshape(-1, *(1,) * (result.dim() - 1 - axis))
     return Product(number, weight, result, axis, integers, W_fq, int(name.startswith("conv_transpose")), bias)
 
 
