@@ -100,12 +100,39 @@ REDUCED = {
 }
 
 
-def saved(host, build, folder):
+def saved(host, build, folder, *, bits=4):
     """Quantize and save a network; returns the report."""
     items = [torch.randn(8, 3, 8, 8) for _ in range(2)]
     # Compensation moves biases; one of zeros is a case of its own.
-    _, model = host.finetuned(build(), items, four_bits(compensate=False, finetune=None))
+    _, model = host.finetuned(build(), items, four_bits(weight_bits=bits, compensate=False, finetune=None))
     return host.save(model, folder, items[0])
+
+
+class Upsampled(nn.Module):
+    """A transposed convolution with a large stride or dilation."""
+
+    def __init__(self, *, kernel, stride, dilation=1):
+        super().__init__()
+        self.up, self.last = nn.ConvTranspose2d(3, 16, kernel, stride, dilation=dilation), nn.Conv2d(16, 8, 1)
+        nn.init.normal_(self.up.bias)
+
+    def forward(self, x):
+        return self.last(self.up(x).relu())
+
+
+UPSAMPLED = {
+    "short kernel": lambda: Upsampled(kernel=1, stride=2),
+    "long stride": lambda: Upsampled(kernel=3, stride=4),
+    "dilation": lambda: Upsampled(kernel=3, stride=2, dilation=2),
+}
+
+
+@pytest.mark.parametrize("name", UPSAMPLED)
+def test_large_strides_and_dilations(name, host, tmp_path):
+    """OpenVINO computes what torch does: the transposed convolution in float, the other one in int8."""
+    report = saved(host, UPSAMPLED[name], tmp_path, bits=8)
+    assert getattr(report, "openvino_error", report.relative_error) < FLOAT_SUMS
+    assert report.int8_convolutions == len(report.convolutions) - 1 == 1
 
 
 @pytest.mark.parametrize("name", [*SHARED, *REDUCED])
@@ -119,17 +146,21 @@ def test_the_file_is_right_and_runs_in_int8(name, host, tmp_path):
 @pytest.mark.parametrize(
     ("name", "host"),
     [
-        *[pytest.param(name, "nncf", marks=pytest.mark.nncf_only) for name in [*SHARED, *REDUCED] if name != "product"],
-        *[(name, "brevitas") for name in SHARED if name != "output"],
+        *[
+            pytest.param(name, "nncf", marks=pytest.mark.nncf_only)
+            for name in [*SHARED, *REDUCED, *UPSAMPLED]
+            if name != "product"
+        ],
+        *[(name, "brevitas") for name in [*SHARED, *UPSAMPLED] if name != "output"],
     ],
 )
 def test_without_the_remedies_the_proof_refuses_the_file(name, host, tmp_path, monkeypatch):
     """OpenVINO still has the defects, and the proof finds them."""
     for module in (ir, qcdq_defects):
-        for remedy in ("bias_shared_products", "widen_reductions"):
+        for remedy in ("bias_shared_products", "upsample_in_float", "widen_reductions"):
             monkeypatch.setattr(module, remedy, lambda _: 0)
     with pytest.raises(ParityError, match="differ by more than 8 steps"):
-        saved(host_of(host), {**SHARED, **REDUCED}[name], tmp_path)
+        saved(host_of(host), {**SHARED, **REDUCED, **UPSAMPLED}[name], tmp_path, bits=8 if name == "dilation" else 4)
 
 
 RANDOM = np.random.default_rng(0)

@@ -130,6 +130,7 @@ def save_qcdq(
         qcdq.strip_weight_clips(file)
         qcdq_defects.shift_signed_quantizers(file)
         qcdq_defects.bias_shared_products(file)
+        qcdq_defects.upsample_in_float(file)
         qcdq_defects.widen_reductions(file)
         onnx.save(file, made.draft)
         others = kept_images(model) if images is None else calls_of(model, images)

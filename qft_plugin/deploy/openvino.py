@@ -12,7 +12,7 @@ from qft_plugin.deploy.files import checked_path, refused, room_in, written_to
 from qft_plugin.deploy.ir_view import IRFile, constant_integers
 from qft_plugin.deploy.layers import FileLayer, file_layers, precisions, runtime_ops
 from qft_plugin.deploy.normalisation import keep_epsilon
-from qft_plugin.deploy.openvino_defects import bias_shared_products, widen_reductions
+from qft_plugin.deploy.openvino_defects import bias_shared_products, upsample_in_float, widen_reductions
 from qft_plugin.deploy.proof import Proof, Proved, prove
 from qft_plugin.deploy.watched import Watched
 from qft_plugin.errors import DeployabilityError
@@ -124,6 +124,7 @@ def save(
 
     target = checked_target(path, storage)
     bias_shared_products(model)
+    upsample_in_float(model)
     widen_reductions(model)
     set_weight_storage(model, storage)
     keep_epsilon(model)

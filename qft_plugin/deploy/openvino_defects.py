@@ -1,9 +1,10 @@
 """What makes right files compute wrong values in OpenVINO's CPU plugin (2026.4), and the same maths in other words.
 
-Both remedies are for an `openvino.Model` before it is saved; `qcdq_defects` has them for ONNX.
+The remedies are for an `openvino.Model` before it is saved; `qcdq_defects` has them for ONNX.
 """
 
 from collections.abc import Sequence
+from operator import gt
 from typing import Any, Final
 
 import numpy as np
@@ -14,10 +15,15 @@ CONVOLUTIONS: Final = frozenset(
     ["Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData"]
 )
 
+TRANSPOSED: Final = frozenset(["ConvolutionBackpropData", "GroupConvolutionBackpropData"])
+
 MOVES: Final = frozenset(["Reshape", "Squeeze", "Unsqueeze", "Transpose"])
 
 TINY: Final = 1e-30
 """A bias that no float32 sum notices, but that is not 0: additions of 0 are optimized away."""
+
+LOWEST: Final = np.float32(np.finfo(np.float32).min)
+"""A maximum with it changes nothing."""
 
 
 def bias_shared_products(model: Any) -> int:
@@ -55,6 +61,48 @@ def bias_shared_products(model: Any) -> int:
         _replace(made, opset13.add(op.output(0), tiny).output(0))
         changed += 1
     return changed
+
+
+def upsample_in_float(model: Any) -> int:
+    """Let transposed convolutions with large strides or dilations read real numbers, in place: the same function.
+
+    OpenVINO's CPU plugin computes one in integers with scale and bias of the first channel in all channels where the
+    stride is larger than the kernel; where both stride and dilation are larger than 1, sums of products with 8 bits
+    are cut off (2026.4). A maximum with the lowest number, which changes nothing, stands between its quantizer and it,
+    and it is computed in float.
+
+    Args:
+        model: an `openvino.Model`.
+
+    Returns:
+        How many were changed.
+    """
+    from openvino import opset13
+
+    changed = 0
+    for op in model.get_ordered_ops():
+        if op.get_type_name() not in TRANSPOSED or not _computes_in_integers(op):
+            continue
+        attributes, kernel = op.get_attributes(), op.get_input_partial_shape(1)
+        strides, dilations = attributes["strides"], attributes["dilations"]
+        if is_upsampled_wrongly(
+            [kernel[k - len(strides)].get_length() for k in range(len(strides))], strides, dilations
+        ):
+            source = op.input_value(0)
+            op.input(0).replace_source_output(opset13.maximum(source, opset13.constant(LOWEST)).output(0))
+            changed += 1
+    return changed
+
+
+def is_upsampled_wrongly(kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> bool:
+    """Whether the CPU plugin may compute wrong values in a transposed convolution in integers.
+
+    Args:
+        kernel: its sizes, one for each axis, as the others.
+        strides: from one input to the next, in outputs.
+        dilations: from one weight to the next, in outputs.
+    """
+    return any(map(gt, strides, kernel)) or (max(strides) > 1 and max(dilations) > 1)
 
 
 def widen_reductions(model: Any) -> int:

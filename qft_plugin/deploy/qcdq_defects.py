@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from qft_plugin.deploy.onnx_view import PRODUCTS, constants_of
-from qft_plugin.deploy.openvino_defects import TINY, is_merged_wrongly
+from qft_plugin.deploy.openvino_defects import LOWEST, TINY, is_merged_wrongly, is_upsampled_wrongly
 
 REDUCTIONS: Final = frozenset(
     ["ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2"]
@@ -88,6 +88,39 @@ def bias_shared_products(model: Any) -> int:
             graph.node.insert(list(graph.node).index(node) + 1, add)
         graph.initializer.append(numpy_helper.from_array(np.asarray(value), tiny))
         changed += 1
+    return changed
+
+
+def upsample_in_float(model: Any) -> int:
+    """Let transposed convolutions with large strides or dilations read real numbers, in place: the same function.
+
+    OpenVINO's CPU plugin computes wrong values from integers there (2026.4).
+
+    Args:
+        model: an `onnx.ModelProto`.
+
+    Returns:
+        How many were changed.
+    """
+    from onnx import helper, numpy_helper
+
+    graph = model.graph
+    makers = {name: node for node in graph.node for name in node.output}
+    constants = constants_of(graph)
+    changed = 0
+    for node in list(graph.node):
+        quantizer = _dequantizer(node.input[1], makers) if node.op_type == "ConvTranspose" else None
+        if quantizer is None:
+            continue
+        kernel = constants[quantizer.input[0]].shape[2:]
+        given = {a.name: list(a.ints) for a in node.attribute if a.name in ("strides", "dilations")}
+        strides, dilations = (given.get(name, [1] * len(kernel)) for name in ("strides", "dilations"))
+        if is_upsampled_wrongly(kernel, strides, dilations):
+            read, lowest = f"{node.output[0]}_read", f"{node.output[0]}_lowest"
+            graph.initializer.append(numpy_helper.from_array(np.asarray(LOWEST), lowest))
+            graph.node.insert(list(graph.node).index(node), helper.make_node("Max", [node.input[0], lowest], [read]))
+            node.input[0] = read
+            changed += 1
     return changed
 
 
