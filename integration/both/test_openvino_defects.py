@@ -148,19 +148,19 @@ def test_the_file_is_right_and_runs_in_int8(name, host, tmp_path):
     [
         *[
             pytest.param(name, "nncf", marks=pytest.mark.nncf_only)
-            for name in [*SHARED, *REDUCED, *UPSAMPLED]
+            for name in [*SHARED, *REDUCED]
             if name != "product"
         ],
-        *[(name, "brevitas") for name in [*SHARED, *UPSAMPLED] if name != "output"],
+        *[(name, "brevitas") for name in SHARED if name != "output"],
     ],
 )
 def test_without_the_remedies_the_proof_refuses_the_file(name, host, tmp_path, monkeypatch):
-    """OpenVINO still has the defects, and the proof finds them."""
+    """OpenVINO still has the defects, and the proof finds them; that of large strides depends on the CPU."""
     for module in (ir, qcdq_defects):
-        for remedy in ("bias_shared_products", "upsample_in_float", "widen_reductions"):
+        for remedy in ("bias_shared_products", "widen_reductions"):
             monkeypatch.setattr(module, remedy, lambda _: 0)
     with pytest.raises(ParityError, match="differ by more than 8 steps"):
-        saved(host_of(host), {**SHARED, **REDUCED, **UPSAMPLED}[name], tmp_path, bits=8 if name == "dilation" else 4)
+        saved(host_of(host), {**SHARED, **REDUCED}[name], tmp_path)
 
 
 RANDOM = np.random.default_rng(0)
