@@ -149,6 +149,7 @@ def test_unusual_networks(name, host, tmp_path):
 
 def test_wrong_integers_in_a_dead_part_are_found(tmp_path):
     """What a layer adds to its bias is too little to change a sum, but its integers are compared."""
+    host, images = host_of("brevitas"), torch.randn(16, 3, 8, 8)
     import onnx
     from onnx import numpy_helper
 
@@ -158,7 +159,6 @@ def test_wrong_integers_in_a_dead_part_are_found(tmp_path):
     from qft_plugin.deploy.onnx_view import ONNXFile
     from qft_plugin.deploy.proof import prove
 
-    host, images = host_of("brevitas"), torch.randn(16, 3, 8, 8)
     student = fold(host.finetuned(nets.settled(dead_gates()), [images], four_bits(finetune=None))[1])
     save_qcdq(student, tmp_path / "net.onnx", images[:2], check=False)
     file = onnx.load(tmp_path / "net.onnx")
