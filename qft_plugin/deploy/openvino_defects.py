@@ -11,11 +11,9 @@ import numpy as np
 
 from qft_plugin.deploy.ir_view import integer_constants
 
-CONVOLUTIONS: Final = frozenset(
-    ["Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData"]
-)
-
 TRANSPOSED: Final = frozenset(["ConvolutionBackpropData", "GroupConvolutionBackpropData"])
+
+CONVOLUTIONS: Final = TRANSPOSED | {"Convolution", "GroupConvolution"}
 
 MOVES: Final = frozenset(["Reshape", "Squeeze", "Unsqueeze", "Transpose"])
 

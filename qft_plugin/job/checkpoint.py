@@ -10,7 +10,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +20,7 @@ from qft_plugin.config import QFTConfig
 from qft_plugin.config_file import config_to_dict
 from qft_plugin.errors import ConfigError, warn
 from qft_plugin.files import draft_of, put, remove_abandoned, used_alone, write_whole
+from qft_plugin.job.report import versions_of
 from qft_plugin.packages import require
 from qft_plugin.training.data import Inputs
 from qft_plugin.training.keeping import FORGETFUL, Keeper, Saved
@@ -268,10 +268,9 @@ def identity_of(
         host: name of the package of the framework.
         asked: what else the user asked the host for.
     """
-    packages = ("qft_plugin", "torch", host)
     return {
         "format": FORMAT,
-        "versions": {name: _version(name) for name in packages},
+        "versions": versions_of(host),
         "host": {"name": host, **asked},
         "settings": _flat(config_to_dict(config)),
         "model": {"class": type(model).__qualname__, "structure": ADDRESS.sub("", repr(model))},
@@ -308,17 +307,6 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result[name] = t.clone() if storage in seen else t
         seen.add(storage)
     return result
-
-
-def _version(name: str) -> str:
-    if name == "qft_plugin":
-        from qft_plugin import __version__
-
-        return __version__
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
