@@ -91,7 +91,7 @@ class FinetuneConfig:
     images_fed: int = 6_144
     max_images: int = 8_192
     batch_size: int = 32
-    learning_rate: float = 0.003
+    learning_rate: float = 0.01
     scale_learning_rate: float = 3e-3
     restarts: int = 1
     loss_at: str | Mapping[str, float] | Sequence[str] | None = None
@@ -148,7 +148,8 @@ class QFTConfig:
 
     Attributes:
         weight_bits: bit width of the weights.
-        small_layer_bits: bit width of the smallest layers.
+        small_layer_bits: bit width of the smallest layers. CPUs without VNNI add the products of two weights and 8-bit
+            activations in 16 bits, which hold the sum for weights of 7 bits and not of 8.
         small_layer_share: the smallest layers get `small_layer_bits` until they hold this share of weights (Sec. 4).
         layer_bits: bit width by name of the weight, or by shell pattern (`{"features.0.*": 8}`); wins over all others.
         layer_activation_bits: bit width of the input of a layer, 4 to 8, likewise by name or pattern of its weight.
@@ -174,17 +175,17 @@ class QFTConfig:
         finetune: the distillation; `None` returns the initialization (calibration, PPQ, equalization) untrained.
         analyse: measure at the end what quantization does to each layer, and by it to the network.
         average_bits: a target: the mean bit width over all weights that are quantized. Layers are raised from
-            `weight_bits` to 8 bits until it is reached, those first whose rounding costs most for their size. Of this
+            `weight_bits` to 7 bits until it is reached, those first whose rounding costs most for their size. Of this
             target and the next two there may be one.
         target_agreement: a target: on how many percent of the held-out images the result names the class of the float
-            network. As few weights as possible are raised to 8 bits; it takes several jobs.
+            network. As few weights as possible are raised to 7 bits; it takes several jobs.
         evaluate: a target: called with the float model, and then with each result, returns how good a model is, the
             higher the better, such as its top-1 accuracy in percent; comes with `max_drop`.
         max_drop: by how much `evaluate` of the result may be below that of the float model.
     """
 
     weight_bits: int = 4
-    small_layer_bits: int = 8
+    small_layer_bits: int = 7
     small_layer_share: float = 0.01
     layer_bits: Mapping[str, int] = field(default_factory=dict)
     layer_activation_bits: Mapping[str, int] = field(default_factory=dict)

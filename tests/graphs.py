@@ -77,6 +77,19 @@ def linear_op(name: str, source: str, *, shape: tuple[int, int]) -> Op:
     return Op(name, "linear", (source,), (name,), (Ref(0), Const(f"{name}.weight", shape), None))
 
 
+def two_linear(ins: int, width: int, outs: int) -> DofMap:
+    """Map two linear layers, `a` and `b`, with a ReLU between them (Eq. 17's toy case)."""
+    return map_dof(
+        chain(
+            linear_op("a", "x", shape=(width, ins)),
+            unary_op("act", "relu", "a"),
+            linear_op("b", "act", shape=(outs, width)),
+            shapes={"x": (2, ins), "a": (2, width), "act": (2, width), "b": (2, outs)},
+            outputs=("b",),
+        )
+    )
+
+
 def unary_op(name: str, function: str, source: str, *args: Any, **kwargs: Any) -> Op:
     """Return an operation with one activation input and one output."""
     return Op(name, function, (source,), (name,), (Ref(0), *args), kwargs)

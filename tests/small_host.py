@@ -48,6 +48,7 @@ class SmallSource:
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     kept_in_float: Mapping[str, str] = field(default_factory=dict)
     weight_bits: None = None
+    weight_steps: None = None
     addend_factors: frozenset[str] = frozenset()
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from qft_plugin.config import EfQAT, FinetuneConfig, HardwareSpec, QFTConfig
 from qft_plugin.errors import ConfigError, QFTError
+from qft_plugin.tensors.grid import largest_integer
 
 WRONG: list[tuple[type, str, Any]] = [
     (HardwareSpec, "rescale", "per-tensor"),
@@ -306,3 +307,8 @@ def test_what_has_a_target() -> None:
     assert not QFTConfig(analyse=True).has_target
     for settings in ({"average_bits": 5.0}, {"target_agreement": 98.0}, {"evaluate": len, "max_drop": 1.0}):
         assert QFTConfig(**settings).has_target  # type: ignore[arg-type]
+
+
+def test_the_smallest_layers_fit_the_kernels_of_every_cpu() -> None:
+    """Two products of their largest integers and of 8-bit activations fit 16 bits, which those of 8 bits do not."""
+    assert 2 * 255 * largest_integer(QFTConfig().small_layer_bits) < 2**15 < 2 * 255 * largest_integer(8)

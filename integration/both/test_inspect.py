@@ -39,7 +39,7 @@ def test_bits_and_layers_are_those_of_the_result(name, host, tmp_path):
     integers = host.integers(quantized, items[0])
     planned = expected_integers(found)
     assert planned.keys() == integers.keys()
-    assert set(planned.values()) == {4, 8}
+    assert set(planned.values()) == {4, 7}
     for weight, values in integers.items():
         half = 2 ** (planned[weight] - 1)
         assert half / 2 <= float(values.abs().max()) <= half - 1, weight

@@ -19,10 +19,10 @@ from qft_plugin.graph.torch_model import tensors_in
 pytestmark = [pytest.mark.wide, pytest.mark.filterwarnings("ignore::qft_plugin.QFTWarning")]
 
 NEAR = 0.2
-"""Relative L2 difference of outputs: of a file from torch, by roundings that are chaotic; and of 8 bits from float."""
+"""Relative L2 difference of outputs: of a file from torch, by roundings that are chaotic; and of 7 bits from float."""
 
 LEAST = {"like torch": 0.9, "like float": 0.85}
-"""Shares of the networks: those whose file is near torch, and of those of 8 bits those near the float one."""
+"""Shares of the networks: those whose file is near torch, and of those of 7 bits those near the float one."""
 
 REFUSED = 0.05
 """Share of the networks whose file may be refused in the usual run: OpenVINO's defects depend on the CPU, and not every
@@ -35,9 +35,9 @@ PARTS = 2
 
 
 def settings_of(net: Net):
-    """Train a third of the networks for two steps, give another third 8 bits."""
+    """Train a third of the networks for two steps, give another third 7 bits, which no CPU overflows with."""
     steps = few_steps(images_fed=2 * IMAGES) if net.seed % 3 == 0 else None
-    return four_bits(weight_bits=8 if net.seed % 3 == 1 else 4, finetune=steps)
+    return four_bits(weight_bits=7 if net.seed % 3 == 1 else 4, finetune=steps)
 
 
 def quantize(host, net, model, images):
@@ -63,7 +63,7 @@ def save(host, model, net, images, folder):
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("name", EACH_HOST)
 def test_random_networks(name, part):
-    """Every network is quantized, keeps its function in 8 bits, and its file is proved; next to none is refused."""
+    """Every network is quantized, keeps its function in 7 bits, and its file is proved; next to none is refused."""
     host, seen = host_of(name), Counter()
 
     @examples({"nncf": 80, "brevitas": 120}[name] // PARTS, share=0.5 / PARTS, part=part)
@@ -77,7 +77,7 @@ def test_random_networks(name, part):
         seen["networks"] += 1
         integers = host.integers(quantized, images[:2])
         if net.seed % 3 == 1:
-            seen["8 bits"] += 1
+            seen["7 bits"] += 1
             seen["like float"] += relative_error(host.outputs(quantized, images), expected) < NEAR
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -95,4 +95,4 @@ def test_random_networks(name, part):
     print(dict(seen))
     assert seen["refused"] <= REFUSED * seen["networks"]
     assert seen["like torch"] >= LEAST["like torch"] * (seen["networks"] - seen["refused"])
-    assert seen["like float"] >= LEAST["like float"] * seen["8 bits"]
+    assert seen["like float"] >= LEAST["like float"] * seen["7 bits"]

@@ -29,18 +29,19 @@ def test_a_mean_bit_width(limit, host):
     fixed = {"fc.weight": 5}
     report = host.report(model, items, four_bits(average_bits=limit, layer_bits=fixed, **UNTRAINED))
     assert limit - 1 < average(report) <= limit
-    assert {layer.bits for layer in report.layers} == {2, 5, 8}
+    assert {layer.bits for layer in report.layers} == {2, 5, 7}
     assert next(layer.bits for layer in report.layers if layer.weight == "fc.weight") == 5
 
 
 def test_an_agreement_with_less_than_all_bits(host):
-    """The target is met with fewer bits than 8 everywhere, and 2 everywhere do not meet it; the decisions say so."""
+    """The target is met with fewer bits than 7 everywhere, and 2 everywhere do not meet it; the decisions say so."""
     model, items = many()
     plain = host.report(model, items, four_bits(**UNTRAINED))
-    report = host.report(model, items, four_bits(target_agreement=91, **UNTRAINED))
-    assert plain.agreement < 0.91 <= report.agreement
-    assert 2 < average(report) < 8
-    assert report.decisions[0].startswith("Raised to 8 bits: no layer.")
+    # One more of the 64 images that are held out.
+    report = host.report(model, items, four_bits(target_agreement=100 * plain.agreement + 1, **UNTRAINED))
+    assert plain.agreement + 0.01 <= report.agreement
+    assert 2 < average(report) < 7
+    assert report.decisions[0].startswith("Raised to 7 bits: no layer.")
     assert report.decisions[-1].endswith("the target is met.")
 
 
@@ -57,7 +58,7 @@ def test_an_impossible_target(host):
     config = four_bits(evaluate=closeness, max_drop=0, **UNTRAINED)
     with pytest.warns(QFTWarning, match="max_drop=0 should be met by some choice of bit widths"):
         report = host.report(model, items, config)
-    assert {layer.bits for layer in report.layers} == {8}
+    assert {layer.bits for layer in report.layers} == {7}
     assert report.decisions[-1].endswith("the target is not met.")
 
 

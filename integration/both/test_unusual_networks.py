@@ -14,8 +14,9 @@ from torch.nn import functional
 from qft_plugin.errors import ParityError
 from qft_plugin.graph.torch_model import tensors_in
 
-EIGHT_BITS = 0.015
-"""Relative L2 error of the outputs with 8 bits; quantizers in a wrong place show as 0.02 and more."""
+SEVEN_BITS = 0.015
+"""Relative L2 error of the outputs with 7 bits, with which no CPU overflows; quantizers in a wrong place show as 0.02
+and more."""
 
 
 class Unusual(nn.Module):
@@ -131,10 +132,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 def quantized(host: Any, name: str) -> tuple[Any, Any, list[Tensor]]:
     """Return the result of a job, its model, and the images."""
     model, images = nets.settled(NETWORKS[name]()), list(torch.randn(2, 16, 3, 8, 8))
-    result, student = host.finetuned(model, images, four_bits(weight_bits=8))
+    result, student = host.finetuned(model, images, four_bits(weight_bits=7))
     with torch.no_grad():
         expected = list(tensors_in(model(images[0])))
-    assert relative_error(host.outputs(student, images[0]), expected) < EIGHT_BITS
+    assert relative_error(host.outputs(student, images[0]), expected) < SEVEN_BITS
     return result, student, images
 
 

@@ -207,7 +207,7 @@ def test_quantized_folded_saved(name, tmp_path):
     """
     model, items = build(name)
     before = {key: t.clone() for key, t in model.state_dict().items()}
-    linked = quantize(model, items, config=four_bits(weight_bits=8))
+    linked = quantize(model, items, config=four_bits(weight_bits=7))
     assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
     layers = [m for m in linked.modules() if isinstance(m, (qnn.QuantConv2d, qnn.QuantLinear))]
     assert len(layers) == CASES[name][3]
@@ -368,6 +368,6 @@ def test_a_norm_with_an_activation_keeps_it(tmp_path):
     ).eval()
     nn.init.normal_(model[1].running_mean)
     images = pixels()
-    linked = quantize(model, [images], config=four_bits(weight_bits=8, finetune=None))
+    linked = quantize(model, [images], config=four_bits(weight_bits=7, finetune=None))
     assert relative(outputs(linked, images), outputs(model, images)) < CLOSE
     assert save_qcdq(fold(linked), tmp_path / "net.onnx", images).weights == 2

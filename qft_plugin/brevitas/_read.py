@@ -17,6 +17,7 @@ from qft_plugin.graph.layer_graph import Const, DofMap, LayerGraph, Op, module_o
 from qft_plugin.graph.operations import LAYERS
 from qft_plugin.graph.record import record
 from qft_plugin.graph.torch_model import Call, check_finite, check_model, first_outputs
+from qft_plugin.job.host import Steps
 from qft_plugin.job.understand import proven_map
 from qft_plugin.training.student import QUANTIZER_OP, FakeQuantizer
 
@@ -50,6 +51,14 @@ class Source:
     addend_factors: frozenset[str]
     dof_map: DofMap
     kept: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def weight_steps(self) -> Mapping[str, Steps]:
+        """Granularity of each weight that a quantizer of this plugin quantizes, by name."""
+        return {
+            name: "doubly" if scaling.log_L is not None else "channel" if scaling.per_channel else "tensor"
+            for name, scaling in self.weights.items()
+        }
 
     @property
     def kept_in_float(self) -> Mapping[str, str]:

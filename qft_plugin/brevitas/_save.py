@@ -128,6 +128,7 @@ def save_qcdq(
         file = onnx.load(made.draft)
         qcdq_defects.count_axes_from_first(file)
         qcdq.strip_weight_clips(file)
+        qcdq_defects.skip_before_convolutions(file)
         qcdq_defects.shift_signed_quantizers(file)
         qcdq_defects.bias_shared_products(file)
         qcdq_defects.upsample_in_float(file)

@@ -12,7 +12,12 @@ from qft_plugin.deploy.files import checked_path, refused, room_in, written_to
 from qft_plugin.deploy.ir_view import IRFile, constant_integers
 from qft_plugin.deploy.layers import FileLayer, file_layers, precisions, runtime_ops
 from qft_plugin.deploy.normalisation import keep_epsilon
-from qft_plugin.deploy.openvino_defects import bias_shared_products, upsample_in_float, widen_reductions
+from qft_plugin.deploy.openvino_defects import (
+    bias_shared_products,
+    skip_before_convolutions,
+    upsample_in_float,
+    widen_reductions,
+)
 from qft_plugin.deploy.proof import Proof, Proved, prove
 from qft_plugin.deploy.watched import Watched
 from qft_plugin.errors import DeployabilityError
@@ -123,6 +128,7 @@ def save(
     import openvino
 
     target = checked_target(path, storage)
+    skip_before_convolutions(model)
     bias_shared_products(model)
     upsample_in_float(model)
     widen_reductions(model)

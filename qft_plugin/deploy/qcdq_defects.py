@@ -3,13 +3,19 @@
 The remedies are those of `openvino_defects`, which says more about each, for an `onnx.ModelProto`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 
 from qft_plugin.deploy.onnx_view import PRODUCTS, constants_of
-from qft_plugin.deploy.openvino_defects import LOWEST, TINY, is_merged_wrongly, is_upsampled_wrongly
+from qft_plugin.deploy.openvino_defects import (
+    LOWEST,
+    TINY,
+    is_merged_wrongly,
+    is_skipped_wrongly,
+    is_upsampled_wrongly,
+)
 
 REDUCTIONS: Final = frozenset(
     ["ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2"]
@@ -91,6 +97,39 @@ def bias_shared_products(model: Any) -> int:
     return changed
 
 
+def skip_before_convolutions(model: Any) -> int:
+    """Let a maximum pool of single positions leave out what strided 1x1 convolutions do not read, in place.
+
+    The threads of OpenVINO's CPU plugin write over each other's numbers there (2026.4). A pool passes a signed
+    quantizer's numbers on to a convolution: `shift_signed_quantizers` is to come after this.
+
+    Args:
+        model: an `onnx.ModelProto`.
+
+    Returns:
+        How many were changed.
+    """
+    from onnx import helper
+
+    graph = model.graph
+    changed = 0
+    for node, shape in _quantized_kernels(graph, "Conv"):
+        given = {a.name: a for a in node.attribute}
+        # Convolutions in groups are computed otherwise.
+        if "strides" not in given or ("group" in given and given["group"].i > 1):
+            continue
+        strides, pads = (list(given[name].ints) if name in given else [] for name in ("strides", "pads"))
+        if is_skipped_wrongly(shape[1:], strides, pads):
+            ones = [1] * len(strides)
+            read = f"{node.output[0]}_read"
+            pool = helper.make_node("MaxPool", [node.input[0]], [read], kernel_shape=ones, strides=strides)
+            graph.node.insert(list(graph.node).index(node), pool)
+            node.input[0] = read
+            given["strides"].ints[:] = ones
+            changed += 1
+    return changed
+
+
 def upsample_in_float(model: Any) -> int:
     """Let transposed convolutions with large strides or dilations read real numbers, in place: the same function.
 
@@ -105,14 +144,9 @@ def upsample_in_float(model: Any) -> int:
     from onnx import helper, numpy_helper
 
     graph = model.graph
-    makers = {name: node for node in graph.node for name in node.output}
-    constants = constants_of(graph)
     changed = 0
-    for node in list(graph.node):
-        quantizer = _dequantizer(node.input[1], makers) if node.op_type == "ConvTranspose" else None
-        if quantizer is None:
-            continue
-        kernel = constants[quantizer.input[0]].shape[2:]
+    for node, shape in _quantized_kernels(graph, "ConvTranspose"):
+        kernel = shape[2:]
         given = {a.name: list(a.ints) for a in node.attribute if a.name in ("strides", "dilations")}
         strides, dilations = (given.get(name, [1] * len(kernel)) for name in ("strides", "dilations"))
         if is_upsampled_wrongly(kernel, strides, dilations):
@@ -188,9 +222,10 @@ def shift_signed_quantizers(model: Any) -> int:
     The numbers stay the same.
 
     OpenVINO's CPU plugin takes int8 for uint8 where convolutions read unsigned integers only: on CPUs without AMX and
-    AVX2-VNNI-INT8. If a concatenation stands anywhere in the file, be it of shapes, it then rounds to whole numbers
-    instead of to the scale (2026.4): in a quantizer after the concatenation, and in one whose numbers other operations
-    pass on to a convolution, such as a reshape or a maximum pool.
+    AVX2-VNNI-INT8. It then rounds to whole numbers instead of to the scale (2026.4): in a quantizer of fewer than 8
+    bits, which clips its integers, for a convolution; and, if a concatenation stands anywhere in the file, be it of
+    shapes, in a quantizer after the concatenation, and in one whose numbers other operations pass on to a convolution,
+    such as a reshape or a maximum pool.
 
     Args:
         model: an `onnx.ModelProto`.
@@ -201,29 +236,35 @@ def shift_signed_quantizers(model: Any) -> int:
     from onnx import numpy_helper
 
     graph = model.graph
-    if not any(node.op_type == "Concat" for node in graph.node):
-        return 0
+    concatenates = any(node.op_type == "Concat" for node in graph.node)
     makers = {name: node for node in graph.node for name in node.output}
     constants = constants_of(graph)
-    shifted = set()
+    changed, shifted = 0, set[str]()
     for node in graph.node:
         if node.op_type != "QuantizeLinear":
             continue
-        readers = _readers(graph, node.output[0])
+        after = _readers(graph, node.output[0])
+        clips = [n for n in after if n.op_type == "Clip"]
+        readers = [n for n in after if n.op_type != "Clip"] + [r for c in clips for r in _readers(graph, c.output[0])]
         if any(n.op_type != "DequantizeLinear" for n in readers):
             continue
-        zero_points = [constants.get(n.input[2]) for n in (node, *readers) if len(n.input) > 2]
-        signed = len(zero_points) == 1 + len(readers) and all(z is not None and z.dtype == np.int8 for z in zero_points)
-        if not signed or not (_follows_concatenation(node, makers) or _is_passed_on(graph, readers)):
+        # What counts from 0 on instead of from -128: zero points, and the bounds of clips.
+        places = [(n, 2) for n in (node, *readers)] + [(c, k) for c in clips for k in (1, 2)]
+        found = [constants.get(n.input[k]) if len(n.input) > k else None for n, k in places]
+        if any(number is None or number.dtype != np.int8 for number in found):
             continue
-        for n, zero_point in zip((node, *readers), zero_points, strict=True):
-            n.input[2] = f"{n.output[0]}_zero_point"
-            unsigned = (np.asarray(zero_point, dtype=np.int16) + 128).astype(np.uint8)
-            graph.initializer.append(numpy_helper.from_array(unsigned, n.input[2]))
-        shifted.add(node.output[0])
+        convolved = (clips or concatenates) and _is_convolved(graph, readers, directly=bool(clips))
+        if not convolved and not (concatenates and _follows_concatenation(node, makers)):
+            continue
+        for (n, k), number in zip(places, found, strict=True):
+            n.input[k] = f"{n.output[0]}_from_0_{k}"
+            unsigned = (np.asarray(number, dtype=np.int16) + 128).astype(np.uint8)
+            graph.initializer.append(numpy_helper.from_array(unsigned, n.input[k]))
+        shifted.update(n.output[0] for n in (node, *clips))
+        changed += 1
     for value in [v for v in graph.value_info if v.name in shifted]:
         graph.value_info.remove(value)
-    return len(shifted)
+    return changed
 
 
 def _follows_concatenation(quantizer: Any, makers: Mapping[str, Any]) -> bool:
@@ -233,9 +274,16 @@ def _follows_concatenation(quantizer: Any, makers: Mapping[str, Any]) -> bool:
     return before is not None and before.op_type == "Concat"
 
 
-def _is_passed_on(graph: Any, dequantizers: Sequence[Any]) -> bool:
-    """Whether a convolution reads dequantized numbers after other operations, none of them a product or quantizer."""
-    waiting = [node for d in dequantizers for node in _readers(graph, d.output[0]) if node.op_type not in CONVOLUTIONS]
+def _is_convolved(graph: Any, dequantizers: Sequence[Any], *, directly: bool) -> bool:
+    """Whether a convolution reads dequantized numbers, directly or after operations that are no product or quantizer.
+
+    Args:
+        graph: the graph.
+        dequantizers: the nodes that make the numbers.
+        directly: whether one counts that nothing stands in front of.
+    """
+    readers = [node for d in dequantizers for node in _readers(graph, d.output[0])]
+    waiting = [node for node in readers if directly or node.op_type not in CONVOLUTIONS]
     seen = set()
     while waiting:
         node = waiting.pop()
@@ -254,6 +302,16 @@ def _dequantizer(name: str, makers: Mapping[str, Any]) -> Any | None:
     while node is not None and node.op_type in MOVES:
         node = makers.get(node.input[0])
     return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+def _quantized_kernels(graph: Any, kind: str) -> Iterator[tuple[Any, Sequence[int]]]:
+    """Yield each convolution of a kind whose weight is quantized, and the shape of its weight; nodes may be added."""
+    makers = {name: node for node in graph.node for name in node.output}
+    constants = constants_of(graph)
+    for node in list(graph.node):
+        quantizer = _dequantizer(node.input[1], makers) if node.op_type == kind else None
+        if quantizer is not None:
+            yield node, constants[quantizer.input[0]].shape
 
 
 def _readers(graph: Any, name: str) -> Sequence[Any]:

@@ -11,7 +11,7 @@ in `Source.graph`, and a quantizer of activations has one that the host makes up
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -30,6 +30,9 @@ from qft_plugin.training.student import Unfold, Watcher
 
 Watchers = Mapping[str, Callable[[Tensor], None]]
 """Functions that are shown the first activation that an operation reads, by name of the operation."""
+
+Steps = Literal["tensor", "channel", "doubly"]
+"""What has a step of its own in a weight: the whole, each output channel, or that times each input channel."""
 
 T = TypeVar("T")
 
@@ -66,6 +69,11 @@ class Source(Protocol):
 
         With `None` they choose those of activations too.
         """
+        ...
+
+    @property
+    def weight_steps(self) -> Mapping[str, Steps] | None:
+        """Granularity of each weight that the host quantizes, by name; `None` where the settings choose it."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""Which layers are worth 8 bits: what the rounding of each costs the network, and choices by cost and size."""
+"""Which layers are worth 7 bits: what the rounding of each costs the network, and choices by cost and size."""
 
 import fnmatch
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ from qft_plugin.tensors.grid import largest_integer, to_integer
 from qft_plugin.tensors.mmse import doubly_scales, weight_scale
 from qft_plugin.training.dof import WeightGrid
 
-WIDE: Final = 8
-"""Bits that layers are raised to."""
+WIDE: Final = 7
+"""Bits that layers are raised to: the most that no CPU overflows with (`QFTConfig.small_layer_bits`)."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layer that may be raised to 8 bits.
+    """A layer that may be raised to 7 bits.
 
     Attributes:
         weight: name of its weight.
@@ -51,7 +51,7 @@ class Analysis:
         bits: of each quantized weight by the settings, by its name.
         sizes: how many weights each of them has.
         candidates: the layers that may be raised, worst for their size first.
-        rest: the cost that remains with all of them raised: of 8 bits, of activations, of what the user has fixed.
+        rest: the cost that remains with all of them raised: of 7 bits, of activations, of what the user has fixed.
     """
 
     images: int
@@ -123,7 +123,7 @@ def extra_of(candidates: Sequence[Candidate], count: int) -> int:
 
 @torch.no_grad()
 def analyse(start: Start[Placed], problem: Problem[Source], config: QFTConfig) -> Analysis:
-    """Measure what the rounding of each layer costs: at its bit width, and at 8 bits.
+    """Measure what the rounding of each layer costs: at its bit width, and at 7 bits.
 
     The cost is the divergence of the class probabilities from those of the float network, or the loss where the network
     names no classes. Each layer is rounded to the nearest in the float network; the network runs twice for each, and

@@ -13,6 +13,7 @@ from qft_plugin.config import QFTConfig
 from qft_plugin.errors import ModelError, warn
 from qft_plugin.graph.comparison import Comparison
 from qft_plugin.graph.equalize import equalize
+from qft_plugin.graph.expected_error import SeenByLayers, least_expected_error
 from qft_plugin.graph.folding import fold_network, names_of
 from qft_plugin.graph.layer_graph import MADE_INSIDE, PINNED, Const, DofMap, LayerGraph
 from qft_plugin.graph.operations import LAYERS
@@ -25,12 +26,13 @@ from qft_plugin.graph.placement import (
     quantizer_after,
     quantizers_before,
 )
+from qft_plugin.graph.torch_model import Functional, repeatable
 from qft_plugin.job.accumulators import check_biases
 from qft_plugin.job.activation_ranges import BATCH, activation_grids
 from qft_plugin.job.bias_correction import BIAS_IMAGES, correctable, corrections, output_means
 from qft_plugin.job.compensation import compensated
 from qft_plugin.job.health import Ranges, warn_of_images, warn_of_ranges
-from qft_plugin.job.host import Host, Placed, PlacedT, Problem, Source, SourceT, Start, Student
+from qft_plugin.job.host import Host, Placed, PlacedT, Problem, Source, SourceT, Start, Steps, Student
 from qft_plugin.job.understand import laid_out
 from qft_plugin.report.progress import phase
 from qft_plugin.tensors.mmse import doubly_scales, nearest_factor, weight_scale
@@ -171,7 +173,43 @@ def _equalization(problem: Problem[Source], config: QFTConfig) -> Tensor:
         folded = fold_network(dof_map, log_c, tensors)
         weights = {name: folded[name] for name in kernels}
         log_c = log_c + equalize(dof_map, weights, bits, beta=EQUALIZE_BOTH).to(log_c)
+    if config.equalize:
+        log_c = log_c + _toward_least_error(problem, config, dof_map, fold_network(dof_map, log_c, tensors), bits)
     return torch.cat([log_c.new_zeros(1), log_c])[merged[PINNED + 1 :].to(log_c.device)]
+
+
+def _toward_least_error(
+    problem: Problem[Source], config: QFTConfig, dof_map: DofMap, folded: Mapping[str, Tensor], bits: Mapping[str, int]
+) -> Tensor:
+    """Return the factors, relative to the equalized network, with a small expected error, `[dof_map.size]`.
+
+    Args:
+        problem: the network and its images.
+        config: the settings.
+        dof_map: its map.
+        folded: weights and biases of the equalized network by name.
+        bits: bit width of each kernel that is quantized.
+    """
+    source, inputs, hardware = problem.source, problem.inputs, config.hardware
+    one: Steps = "tensor" if hardware.rescale == "layerwise" else "channel"
+    asked: Steps = "doubly" if hardware.doubly_per_channel else one
+    steps = dict.fromkeys(bits, asked) if source.weight_steps is None else source.weight_steps
+    # Where columns have steps of their own, factors change nothing.
+    with_say = {name: number for name, number in bits.items() if steps[name] != "doubly"}
+    if dof_map.size == 0 or not with_say:
+        return torch.zeros(dof_map.size, device=inputs.device)
+    model = Functional(source.model)
+    with torch.no_grad(), repeatable(), SeenByLayers(folded) as looking:
+        for args, kwargs in inputs.batches(inputs.at_once(BATCH), at_most=BATCH):
+            model(folded, args, kwargs)
+    return least_expected_error(
+        dof_map,
+        folded,
+        with_say,
+        looking.seen,
+        per_channel={name for name in bits if steps[name] == "channel"},
+        activation_bits=hardware.activation_bits,
+    ).to(inputs.device)
 
 
 def _bits(source: Source, weights: Mapping[str, Tensor], config: QFTConfig) -> Mapping[str, int]:

@@ -79,6 +79,8 @@ class Source:
     dof_map: DofMap
     weight_bits: None = None
     """The settings choose them."""
+    weight_steps: None = None
+    """Likewise."""
     kept_in_float: Mapping[str, str] = field(default_factory=dict)
     """NNCF has a quantizer for every weight, unless the user's settings keep it out."""
 

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-from qft_plugin.deploy.proof import _judge
+from qft_plugin.deploy.proof import OVERFLOW, REPORT, _judge
 from qft_plugin.deploy.roundings import Rounding
 from qft_plugin.errors import ParityError, QFTWarning
 
@@ -29,3 +29,12 @@ def test_a_difference_without_ties_is_told():
 def test_more_than_roundings_is_refused():
     with pytest.raises(ParityError, match="fc: OpenVINO should compute what the model does"):
         _judge([rounding(far=1, steps=9)], "OpenVINO")
+
+
+def test_a_refused_file_names_the_overflow_of_openvinos_kernels():
+    """And no other runtime's, which has none."""
+    for runtime, remedy in (("OpenVINO", OVERFLOW), ("ONNX Runtime", REPORT)):
+        with pytest.raises(ParityError) as refused:
+            _judge([rounding(far=1, steps=9)], runtime)
+        assert str(refused.value).endswith(remedy)
+        assert ("VNNI" in str(refused.value)) == (runtime == "OpenVINO")

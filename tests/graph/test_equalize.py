@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from graphs import chain, conv_op, linear_op, mapped, parameters_of, unary_op
+from graphs import chain, conv_op, linear_op, mapped, parameters_of, two_linear, unary_op
 from hypothesis import given
 from hypothesis import strategies as st
 from models import chained, image
@@ -36,15 +36,7 @@ def test_equalization_factor_is_equation_19(seed: int, beta: float) -> None:
 
 def toy(width: int = 6) -> DofMap:
     """Map Eq. 17's toy case: two linear layers with a ReLU between them."""
-    return map_dof(
-        chain(
-            linear_op("a", "x", shape=(width, 4)),
-            unary_op("act", "relu", "a"),
-            linear_op("b", "act", shape=(3, width)),
-            shapes={"x": (2, 4), "a": (2, width), "act": (2, width), "b": (2, 3)},
-            outputs=("b",),
-        )
-    )
+    return two_linear(4, width, 3)
 
 
 def balanced(width: int = 6) -> dict[str, Tensor]:

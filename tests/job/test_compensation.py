@@ -83,13 +83,14 @@ def error(problem: Problem[SmallSource], begin: Start[Any], batch: Tensor) -> fl
 
 def test_a_layer_makes_up_for_the_layers_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """On images that were not seen, the network is closer to float than on the inputs of the float network alone."""
-    (batch,) = some(256)
-    model, errors = deep(), {}
-    for name, few in (("float", 10**6), ("quantized", 1)):
-        monkeypatch.setattr(compensation, "FEW", few)
-        problem, begin = begun(model, [batch[:192]])
-        put(begin, changed(problem, begin))
-        errors[name] = error(problem, begin, batch[192:])
+    errors = {"float": 0.0, "quantized": 0.0}
+    for _ in range(4):  # one network alone may be lucky with either
+        model, (batch,) = deep(), some(256)
+        for name, few in (("float", 10**6), ("quantized", 1)):
+            monkeypatch.setattr(compensation, "FEW", few)
+            problem, begin = begun(model, [batch[:192]])
+            put(begin, changed(problem, begin))
+            errors[name] += error(problem, begin, batch[192:])
     assert errors["quantized"] < 0.9 * errors["float"]
 
 

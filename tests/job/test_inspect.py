@@ -37,7 +37,7 @@ def test_it_decides_what_a_job_decides() -> None:
     assert [(la.name, la.bits, la.activation_bits, la.reason) for la in dry.layers] == [
         ("0", 5, 8, "layer_bits: '0.weight'"),
         ("2", 4, 6, ""),
-        ("6", 8, 8, "small_layer_share: one of the smallest layers, which have 8 bits"),
+        ("6", 7, 8, "small_layer_share: one of the smallest layers, which have 7 bits"),
     ]
     assert {layer.granularity for layer in dry.layers} == {"per channel"}
     assert [(layer.kind, layer.shape) for layer in dry.layers][2] == ("linear", (4, 8))

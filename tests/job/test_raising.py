@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from qft_plugin.config import HardwareSpec, QFTConfig
 from qft_plugin.job.parts import Parts
-from qft_plugin.job.raising import Analysis, Candidate, analyse, between, by_worth, enough, extra_of, within
+from qft_plugin.job.raising import WIDE, Analysis, Candidate, analyse, between, by_worth, enough, extra_of, within
 from qft_plugin.tensors.mmse import weight_scale
 from qft_plugin.training.loss import class_divergence
 
 
 def analysis_of(candidates: list[Candidate], *, fixed: int = 0, rest: float = 0.0) -> Analysis:
-    """Return an analysis in which there are weights of 8 bits beside the candidates."""
+    """Return an analysis in which there are weights of 7 bits beside the candidates."""
     sizes = {c.weight: c.size for c in candidates} | ({"fixed": fixed} if fixed else {})
-    bits = {c.weight: c.bits for c in candidates} | ({"fixed": 8} if fixed else {})
+    bits = {c.weight: c.bits for c in candidates} | ({"fixed": 7} if fixed else {})
     return Analysis(64, bits, sizes, by_worth(candidates), rest)
 
 
@@ -40,16 +40,16 @@ def test_worst_for_their_size_first() -> None:
     ("limit", "raised"),
     [
         (4, []),
-        (4 + 39 / 1110, []),
-        (4 + 40 / 1110, ["small"]),
-        (4 + 439 / 1110, ["small"]),
-        (4 + 440 / 1110, ["small", "middle"]),
-        (7.99, ["small", "middle"]),
-        (8, ["small", "middle", "large"]),
+        (4 + 29 / 1110, []),
+        (4 + 30 / 1110, ["small"]),
+        (4 + 329 / 1110, ["small"]),
+        (4 + 330 / 1110, ["small", "middle"]),
+        (6.99, ["small", "middle"]),
+        (7, ["small", "middle", "large"]),
     ],
 )
 def test_layers_that_fit_by_hand(limit: float, raised: list[str]) -> None:
-    """1,110 weights: 10 more of 8 bits take 40 bits more, 100 take 400, 1,000 take 4,000."""
+    """1,110 weights: 10 more of 7 bits take 30 bits more, 100 take 300, 1,000 take 3,000."""
     assert [c.weight for c in within(analysis_of(THREE), limit)] == raised
 
 
@@ -60,14 +60,14 @@ def test_a_layer_that_is_too_large_is_left_out_for_smaller_ones() -> None:
 
 
 def test_weights_of_other_layers_count() -> None:
-    """As many weights with 8 bits make 6 bits of 4; the budget is over all of them."""
+    """As many weights with 7 bits make 5.5 bits of 4; the budget is over all of them."""
     analysis = analysis_of(THREE, fixed=1110)
-    assert analysis.average(()) == 6
-    assert analysis.average(within(analysis, 7.9)) == 6 + 440 / 2220
+    assert analysis.average(()) == 5.5
+    assert analysis.average(within(analysis, 6.9)) == 5.5 + 330 / 2220
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 10**6), st.integers(2, 7), st.floats(0, 1)), min_size=1, max_size=12),
+    st.lists(st.tuples(st.integers(1, 10**6), st.integers(2, 6), st.floats(0, 1)), min_size=1, max_size=12),
     st.floats(0, 1),
     st.integers(0, 10**5),
 )
@@ -77,7 +77,7 @@ def test_the_mean_bit_width_is_never_above_the_limit(
     """Whatever the layers are; and nothing that would fit is left out."""
     candidates = [Candidate(f"{i}", size, bits, gain) for i, (size, bits, gain) in enumerate(layers)]
     analysis = analysis_of(candidates, fixed=fixed)
-    limit = analysis.average(()) + share * (8 - analysis.average(()))
+    limit = analysis.average(()) + share * (WIDE - analysis.average(()))
     raised = within(analysis, limit)
     assert analysis.average(raised) <= limit * (1 + 1e-6)
     for other in set(candidates) - set(raised):
@@ -94,9 +94,9 @@ def test_as_many_as_the_cost_asks_for(share: float, rest: float, count: int) -> 
 
 
 def test_half_of_the_bits_between() -> None:
-    """Between none and all of 4,440 bits: 440 are nearer to the half than 40."""
+    """Between none and all of 3,330 bits: 330 are nearer to the half than 30."""
     order = by_worth(THREE)
-    assert [extra_of(order, count) for count in range(4)] == [0, 40, 440, 4440]
+    assert [extra_of(order, count) for count in range(4)] == [0, 30, 330, 3330]
     assert between(order, 0, 3) == 2
     assert between(order, 0, 2) == 1
 
@@ -108,13 +108,13 @@ def analysed(config: QFTConfig, model: nn.Module | None = None) -> tuple[Analysi
 
 
 def test_costs_by_hand() -> None:
-    """The gain of a layer is the divergence of the float network with its weight on 4 bits, less that on 8."""
+    """The gain of a layer is the divergence of the float network with its weight on 3 bits, less that on 7."""
     analysis, parts, items = analysed(settings(weight_bits=3))
     x, (_, layer, _) = torch.cat(items), parts.layers
     W, costs = parts.floating[layer.weight], []
     with torch.no_grad():
         expected = parts.run(parts.none(), ((x,), {})).logits
-        for bits, high in ((3, 3), (8, 127)):
+        for bits, high in ((3, 3), (7, 63)):
             S = weight_scale(W, layer.axes, bits=bits, per_channel=True).view(-1, 1, 1, 1)
             rounded = parts.exchanged(parts.none(), layer.weight, (W / S).round().clamp(-high, high) * S)
             found = parts.run(rounded, ((x,), {})).logits

@@ -76,7 +76,7 @@ def test_every_layer_has_a_name_and_a_reason() -> None:
     config = replace(settings(), layer_bits={"linear*": 6}, small_layer_share=0.06)
     layers = job_of(Network(), batches(), config).report.layers
     assert [layer.name for layer in layers] == ["body.first", "conv2d", "kernel", "body.second", "linear"]
-    assert [layer.bits for layer in layers] == [8, None, 8, 4, 6]
+    assert [layer.bits for layer in layers] == [7, None, 7, 4, 6]
     assert [layer.shape for layer in layers] == [(8, 3, 3, 3), (8, 8, 1, 1), (8, 8, 1, 1), (64, 8, 3, 3), (4, 64)]
     assert [layer.scales for layer in layers] == [8, 0, 8, 64, 4]
     assert [layer.activation_bits for layer in layers] == [8, None, None, 8, 8]

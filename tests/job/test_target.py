@@ -15,6 +15,7 @@ from qft_plugin.config import QFTConfig
 from qft_plugin.errors import ConfigError, QFTWarning
 from qft_plugin.job import target
 from qft_plugin.job.host import Problem, Start
+from qft_plugin.job.raising import WIDE
 from qft_plugin.job.run import Job
 from qft_plugin.job.target import MOST_JOBS, run_to_target
 from qft_plugin.report.data import Report
@@ -67,18 +68,18 @@ class Scores:
         return self.left.pop(0)
 
 
-@pytest.mark.parametrize("limit", [2, 2.5, 4, 6.19, 6.2, 8])
+@pytest.mark.parametrize("limit", [2, 2.5, 4, 5.49, 5.5, 8])
 def test_a_mean_bit_width_is_kept(limit: float) -> None:
     """It is at most what was asked for, and the next layer would not fit; the images are read once."""
     job = run_to_target(SmallHost(network(), images()), untrained(average_bits=limit))
     assert average(job.report) <= limit
-    low = min(layer.weights for layer in job.report.layers if layer.bits == 2) if limit < 8 else ALL
-    assert average(job.report) + 6 * low / ALL > limit
+    low = min(layer.weights for layer in job.report.layers if layer.bits == 2) if limit < WIDE else ALL
+    assert average(job.report) + (WIDE - 2) * low / ALL > limit
     assert job.report.decisions[0].startswith("Measured on 64 images what rounding costs in 3 layers, ")
     assert len(job.report.decisions) == 2
     assert report_of(job.model) == job.report
-    raised = {la.weight for la in job.report.layers if la.bits == 8}
-    assert {la.weight for la in job.report.layers if la.reason == "average_bits: raised to 8 bits"} == raised
+    raised = {la.weight for la in job.report.layers if la.bits == WIDE}
+    assert {la.weight for la in job.report.layers if la.reason == "average_bits: raised to 7 bits"} == raised
 
 
 def test_a_mean_bit_width_that_other_settings_exceed() -> None:
@@ -91,7 +92,7 @@ def test_the_settings_of_the_user_stay() -> None:
     """A layer that has its bits by name or by pattern keeps them, whatever the target is."""
     config = untrained(average_bits=7.9, layer_bits={"[0]*": 3})
     bits = bits_of(run_to_target(SmallHost(network(), images()), config).report)
-    assert bits == {"0.weight": 3, "2.weight": 8, "6.weight": 8}
+    assert bits == {"0.weight": 3, "2.weight": 7, "6.weight": 7}
 
 
 def test_without_a_target_it_is_a_job() -> None:
@@ -108,7 +109,7 @@ def test_an_easy_target_takes_one_job() -> None:
     assert scores.left == []
     assert set(bits_of(job.report).values()) == {2}
     assert scores.models[1] is job.model
-    assert job.report.decisions == ("Raised to 8 bits: no layer. Found 89.5, of 90 for the float model: enough.",)
+    assert job.report.decisions == ("Raised to 7 bits: no layer. Found 89.5, of 90 for the float model: enough.",)
 
 
 def test_a_target_that_is_just_met() -> None:
@@ -118,7 +119,7 @@ def test_a_target_that_is_just_met() -> None:
     assert len(job.report.decisions) == 1
 
 
-@pytest.mark.parametrize("needed", [2.1, 3.7, 4.0, 6.2, 7.9])
+@pytest.mark.parametrize("needed", [2.1, 3.7, 4.0, 6.2, 6.9])
 def test_a_target_is_met_with_few_bits(needed: float) -> None:
     """Enough bits are found in few jobs, and of those that are enough the fewest that were tried are returned."""
     tried = list[float]()
@@ -131,7 +132,7 @@ def test_a_target_is_met_with_few_bits(needed: float) -> None:
     host = SmallHost(network(), images())
     found = run_scored(host, untrained(max_drop=0.1, evaluate=len), score)
     assert average(found.report) >= needed
-    assert average(found.report) == min(bits for bits in tried if needed <= bits <= 8)
+    assert average(found.report) == min(bits for bits in tried if needed <= bits <= WIDE)
     assert len(tried) <= MOST_JOBS + 1
     assert found.report.decisions[-1].endswith("the target is met.")
 
@@ -150,8 +151,8 @@ def run_scored(host: SmallHost, config: QFTConfig, score: Callable[[float], floa
 
 
 def bits_from(weights: int, values: int) -> int:
-    """Return 2 for a weight that has at most three integers in each channel, else 8."""
-    return 2 if values <= 3 * 8 else 8
+    """Return 2 for a weight that has at most three integers in each channel, else 7."""
+    return 2 if values <= 3 * 8 else WIDE
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -160,7 +161,7 @@ def test_a_target_that_cannot_be_met(steps: int) -> None:
     host = SmallHost(network(), images())
     with pytest.warns(QFTWarning, match=r"max_drop=0.1 should be met by some choice of bit widths. Found "):
         job = run_scored(host, untrained(max_drop=0.1, evaluate=len), lambda bits: bits**steps)
-    assert set(bits_of(job.report).values()) == {8}
+    assert set(bits_of(job.report).values()) == {WIDE}
     assert "cannot" not in job.report.warnings[-1]
     assert job.report.decisions[-1].endswith("the target is not met.")
 
@@ -169,7 +170,7 @@ def test_the_best_may_have_fewer_bits() -> None:
     """Where more bits are worse, the first result is the best one."""
     host = SmallHost(network(), images())
     with pytest.warns(QFTWarning, match="with 0 of 3 layers"):
-        job = run_scored(host, untrained(max_drop=0.1, evaluate=len), lambda bits: 99 if bits > 8 else -bits)
+        job = run_scored(host, untrained(max_drop=0.1, evaluate=len), lambda bits: 99 if bits > WIDE else -bits)
     assert set(bits_of(job.report).values()) == {2}
 
 
@@ -182,7 +183,7 @@ def test_an_agreement() -> None:
     assert plain.agreement is not None
     assert report.agreement is not None
     assert plain.agreement < 0.85 <= report.agreement
-    assert 8 in bits_of(report).values()
+    assert WIDE in bits_of(report).values()
     assert 2 in bits_of(report).values()
 
 
@@ -246,7 +247,7 @@ def test_the_errors_of_the_result() -> None:
     errors = {layer.weight: layer.errors for layer in report.layers}
     for layer in report.layers:
         assert layer.errors is not None
-        assert (errors[layer.weight].weight < 0.02) == (layer.bits == 8)  # type: ignore[union-attr]
+        assert (errors[layer.weight].weight < 0.02) == (layer.bits == WIDE)  # type: ignore[union-attr]
 
 
 def test_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
