@@ -2,12 +2,14 @@
 
 import functools
 import os
+import random
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import nets
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -64,6 +66,8 @@ def quantized_once(name: str) -> Quantized:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  (users' code draws from it)
     torch.manual_seed(0)
 
 

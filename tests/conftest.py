@@ -1,10 +1,12 @@
 """What holds for every test: one seed, and few, repeatable Hypothesis examples."""
 
 import os
+import random
 import secrets
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -26,6 +28,8 @@ def pytest_report_header() -> str | None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Start every test from the same random numbers."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  (users' code draws from it)
     torch.manual_seed(0)
 
 

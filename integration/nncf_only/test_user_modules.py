@@ -12,10 +12,11 @@ from torch.nn import functional
 pytest.importorskip("nncf", reason="these tests are about NNCF")
 
 import nncf
+from nncf.common.tensor_statistics.aggregator import StatisticsAggregator
 from nncf.torch.function_hook import get_hook_storage
 
 import qft_plugin.nncf as host
-from qft_plugin import ConfigError, EfQAT, QFTConfig, QFTWarning
+from qft_plugin import ConfigError, EfQAT, ModelError, QFTConfig, QFTWarning
 
 EIGHT_BITS = 0.04
 """Relative L2 error of 8-bit weights and activations; a lost activation function shows as 0.3 and more."""
@@ -288,3 +289,26 @@ def test_what_belongs_to_no_single_image_is_compared_by_batch(build, shape, word
     assert 0 < job.result.final_loss <= job.result.start_loss < (0.3 if build is ActiveDropout else START)
     if build is not ActiveDropout:
         assert relative_error(outputs(job.model, items[0]), outputs(model, items[0])) < 5 * EIGHT_BITS
+
+
+class SometimesLonger(Chain):
+    """Leaves an operation out where it is told to, as by a random number."""
+
+    short = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if self.short else 2 * x)
+
+
+def test_operations_that_calibration_does_not_see_are_named(monkeypatch):
+    """NNCF has no range for them, and says so in its own words only."""
+    collect = StatisticsAggregator.collect_statistics
+
+    def without(*arguments):
+        monkeypatch.setattr(SometimesLonger, "short", True)
+        return collect(*arguments)
+
+    monkeypatch.setattr(StatisticsAggregator, "collect_statistics", without)
+    items = list(torch.randn(4, 16, 3, 8, 8))
+    with pytest.raises(ModelError, match=r"run the same operations.*'?/mul/0.*Look for an `if`"):
+        host.quantize(SometimesLonger().eval(), nncf.Dataset(items), four_bits())

@@ -11,7 +11,7 @@ from nncf.common.logging.track_progress import track
 from torch import nn
 
 from qft_plugin.config import HardwareSpec
-from qft_plugin.errors import DataError
+from qft_plugin.errors import DataError, ModelError
 from qft_plugin.job.activation_ranges import BATCH, RANGE_IMAGES
 from qft_plugin.nncf._graph import example_of
 from qft_plugin.training.data import Inputs
@@ -63,7 +63,11 @@ class Request:
         return device in (nncf.TargetDevice.ANY, nncf.TargetDevice.CPU)
 
     def place(self, model: nn.Module, inputs: Inputs) -> nn.Module:
-        """Let NNCF place and calibrate its quantizers on the images that were read."""
+        """Let NNCF place and calibrate its quantizers on the images that were read.
+
+        Raises:
+            ModelError: an operation of the model ran on none of these images.
+        """
         if self.own_items:
             sizes: Sequence[int] = inputs.sizes if inputs.own is None else inputs.sizes[: self.calibration_items]
             replay = _Again(inputs, sizes, self.dataset.get_batch_size())
@@ -73,8 +77,17 @@ class Request:
             replay = _Again(inputs, [min(size, count - start) for start in range(0, count, size)], min(size, count))
         # NNCF warns of a dataset with fewer items than it would look at, but these batches are no items of the user's.
         settings = {"subset_size": min(len(replay), self.calibration_items), **self.settings}
-        with _without_bars():
-            quantized: nn.Module = self.original(model, nncf.Dataset(replay), **settings)
+        try:
+            with _without_bars():
+                quantized: nn.Module = self.original(model, nncf.Dataset(replay), **settings)
+        except nncf.InternalError as error:
+            if "Statistics were not collected" not in str(error):
+                raise
+            raise ModelError(
+                f"The model should run the same operations each time it is called. NNCF's message: {error}. So this "
+                "operation ran when the model was read, and on none of the calibration images. Look for an `if` in its "
+                "forward that depends on random numbers, or on the input."
+            ) from error
         return quantized
 
 
