@@ -248,6 +248,21 @@ class Noisy(Chain):
         return super().features(x + 0.3 * torch.randn_like(x))
 
 
+class Lowered(Chain):
+    """Computes a part in 16 bits."""
+
+    def features(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().features(x).float()
+
+
+def test_an_autocast_in_the_forward_is_refused(host):
+    """Before anything long: no file of it could run in int8."""
+    model, items = nets.settled(Lowered()), images()
+    with untouched(model), pytest.raises(ModelError, match=r"float32\. Found conv2d in torch\.bfloat16"):
+        host.run(model, items, four_bits(), callback=pytest.fail)
+
+
 class Doubles(Chain):
     """Draws from numpy's generator, and often nothing comes of it."""
 

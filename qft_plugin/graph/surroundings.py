@@ -8,8 +8,10 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from qft_plugin.errors import ModelError, OutOfMemoryError
+from qft_plugin.graph.record import function_name
 from qft_plugin.graph.torch_model import SAME, Call, first_outputs, largest_change, random_state_kept
 
 REPEATS: Final = 8
@@ -73,7 +75,7 @@ def varies(run: Callable[[], Sequence[Tensor]]) -> bool:
 
 
 def check_repeatable(model: nn.Module, call: Call, expected: Sequence[Tensor]) -> None:
-    """Refuse a model that computes something else from the same images and the same random numbers.
+    """Refuse a model that computes something else from the same images and random numbers, or in 16 bits.
 
     One that draws from the generators of torch, numpy or Python draws the same each time that it is compared.
 
@@ -83,15 +85,37 @@ def check_repeatable(model: nn.Module, call: Call, expected: Sequence[Tensor]) -
         expected: the result of `first_outputs` for them.
 
     Raises:
-        ModelError: it computes something else when it is run again.
+        ModelError: it computes something else when it is run again, or there is a `torch.autocast` in its forward.
     """
-    change = _change(expected, first_outputs(model, call))
+    with _Lowered() as lowered:
+        found = first_outputs(model, call)
+    if lowered.found is not None:
+        raise ModelError(
+            f"The model should compute in float32. Found {lowered.found}, by a torch.autocast in its forward. Leave it "
+            'out there; to train faster in 16 bits, set FinetuneConfig(precision="bfloat16").'
+        )
+    change = _change(expected, found)
     if not change <= SAME:
         raise ModelError(
             "The model should compute the same in eval mode when it is run again on the same images. Found a relative "
             f"difference of {change:.3g}. Its forward may draw random numbers from a generator of its own, or keep "
             "something from one call to the next: leave that out, or do it in front of the model."
         )
+
+
+class _Lowered(TorchFunctionMode):
+    """Finds the first call that a `torch.autocast` lets compute in 16 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: str | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        coarse = isinstance(result, Tensor) and result.dtype in (torch.bfloat16, torch.float16)
+        if coarse and self.found is None and torch.is_autocast_enabled(result.device.type):
+            self.found = f"{function_name(func)} in {result.dtype}"
+        return result
 
 
 def _change(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:

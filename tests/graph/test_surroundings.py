@@ -5,10 +5,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qft_plugin.errors import ModelError, OutOfMemoryError
-from qft_plugin.graph.surroundings import REPEATS, undisturbed, varies
+from qft_plugin.graph.surroundings import REPEATS, check_repeatable, undisturbed, varies
 
 
 def test_random_numbers_go_on() -> None:
@@ -82,3 +82,27 @@ def test_what_is_rarely_random(draw: object) -> None:
     assert len(runs) == REPEATS
     assert not varies(lambda: runs.append(0) or [torch.ones(2)])  # type: ignore[func-returns-value]
     assert len(runs) == REPEATS + 2
+
+
+class Lowered(nn.Module):
+    """A layer that may run under an autocast of its own."""
+
+    def __init__(self, dtype: torch.dtype, *, enabled: bool) -> None:
+        super().__init__()
+        self.layer, self.dtype, self.enabled = nn.Linear(4, 3), dtype, enabled
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", self.dtype, enabled=self.enabled):
+            return self.layer(x).to(self.dtype).relu().float()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_autocast_in_the_forward_is_named(dtype: torch.dtype) -> None:
+    """With the function and the type; a type that the forward converts to by itself is its own matter."""
+    call = ((torch.randn(2, 4),), {})
+    model = Lowered(dtype, enabled=True)
+    with pytest.raises(ModelError, match=rf"float32\. Found linear in {dtype}, by a torch\.autocast"):
+        check_repeatable(model, call, [model(*call[0])])
+    model.enabled = False
+    check_repeatable(model, call, [model(*call[0])])
