@@ -3,7 +3,7 @@
 The remedies are for an `openvino.Model` before it is saved; `qcdq_defects` has them for ONNX.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from operator import gt
 from typing import Any, Final
 
@@ -14,6 +14,8 @@ from qft_plugin.deploy.ir_view import integer_constants
 TRANSPOSED: Final = frozenset(["ConvolutionBackpropData", "GroupConvolutionBackpropData"])
 
 CONVOLUTIONS: Final = TRANSPOSED | {"Convolution", "GroupConvolution"}
+
+PRODUCTS: Final = CONVOLUTIONS | {"MatMul"}
 
 MOVES: Final = frozenset(["Reshape", "Squeeze", "Unsqueeze", "Transpose"])
 
@@ -41,9 +43,7 @@ def bias_shared_products(model: Any) -> int:
     from openvino import opset13
 
     changed = 0
-    for op in model.get_ordered_ops():
-        if not _computes_in_integers(op):
-            continue
+    for op in _in_integers(model, PRODUCTS):
         made, readers = op.output(0), _readers(op)
         bias = _zeros(readers)
         if bias is not None:
@@ -78,9 +78,7 @@ def upsample_in_float(model: Any) -> int:
     from openvino import opset13
 
     changed = 0
-    for op in model.get_ordered_ops():
-        if op.get_type_name() not in TRANSPOSED or not _computes_in_integers(op):
-            continue
+    for op in _in_integers(model, TRANSPOSED):
         attributes, kernel = op.get_attributes(), op.get_input_partial_shape(1)
         strides, dilations = attributes["strides"], attributes["dilations"]
         if is_upsampled_wrongly(
@@ -119,9 +117,7 @@ def skip_before_convolutions(model: Any) -> int:
     from openvino import opset13
 
     changed = 0
-    for op in model.get_ordered_ops():
-        if op.get_type_name() != "Convolution" or not _computes_in_integers(op):
-            continue
+    for op in _in_integers(model, {"Convolution"}):
         attributes, shape = op.get_attributes(), op.get_input_partial_shape(1)
         strides, pads = attributes["strides"], [*attributes["pads_begin"], *attributes["pads_end"]]
         if not is_skipped_wrongly([shape[k].get_length() for k in range(1, len(shape))], strides, pads):
@@ -218,6 +214,13 @@ def is_merged_wrongly(kind: str, rank: int, places: Sequence[int], *, transposed
 
 def _readers(op: Any) -> Sequence[Any]:
     return [target.get_node() for target in op.output(0).get_target_inputs()]
+
+
+def _in_integers(model: Any, kinds: Collection[str]) -> Iterator[Any]:
+    """Yield the operations of these types that compute in integers; a caller may replace each."""
+    for op in model.get_ordered_ops():
+        if op.get_type_name() in kinds and _computes_in_integers(op):
+            yield op
 
 
 def _computes_in_integers(op: Any) -> bool:
